@@ -1,0 +1,1 @@
+"""Hugging Face <-> Megatron weights: one table of names, invertible transforms."""

@@ -1,0 +1,189 @@
+"""Every setting of a run, once. Frozen: what a run was started with is what it uses; derived numbers live in `RunPlan`.
+
+Names carry their units (`_tokens`, `_pixels`, `_steps`); `num_` counts things; `None` means off.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class VisionConfig:
+    """InternViT (spec: InternVL `configuration_intern_vit.py`; InternVL2.5 paper, Tab. 1)."""
+
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    ffn_hidden_size: int
+    norm: Literal["layer_norm", "rms_norm"] = "layer_norm"
+    """`layer_norm` (with bias) in the 300M family, `rms_norm` in the 6B family."""
+    qkv_bias: bool = True
+    qk_norm: bool = False
+    """RMSNorm over the whole query and key vectors, before the split into heads (6B family)."""
+    norm_eps: float = 1e-6
+    tile_pixels: int = 448
+    """Side of the square tile the encoder reads."""
+    patch_pixels: int = 14
+    shuffle_factor: int = 2
+    """Pixel (un)shuffle: `shuffle_factor`^2 neighbouring patches become one token of the language model."""
+    layer_scale_init: float = 0.1
+    drop_path_rate: float = 0.0
+    """Stochastic depth of the last layer; grows linearly from 0 over the layers."""
+
+    @property
+    def patches_per_side(self) -> int:
+        """Patches along one side of a tile."""
+        return self.tile_pixels // self.patch_pixels
+
+    @property
+    def tokens_per_tile(self) -> int:
+        """Image tokens one tile gives to the language model (256 for every released InternVL3)."""
+        return (self.patches_per_side // self.shuffle_factor) ** 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class LanguageConfig:
+    """Qwen2-style decoder. `vocab_size` is the tokenizer's length; the padded table size is derived in `plan`."""
+
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_size: int
+    ffn_hidden_size: int
+    vocab_size: int
+    rope_theta: float = 1e6
+    norm_eps: float = 1e-6
+    qkv_bias: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The three parts of InternVL3: vision encoder, projector (two-layer MLP) and language model."""
+
+    vision: VisionConfig
+    language: LanguageConfig
+    projector_norm_eps: float = 1e-5
+    """1e-5, unlike every other norm of the model (`mlp1` uses torch's LayerNorm default)."""
+    init_std: float = 0.02
+    """Standard deviation of freshly initialised weight matrices."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    """How the language model is sharded, and how the vision encoder uses the same ranks. Data parallelism is what is left."""
+
+    tensor_size: int = 1
+    pipeline_size: int = 1
+    sequence_parallel: bool = False
+    """Split activations between tensor-parallel blocks along the sequence (Megatron SP); needs `tensor_size` > 1."""
+    vision_window_rows: int | None = None
+    """Micro-batches whose images are encoded together; None = all micro-batches of a step."""
+    vision_chunk_tiles: int = 16
+    """Tiles one rank runs through the vision encoder at a time; bounds activation memory."""
+    vision_recompute: bool = False
+    """Run the vision encoder's forward again in backward instead of keeping its activations."""
+    collective_timeout_seconds: int = 600
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Where samples come from and how they become packed rows."""
+
+    meta: str = ""
+    """InternVL meta JSON: {name: {root, annotation, repeat_time, data_augment, length, [max_dynamic_patch]}}."""
+    eval_meta: str | None = None
+    """Meta JSON of held-out data for the evaluation loss during training; None = no evaluation."""
+    tokenizer: str = ""
+    """Folder of a Hugging Face tokenizer that already has InternVL's nine tokens."""
+    tokens_per_row: int = 4096
+    """Token budget of one packed row (= one micro-batch); rows are padded to it."""
+    tiles_per_row: int = 16
+    """Tile budget of one packed row (upstream: `num_images_expected`)."""
+    packing_buffer_rows: int = 20
+    """Unfinished rows the packer may hold (upstream: `max_buffer_size`)."""
+    min_tiles: int = 1
+    max_tiles: int = 12
+    """Tiles an image may be cut into, thumbnail not counted; shared by the images of one sample."""
+    use_thumbnail: bool = True
+    system_prompt: str | None = None
+    """System turn for records without one; None = InternVL's own, '' = no system turn."""
+    v2pe: Literal["random", "fixed"] = "fixed"
+    """Position step of image tokens: drawn per image from {1, 2, 4 .. 256} / 256, or `v2pe_numerator` / 256 for all."""
+    v2pe_numerator: int = 256
+    """Position step of image tokens in units of 1/256; 256 (delta = 1) gives ordinary positions."""
+    on_bad_sample: Literal["stop", "skip"] = "stop"
+    """What a broken record or image does to the run: stop it, or leave the sample out and count it."""
+    on_long_sample: Literal["stop", "skip", "truncate"] = "truncate"
+    """What a sample over `tokens_per_row` does; a sample whose images do not survive truncation is a bad sample."""
+    num_workers: int = 2
+    """Threads per rank that decode and cut images; the batches do not depend on it."""
+    prefetch_steps: int = 2
+    """Steps whose rows are prepared ahead of the step that trains on them."""
+    seed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossConfig:
+    """Next-token cross entropy on text tokens, weighted per sample (InternVL3 paper, sec. 2.2)."""
+
+    weighting: Literal["token", "square", "sample"] = "square"
+    """Weight of a token in a sample with l supervised tokens: 1, 1/sqrt(l) (used by InternVL3), 1/l."""
+    normalize: Literal["step", "micro_batch"] = "step"
+    """Divide by the weight of the whole global batch, or (upstream) give every micro-step the same share."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """Optimizer and learning-rate schedule, shared by the three parts of the model."""
+
+    name: Literal["adamw", "sgd"] = "adamw"
+    learning_rate: float = 2e-5
+    min_learning_rate: float = 0.0
+    warmup_ratio: float = 0.03
+    """Share of the run's steps over which the learning rate rises linearly."""
+    schedule: Literal["cosine", "constant"] = "cosine"
+    weight_decay: float = 0.05
+    """Applied to every parameter, norms and biases too, as InternVL's DeepSpeed runs do."""
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    clip_grad_norm: float | None = 1.0
+    vision_learning_rate_scale: float = 1.0
+    """Factor on the learning rate of the vision encoder and the projector."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """When to save, how many to keep, what to start from."""
+
+    save_every_steps: int | None = None
+    """None = only at the end of the run."""
+    keep_last: int = 2
+    load: str | None = None
+    """Checkpoint folder to take the weights from when the run folder holds no checkpoint of its own."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """One training run: the root of the configuration."""
+
+    name: str
+    model: ModelConfig
+    data: DataConfig
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    folder: str = "runs/default"
+    """Everything the run writes: resolved config, metrics, checkpoints."""
+    num_steps: int = 1000
+    rows_per_step: int = 8
+    """Packed rows of one optimizer step over all replicas (the global batch)."""
+    dtype: Literal["fp32", "bf16"] = "bf16"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    seed: int = 42
+    log_every_steps: int = 1
+    eval_every_steps: int | None = None
+    eval_rows: int = 8
+    """Packed held-out rows of one evaluation."""

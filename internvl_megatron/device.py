@@ -1,0 +1,138 @@
+"""The only place where CPU and GPU differ: device, communication backend, kernels, memory and speed figures.
+
+A `Device` is opened once per process and passed to whatever needs it; nothing else in the package names a device or a
+communication backend. On a machine without a GPU, `open_device` installs the adapter in `cpu_shim` so that Megatron
+Core, which addresses its accelerator by name in many places, runs on the CPU.
+"""
+
+import importlib.util
+import resource
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from internvl_megatron.errors import ConfigError
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+AttentionKernel = Literal["flash_attn", "torch_varlen", "sdpa"]
+
+# Dense bf16 tensor-core peak in FLOP/s by a part of the device name (vendor data sheets, without sparsity).
+PEAK_BF16_FLOPS = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "B200": 2250e12, "A100": 312e12}
+
+
+@dataclass(frozen=True)
+class Device:
+    """One process's accelerator (or CPU) and what it can do."""
+
+    kind: Literal["cpu", "cuda"]
+    index: int
+    attention: AttentionKernel
+    """Kernel for packed (variable-length, causal) attention."""
+
+    @property
+    def backend(self) -> str:
+        """Communication backend of `torch.distributed` for tensors on this device."""
+        return "nccl" if self.kind == "cuda" else "gloo"
+
+    @property
+    def host_backend(self) -> str:
+        """Communication backend for small messages between host memories."""
+        return "gloo"
+
+    @property
+    def torch_device(self) -> "torch.device":
+        """The `torch.device` tensors of this process live on."""
+        import torch
+
+        return torch.device("cuda", self.index) if self.kind == "cuda" else torch.device("cpu")
+
+    def put(self, array: "np.ndarray | torch.Tensor") -> "torch.Tensor":
+        """Copy a host array to the device without waiting for the copy."""
+        import torch
+
+        tensor = torch.as_tensor(array)
+        if self.kind == "cpu":
+            return tensor
+        return tensor.pin_memory().to(self.torch_device, non_blocking=True)
+
+    def synchronize(self) -> None:
+        """Wait until the device has finished what was given to it."""
+        if self.kind == "cuda":
+            import torch
+
+            torch.cuda.synchronize()
+
+    def peak_memory_bytes(self) -> int:
+        """Highest memory use so far: allocated device memory on a GPU, resident memory of the process on a CPU."""
+        if self.kind == "cuda":
+            import torch
+
+            return torch.cuda.max_memory_allocated()
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+    def name(self) -> str:
+        """Name of the device, for logs and benchmark records."""
+        import torch
+
+        return torch.cuda.get_device_name(self.index) if self.kind == "cuda" else "cpu"
+
+    def peak_flops(self, dtype: "torch.dtype") -> float:
+        """FLOP/s that count as 100 % in MFU figures.
+
+        On a known GPU the vendor's dense bf16 peak; elsewhere the rate of a square matrix product in `dtype`, measured
+        now, so that the figure says how near the step comes to what plain matrix products reach on this machine.
+        """
+        name = self.name()
+        for part, flops in PEAK_BF16_FLOPS.items():
+            if part in name:
+                return flops
+        return _measured_matmul_flops(self, dtype)
+
+
+def open_device(preference: Literal["auto", "cpu", "cuda"] = "auto", local_rank: int = 0) -> Device:
+    """Choose and prepare this process's device.
+
+    Raises:
+        ConfigError: a GPU was asked for and there is none, or fewer than local ranks.
+    """
+    import torch
+
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if preference == "cpu" or (preference == "auto" and count == 0):
+        from internvl_megatron import cpu_shim
+
+        cpu_shim.install()
+        return Device(kind="cpu", index=0, attention="sdpa")
+    if local_rank >= count:
+        raise ConfigError(
+            f"device: local rank {local_rank} needs GPU number {local_rank}, but this machine shows {count}. "
+            "Start fewer local ranks (--nproc), or set device=cpu."
+        )
+    torch.cuda.set_device(local_rank)
+    return Device(kind="cuda", index=local_rank, attention=packed_attention_kernel())
+
+
+def packed_attention_kernel() -> AttentionKernel:
+    """The best installed kernel for packed attention on a GPU."""
+    if importlib.util.find_spec("flash_attn") is not None:
+        return "flash_attn"
+    if importlib.util.find_spec("torch.nn.attention.varlen") is not None:
+        return "torch_varlen"
+    return "sdpa"
+
+
+def _measured_matmul_flops(device: Device, dtype: "torch.dtype", size: int = 768, seconds: float = 0.2) -> float:
+    import torch
+
+    matrix = torch.ones(size, size, dtype=dtype, device=device.torch_device)
+    matrix @ matrix
+    device.synchronize()
+    start, count = time.perf_counter(), 0
+    while time.perf_counter() - start < seconds:
+        matrix @ matrix
+        device.synchronize()
+        count += 1
+    return 2 * size**3 * count / (time.perf_counter() - start)

@@ -1,0 +1,1 @@
+"""InternVL3 on Megatron Core: vision tower (InternViT + projector), language model, attention, positions, loss."""

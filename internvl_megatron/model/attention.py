@@ -1,0 +1,169 @@
+"""Core attention: packed causal attention for the language model, attention inside a tile for the vision encoder.
+
+Megatron Core's own `DotProductAttention` materialises the scores of the whole row, and its rotary code restarts or
+guesses positions of packed rows. Both modules here sit in its `core_attention` slot. The packed one applies the rotary
+embedding itself, so Megatron Core never sees positions.
+
+Shapes: S tokens of a row, B batch (1 for packed rows), T tiles, N tokens of a tile in the encoder, H local heads,
+G local key/value heads, D head size.
+"""
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from internvl_megatron.device import AttentionKernel
+from internvl_megatron.model.rotary import RotaryTables, rotate
+
+
+@dataclass
+class PackedRow(PackedSeqParams):
+    """What attention must know of one packed row; travels through Megatron Core in the packed-sequence slot.
+
+    `qkv_format` stays None: with 'thd' Megatron Core would apply its own rotary embedding per segment.
+    """
+
+    segment_ends: tuple[int, ...] = ()
+    """Host copy of cu_seqlens: 0, end of the first segment, .. S. Attention never crosses a boundary."""
+    num_padding_tokens: int = 0
+    """Length of the last segment when it is padding; nothing needs its attention output."""
+    rotary: RotaryTables | None = None
+
+    @property
+    def max_segment_tokens(self) -> int:
+        """Length of the longest segment."""
+        return max(end - start for start, end in pairwise(self.segment_ends))
+
+
+class PackedAttention(torch.nn.Module):
+    """Causal attention inside each segment of a packed row, rotary embedding included."""
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        attention_type: str,
+        kernel: AttentionKernel,
+        cp_comm_type: str | None = None,
+        softmax_scale: float | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
+    ) -> None:
+        super().__init__()
+        del config, layer_number, attention_type, cp_comm_type, pg_collection
+        assert attn_mask_type == AttnMaskType.causal, f"packed attention is causal, not {attn_mask_type}"
+        assert softmax_scale is None, "packed attention scales by head_size ** -0.5"
+        self.kernel: AttentionKernel = kernel
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        /,
+        *,
+        attn_mask_type: AttnMaskType | None = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+    ) -> Tensor:
+        """Attend.
+
+        Args:
+            query: [S, 1, H, D]; key and value: [S, 1, G, D] with H a multiple of G.
+            packed_seq_params: the `PackedRow` these tokens are.
+
+        Returns:
+            [S, 1, H * D]; rows of padding tokens hold nothing meaningful.
+        """
+        row = packed_seq_params
+        assert isinstance(row, PackedRow), f"packed attention needs a PackedRow, got {type(row).__name__}"
+        assert attention_mask is None, "packed attention takes its mask from the segment boundaries"
+        assert query.shape[1] == 1, f"a packed row has batch size 1, not {query.shape[1]}"
+        if row.rotary is not None:
+            query, key = rotate(query, row.rotary), rotate(key, row.rotary)
+        query, key, value = query.squeeze(1), key.squeeze(1), value.squeeze(1)
+        attend = {"sdpa": _per_segment, "flash_attn": _flash_attention, "torch_varlen": _torch_varlen}[self.kernel]
+        return attend(query, key, value, row).reshape(query.shape[0], 1, -1)
+
+
+def _per_segment(query: Tensor, key: Tensor, value: Tensor, row: PackedRow) -> Tensor:
+    """One scaled-dot-product call per segment: runs anywhere, never builds an [S, S] mask."""
+    repeats = query.shape[1] // key.shape[1]
+    if repeats > 1:
+        key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
+    heads_first = [tensor.transpose(0, 1).unsqueeze(0) for tensor in (query, key, value)]
+    outputs = []
+    last_real = row.segment_ends[-1] - row.num_padding_tokens
+    for start, end in pairwise(row.segment_ends):
+        if start >= last_real:
+            outputs.append(query.new_zeros(end - start, *query.shape[1:]))
+            continue
+        q, k, v = (tensor[:, :, start:end] for tensor in heads_first)
+        outputs.append(F.scaled_dot_product_attention(q, k, v, is_causal=True)[0].transpose(0, 1))
+    return torch.cat(outputs)
+
+
+def _flash_attention(query: Tensor, key: Tensor, value: Tensor, row: PackedRow) -> Tensor:
+    if query.dtype == torch.float32:  # flash kernels are half precision only; fp32 is for tests
+        return _per_segment(query, key, value, row)
+    from flash_attn import flash_attn_varlen_func  # pyright: ignore[reportMissingImports]
+
+    ends, longest = row.cu_seqlens_q, row.max_segment_tokens
+    return flash_attn_varlen_func(query, key, value, ends, ends, longest, longest, causal=True)
+
+
+def _torch_varlen(query: Tensor, key: Tensor, value: Tensor, row: PackedRow) -> Tensor:
+    if query.dtype == torch.float32:
+        return _per_segment(query, key, value, row)
+    from torch.nn.attention.varlen import varlen_attn
+
+    repeats = query.shape[1] // key.shape[1]
+    if repeats > 1:
+        key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
+    ends, longest = row.cu_seqlens_q, row.max_segment_tokens
+    assert ends is not None, "the packed row carries no device copy of its segment ends"
+    return varlen_attn(query, key, value, ends, ends, longest, longest, window_size=(-1, 0))
+
+
+class TileAttention(torch.nn.Module):
+    """Bidirectional attention inside each tile; tiles are the batch and never see each other."""
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        attention_type: str,
+        cp_comm_type: str | None = None,
+        softmax_scale: float | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
+    ) -> None:
+        super().__init__()
+        del config, layer_number, attention_type, cp_comm_type, pg_collection
+        assert attn_mask_type == AttnMaskType.no_mask, f"tiles have no mask, not {attn_mask_type}"
+        assert softmax_scale is None, "tile attention scales by head_size ** -0.5"
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        /,
+        *,
+        attn_mask_type: AttnMaskType | None = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+    ) -> Tensor:
+        """Attend; query, key, value are [N, T, H, D], the result is [N, T, H * D]."""
+        q, k, v = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
+        attended = F.scaled_dot_product_attention(q, k, v)
+        return attended.permute(2, 0, 1, 3).reshape(query.shape[0], query.shape[1], -1)

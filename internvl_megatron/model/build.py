@@ -1,0 +1,122 @@
+"""Build both sides of the model on this rank, and fill fresh parameters the same way under every layout."""
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+from torch import Tensor
+
+from internvl_megatron.config.schema import RunConfig
+from internvl_megatron.device import Device
+from internvl_megatron.model.language import LanguageModel, language_transformer_config
+from internvl_megatron.model.vision import VisionTower, vision_transformer_config
+from internvl_megatron.parallel.groups import Groups
+
+
+@dataclass(frozen=True)
+class Model:
+    """The two modules every rank holds: its stage and shard of the language model, and the whole vision tower."""
+
+    vision: VisionTower
+    language: LanguageModel
+
+    def named_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
+        """Parameters by names that do not depend on the layout: layers are counted over all pipeline stages."""
+        for name, parameter in self.vision.named_parameters():
+            yield f"vision.{name}", parameter
+        offset = self.language.decoder.layers[0].layer_number - 1
+        for name, parameter in self.language.named_parameters():
+            parts = name.split(".")
+            if parts[:2] == ["decoder", "layers"]:
+                parts[2] = str(int(parts[2]) + offset)
+            yield ".".join(["language", *parts]), parameter
+
+    def tensor_group(self, name: str) -> torch.distributed.ProcessGroup:
+        """The group a parameter is split over; the two sides of the model have their own."""
+        side = self.vision.encoder if name.startswith("vision.") else self.language
+        return side.pg_collection.tp
+
+    @torch.no_grad()
+    def load_full(self, name: str, parameter: torch.nn.Parameter, full: Tensor) -> None:
+        """Fill a parameter with this rank's part of a full tensor."""
+        shard = _local_shard(name, full, parameter, self.tensor_group(name))
+        assert shard.shape == parameter.shape, f"{name}: {tuple(shard.shape)} does not fit {tuple(parameter.shape)}"
+        parameter.copy_(shard.to(parameter.dtype))
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """'fp32' or 'bf16' as torch's dtype."""
+    return {"fp32": torch.float32, "bf16": torch.bfloat16}[name]
+
+
+def build_model(config: RunConfig, groups: Groups, device: Device) -> Model:
+    """Create this rank's modules with freshly initialised parameters."""
+    dtype = torch_dtype(config.dtype)
+    # Sequence parallelism forks Megatron Core's random state around dropout, even at rate 0: it has to exist.
+    model_parallel_cuda_manual_seed(config.seed, tp_rank=groups.language.tp.rank(), ep_rank=0, etp_rank=0)
+    vision_config = vision_transformer_config(config.model, dtype)
+    language_config = language_transformer_config(config.model, config.parallel, dtype)
+    model = Model(
+        vision=VisionTower(config.model, vision_config, groups.vision, device.torch_device),
+        language=LanguageModel(
+            config.model.language,
+            language_config,
+            groups.language,
+            device.attention,
+            max_tokens=config.data.tokens_per_row,
+            stage_layers=config.model.language.num_layers // config.parallel.pipeline_size,
+        ),
+    )
+    _initialize(model, config)
+    return model
+
+
+def _initialize(model: Model, config: RunConfig) -> None:
+    """Fill every parameter from (seed, name) alone, so that all layouts start from the same weights.
+
+    Matrices and embeddings are normal with `init_std`, output projections of the language model's and the vision
+    encoder's residual branches included; norm weights are 1, biases 0, LayerScale its configured value.
+    """
+    for name, parameter in model.named_parameters():
+        shape = _full_shape(parameter, model.tensor_group(name).size())
+        model.load_full(name, parameter, _fresh(name, shape, config))
+
+
+def _fresh(name: str, shape: tuple[int, ...], config: RunConfig) -> Tensor:
+    leaf, owner = name.rsplit(".", 1)[-1], name.rsplit(".", 2)[-2]
+    if leaf in ("ls1", "ls2"):
+        return torch.full(shape, config.model.vision.layer_scale_init)
+    if leaf == "bias":
+        return torch.zeros(shape)
+    if "norm" in owner:
+        return torch.ones(shape)
+    digest = hashlib.sha256(f"{config.seed}/{name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    return torch.randn(shape, generator=generator) * config.model.init_std
+
+
+def _full_shape(parameter: torch.nn.Parameter, tensor_size: int) -> tuple[int, ...]:
+    """Shape of a parameter over all tensor-parallel ranks."""
+    shape = list(parameter.shape)
+    if getattr(parameter, "tensor_model_parallel", False) and tensor_size > 1:
+        shape[parameter.partition_dim] *= tensor_size
+    return tuple(shape)
+
+
+def _local_shard(
+    name: str, full: Tensor, parameter: torch.nn.Parameter, tensor_group: torch.distributed.ProcessGroup
+) -> Tensor:
+    """This rank's part of a full parameter.
+
+    Megatron Core stacks gate and up projection in one matrix and splits each of the two over the ranks, so a rank's
+    shard of `linear_fc1` is [its gate rows; its up rows] and not a contiguous block.
+    """
+    rank, size = tensor_group.rank(), tensor_group.size()
+    if size == 1 or not getattr(parameter, "tensor_model_parallel", False):
+        return full
+    axis: int = parameter.partition_dim
+    if name.startswith("language.") and name.endswith("mlp.linear_fc1.weight"):
+        return torch.cat([half.chunk(size, dim=axis)[rank] for half in full.chunk(2, dim=axis)], dim=axis)
+    return full.chunk(size, dim=axis)[rank]

@@ -1,0 +1,167 @@
+"""The language model: Megatron Core's `GPTModel` as a Qwen2 decoder that takes image embeddings.
+
+Shapes: S tokens of a packed row, S' = S / tensor size under sequence parallelism (else S), D hidden size, V padded
+vocabulary, V' = V / tensor size.
+"""
+
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.models.gpt import GPTModel
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from internvl_megatron.config.schema import LanguageConfig, ModelConfig, ParallelConfig
+from internvl_megatron.device import AttentionKernel
+from internvl_megatron.model.attention import PackedRow
+from internvl_megatron.model.layer_specs import language_block
+
+VOCAB_MULTIPLE = 512
+"""The embedding table is padded to this multiple whatever the tensor-parallel size, so checkpoints fit every layout."""
+
+
+def padded_vocab_size(vocab_size: int) -> int:
+    """Rows of the embedding table and of the output layer."""
+    return -(-vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+
+
+def language_transformer_config(
+    model: ModelConfig, parallel: ParallelConfig, dtype: torch.dtype
+) -> TransformerConfig:
+    """Megatron Core's view of the decoder."""
+    language = model.language
+    return TransformerConfig(
+        num_layers=language.num_layers,
+        hidden_size=language.hidden_size,
+        num_attention_heads=language.num_heads,
+        num_query_groups=language.num_kv_heads,
+        kv_channels=language.head_size,
+        ffn_hidden_size=language.ffn_hidden_size,
+        normalization="RMSNorm",
+        layernorm_epsilon=language.norm_eps,
+        activation_func=F.silu,
+        gated_linear_unit=True,
+        add_bias_linear=False,
+        add_qkv_bias=language.qkv_bias,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        gradient_accumulation_fusion=False,
+        masked_softmax_fusion=False,
+        persist_layer_norm=False,
+        perform_initialization=False,
+        use_cpu_initialization=False,
+        params_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        pipeline_dtype=dtype,
+        tensor_model_parallel_size=parallel.tensor_size,
+        pipeline_model_parallel_size=parallel.pipeline_size,
+        sequence_parallel=parallel.sequence_parallel,
+        # Losses are divided by their global weight before backward; nothing may divide them again.
+        calculate_per_token_loss=True,
+        deallocate_pipeline_outputs=True,
+    )
+
+
+@dataclass(frozen=True)
+class ImageTokens:
+    """Image embeddings of one row that fall into this rank's slice of the sequence."""
+
+    embeddings: Tensor
+    """[n, D]."""
+    positions: Tensor
+    """int64 [n]: places in the local slice, ascending."""
+
+
+class LanguageModel(GPTModel):
+    """One pipeline stage of the decoder."""
+
+    def __init__(
+        self,
+        language: LanguageConfig,
+        config: TransformerConfig,
+        groups: ProcessGroupCollection,
+        kernel: AttentionKernel,
+        max_tokens: int,
+        stage_layers: int,
+    ) -> None:
+        stage, num_stages = groups.pp.rank(), groups.pp.size()
+        with _quiet_deprecation():
+            super().__init__(
+                config=config,
+                transformer_layer_spec=language_block(stage_layers, kernel),  # pyright: ignore[reportArgumentType]
+                vocab_size=padded_vocab_size(language.vocab_size),
+                max_sequence_length=max_tokens,
+                pre_process=stage == 0,
+                post_process=stage == num_stages - 1,
+                position_embedding_type="none",
+                share_embeddings_and_output_weights=False,
+                pg_collection=groups,
+            )
+        self.language = language
+
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, token_ids: Tensor, row: PackedRow, images: ImageTokens | None = None
+    ) -> Tensor:
+        """Run this stage on one packed row.
+
+        Args:
+            token_ids: int64 [1, S], the whole row on every rank.
+            row: segments and rotary tables of the row.
+            images: embeddings that replace this slice's image tokens; first stage only.
+
+        Returns:
+            Last stage: logits [S, 1, V'] of this rank's part of the vocabulary, padding columns at -inf.
+            Other stages: hidden states [S', 1, D] for the next one.
+        """
+        decoder_input: Any = None
+        if self.pre_process:
+            decoder_input = self.embedding(token_ids, None)
+            if images is not None:
+                decoder_input = insert_image_tokens(decoder_input, images)
+        return super().forward(
+            input_ids=token_ids,
+            position_ids=None,  # pyright: ignore[reportArgumentType]
+            attention_mask=None,  # pyright: ignore[reportArgumentType]
+            decoder_input=decoder_input,
+            packed_seq_params=row,
+            output_processor=self._logits,
+        )
+
+    def _logits(self, hidden_states: Tensor, **_kwargs: Any) -> Tensor:
+        logits, _ = self.output_layer(hidden_states)
+        first = self.pg_collection.tp.rank() * logits.shape[-1]
+        num_real = self.language.vocab_size - first
+        if num_real >= logits.shape[-1]:
+            return logits
+        padding = torch.arange(logits.shape[-1], device=logits.device) >= num_real
+        return logits.masked_fill(padding, float("-inf"))
+
+
+def insert_image_tokens(hidden: Tensor, images: ImageTokens) -> Tensor:
+    """Replace the placeholders' embeddings [S', 1, D] by the image's; the placeholder row gets no gradient.
+
+    Raises:
+        AssertionError: numbers of embeddings and placeholders differ. A silent shift of images against text would
+            train a broken model without a sign.
+    """
+    count, places = len(images.embeddings), len(images.positions)
+    assert count == places, f"{count} image embeddings for {places} image tokens in this slice of the row"
+    return hidden.index_copy(0, images.positions, images.embeddings.unsqueeze(1).to(hidden.dtype))
+
+
+class _quiet_deprecation:  # noqa: N801 - reads as a function where it is used
+    """GPTModel warns in favour of HybridModel, which has no place for image embeddings; say nothing for our own use."""
+
+    def __enter__(self) -> None:
+        self.logger = logging.getLogger("megatron.core.models.gpt.gpt_model")
+        self.level = self.logger.level
+        self.logger.setLevel(logging.ERROR)
+
+    def __exit__(self, *_: object) -> None:
+        self.logger.setLevel(self.level)

@@ -1,0 +1,70 @@
+"""Which module sits in which slot of a Megatron Core layer: the one place where that is chosen."""
+
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+
+from internvl_megatron.device import AttentionKernel
+from internvl_megatron.model.attention import PackedAttention
+
+
+def plain_norm(config: TransformerConfig, hidden_size: int, eps: float) -> torch.nn.Module:
+    """LayerNorm or RMSNorm of torch whose parameters Megatron Core treats correctly under sequence parallelism.
+
+    Its own wrapper refuses sequence parallelism: there every rank sees only its tokens, so the gradients of the norm's
+    parameters must be summed over the tensor-parallel group, which the `sequence_parallel` mark asks for.
+    """
+    norm = torch.nn.RMSNorm if config.normalization == "RMSNorm" else torch.nn.LayerNorm
+    module = norm(hidden_size, eps=eps, dtype=config.params_dtype)
+    for parameter in module.parameters():
+        setattr(parameter, "sequence_parallel", config.sequence_parallel)
+    return module
+
+
+class ColumnParallelLinearWithoutBias(ColumnParallelLinear):
+    """For InternViT-6B: no bias on q, k, v although its other linear layers have one, which no config field says."""
+
+    def __init__(self, *args: Any, bias: bool, **kwargs: Any) -> None:
+        del bias
+        super().__init__(*args, bias=False, **kwargs)
+
+
+def feed_forward() -> Any:
+    """Builder of the MLP slot; gating and activation come from the config."""
+    return partial(
+        MLP.as_mlp_submodule, MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+    )
+
+
+def language_block(num_layers: int, kernel: AttentionKernel) -> TransformerBlockSubmodules:
+    """Qwen2 decoder layers for one pipeline stage, and the final norm (built on the last stage only)."""
+    layer = ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=plain_norm,
+            self_attention=ModuleSpec(
+                module=SelfAttention,
+                params={"attn_mask_type": AttnMaskType.causal},
+                submodules=SelfAttentionSubmodules(
+                    linear_qkv=ColumnParallelLinear,
+                    core_attention=partial(PackedAttention, kernel=kernel),
+                    linear_proj=RowParallelLinear,
+                ),
+            ),
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=plain_norm,
+            mlp=feed_forward(),
+            mlp_bda=get_bias_dropout_add,
+        ),
+    )
+    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=plain_norm)

@@ -1,0 +1,22 @@
+"""Next-token loss as a weighted sum; nothing here divides.
+
+InternVL3 (paper sec. 2.2) weights a token of a sample with l supervised tokens by 1/sqrt(l). The weights come with the
+data; the global weight they are divided by is known on the host before the forward pass (`Step`).
+"""
+
+import torch
+from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
+from torch import Tensor
+
+
+def weighted_loss(logits: Tensor, targets: Tensor, weights: Tensor, tensor_group: torch.distributed.ProcessGroup) -> Tensor:
+    """Sum over tokens of weight times cross entropy, an fp32 scalar.
+
+    Args:
+        logits: [S, 1, V'], this rank's part of the vocabulary.
+        targets: int64 [S], the token each position predicts; anything below 0 carries no loss.
+        weights: fp32 [S], 0 where there is no target.
+        tensor_group: group over which the vocabulary is split.
+    """
+    losses = vocab_parallel_cross_entropy(logits.float(), targets.clamp(min=0)[:, None], tp_group=tensor_group)
+    return (losses[:, 0] * weights).sum()

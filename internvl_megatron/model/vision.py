@@ -1,0 +1,242 @@
+"""InternViT, pixel shuffle and projector: the vision side of InternVL3.
+
+Shapes: T tiles, P patches of a tile, N = 1 + P tokens in the encoder, C encoder width, D language model width,
+K image tokens of a tile (P / shuffle_factor^2).
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlock, TransformerBlockSubmodules
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from torch import Tensor
+
+from internvl_megatron.config.schema import ModelConfig, VisionConfig
+from internvl_megatron.model.attention import TileAttention
+from internvl_megatron.model.layer_specs import ColumnParallelLinearWithoutBias, feed_forward, plain_norm
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+@dataclass
+class TileBatch(PackedSeqParams):
+    """What the encoder's layers must know of a batch of tiles; travels in Megatron Core's packed-sequence slot."""
+
+    residual_scale: Tensor | None = None
+    """Drop path: fp32 [layers, 2, T], 0 where a tile skips the branch and 1 / (1 - rate) where it does not."""
+
+
+def vision_transformer_config(
+    model: ModelConfig, dtype: torch.dtype, **parallel: Any
+) -> TransformerConfig:
+    """Megatron Core's view of InternViT."""
+    vision = model.vision
+    return TransformerConfig(
+        num_layers=vision.num_layers,
+        hidden_size=vision.hidden_size,
+        num_attention_heads=vision.num_heads,
+        kv_channels=vision.hidden_size // vision.num_heads,
+        ffn_hidden_size=vision.ffn_hidden_size,
+        normalization="RMSNorm" if vision.norm == "rms_norm" else "LayerNorm",
+        layernorm_epsilon=vision.norm_eps,
+        activation_func=F.gelu,
+        gated_linear_unit=False,
+        add_bias_linear=True,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        gradient_accumulation_fusion=False,
+        masked_softmax_fusion=False,
+        persist_layer_norm=False,
+        perform_initialization=False,
+        use_cpu_initialization=False,
+        params_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        pipeline_dtype=dtype,
+        calculate_per_token_loss=True,
+        **parallel,
+    )
+
+
+class InternViTAttention(SelfAttention):
+    """Self-attention with RMSNorm over the whole query and key vectors (6B family), before the split into heads."""
+
+    def __init__(self, *args: Any, qk_norm: bool, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        width, eps = self.config.hidden_size, self.config.layernorm_epsilon
+        self.q_norm = plain_norm(self.config, width, eps) if qk_norm else None
+        self.k_norm = plain_norm(self.config, width, eps) if qk_norm else None
+
+    def get_query_key_value_tensors(self, *args: Any, **kwargs: Any) -> Any:
+        """Query, key, value, each [N, T, heads, head size]."""
+        query, key, value = super().get_query_key_value_tensors(*args, **kwargs)
+        if self.q_norm is not None and self.k_norm is not None:
+            query = self.q_norm(query.flatten(2)).view_as(query)
+            key = self.k_norm(key.flatten(2)).view_as(key)
+        return query, key, value
+
+
+class InternViTLayer(TransformerLayer):
+    """x + drop_path(ls1 * attention(norm1 x)), then x + drop_path(ls2 * mlp(norm2 x))."""
+
+    def __init__(self, *args: Any, layer_scale_init: float, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        width, dtype = self.config.hidden_size, self.config.params_dtype
+        self.ls1 = torch.nn.Parameter(torch.full((width,), layer_scale_init, dtype=dtype))
+        self.ls2 = torch.nn.Parameter(torch.full((width,), layer_scale_init, dtype=dtype))
+        self._residual_scale: Tensor | None = None
+        # Megatron Core built its identity modules here; torch refuses to put a plain callable in a module's place.
+        del self.self_attn_bda, self.mlp_bda
+        self.self_attn_bda = partial(self._add_branch, 0)
+        self.mlp_bda = partial(self._add_branch, 1)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the layer; the tile batch in `packed_seq_params` carries the drop-path decisions."""
+        tiles = kwargs.get("packed_seq_params")
+        assert isinstance(tiles, TileBatch), f"the vision encoder needs a TileBatch, got {type(tiles).__name__}"
+        scale = tiles.residual_scale
+        self._residual_scale = None if scale is None else scale[self.layer_number - 1]
+        return super().forward(*args, **kwargs)
+
+    def _add_branch(self, branch: int, _training: bool, _fused: bool) -> Any:
+        """The slot Megatron Core fills with bias-dropout-add: here bias, LayerScale, drop path and residual."""
+        layer_scale = (self.ls1, self.ls2)[branch]
+        keep = self._residual_scale
+
+        def add(output_with_bias: tuple[Tensor, Tensor | None], residual: Tensor, _dropout: float) -> Tensor:
+            output, bias = output_with_bias
+            update = layer_scale * (output if bias is None else output + bias)
+            if keep is not None:
+                update = update * keep[branch].to(update.dtype)[None, :, None]
+            return residual + update
+
+        return add
+
+
+def _vision_block(vision: VisionConfig) -> TransformerBlockSubmodules:
+    layer = ModuleSpec(
+        module=InternViTLayer,
+        params={"layer_scale_init": vision.layer_scale_init},
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=plain_norm,
+            self_attention=ModuleSpec(
+                module=InternViTAttention,
+                params={"attn_mask_type": AttnMaskType.no_mask, "qk_norm": vision.qk_norm},
+                submodules=SelfAttentionSubmodules(
+                    linear_qkv=ColumnParallelLinear if vision.qkv_bias else ColumnParallelLinearWithoutBias,
+                    core_attention=TileAttention,
+                    linear_proj=RowParallelLinear,
+                ),
+            ),
+            pre_mlp_layernorm=plain_norm,
+            mlp=feed_forward(),
+        ),
+    )
+    return TransformerBlockSubmodules(layer_specs=[layer] * vision.num_layers, layer_norm=None)
+
+
+class VisionTower(MegatronModule):
+    """Pixels of tiles to image embeddings: InternViT, pixel shuffle, projector."""
+
+    def __init__(
+        self, model: ModelConfig, config: TransformerConfig, groups: ProcessGroupCollection, device: torch.device
+    ) -> None:
+        super().__init__(config)
+        vision, language = model.vision, model.language
+        width, dtype = vision.hidden_size, config.params_dtype
+        options = {"dtype": dtype, "device": device}
+        self.vision = vision
+        self.class_embedding = torch.nn.Parameter(torch.empty(1, 1, width, **options))
+        self.patch_embedding = torch.nn.Conv2d(3, width, vision.patch_pixels, stride=vision.patch_pixels, **options)
+        self.position_embedding = torch.nn.Parameter(
+            torch.empty(1, 1 + vision.patches_per_side**2, width, **options)
+        )
+        # No norm after the last block: the projector's LayerNorm takes its output as it is.
+        self.encoder = TransformerBlock(config, _vision_block(vision), post_layer_norm=False, pg_collection=groups)
+        shuffled = width * vision.shuffle_factor**2
+        self.projector = Projector(shuffled, language.hidden_size, model.projector_norm_eps, options)
+        self.to(device)
+
+    def forward(self, tiles: Tensor, residual_scale: Tensor | None = None) -> Tensor:
+        """Encode tiles.
+
+        Args:
+            tiles: uint8 or normalised floating point [T, 3, pixels, pixels].
+            residual_scale: drop-path factors fp32 [layers, 2, T], or None for none.
+
+        Returns:
+            Image embeddings [T, K, D] in the parameters' dtype, tokens of a tile row by row.
+        """
+        dtype = self.config.params_dtype
+        pixels = normalize_pixels(tiles, dtype) if tiles.dtype == torch.uint8 else tiles.to(dtype)
+        patches = self.patch_embedding(pixels)
+        rows, columns = patches.shape[2:]
+        hidden = patches.flatten(2).transpose(1, 2)
+        hidden = torch.cat([self.class_embedding.expand(len(hidden), -1, -1), hidden], dim=1)
+        hidden = hidden + interpolate_positions(self.position_embedding, rows, columns).to(hidden.dtype)
+        hidden = self.encoder(
+            hidden_states=hidden.transpose(0, 1).contiguous(),
+            attention_mask=None,
+            packed_seq_params=TileBatch(residual_scale=residual_scale),
+        )
+        features = hidden[1:].transpose(0, 1).unflatten(1, (rows, columns))
+        return self.projector(pixel_shuffle(features, self.vision.shuffle_factor))
+
+
+class Projector(torch.nn.Module):
+    """`mlp1` of InternVL: LayerNorm, linear, GELU (erf), linear."""
+
+    def __init__(self, in_size: int, out_size: int, eps: float, options: dict[str, Any]) -> None:
+        super().__init__()
+        self.norm = torch.nn.LayerNorm(in_size, eps=eps, **options)
+        self.linear_1 = torch.nn.Linear(in_size, out_size, **options)
+        self.linear_2 = torch.nn.Linear(out_size, out_size, **options)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """[T, K, in_size] to [T, K, out_size]."""
+        return self.linear_2(F.gelu(self.linear_1(self.norm(features))))
+
+
+def normalize_pixels(tiles: Tensor, dtype: torch.dtype) -> Tensor:
+    """uint8 [T, 3, H, W] to ImageNet-normalised values."""
+    mean = torch.tensor(IMAGENET_MEAN, device=tiles.device)[:, None, None]
+    std = torch.tensor(IMAGENET_STD, device=tiles.device)[:, None, None]
+    return ((tiles.float() / 255.0 - mean) / std).to(dtype)
+
+
+def interpolate_positions(table: Tensor, rows: int, columns: int) -> Tensor:
+    """Resize the patch part of a position table [1, 1 + P, C] to another grid (bicubic, fp32), the CLS entry kept."""
+    side = round((table.shape[1] - 1) ** 0.5)
+    if (rows, columns) == (side, side):
+        return table
+    grid = table[:, 1:].float().reshape(1, side, side, -1).permute(0, 3, 1, 2)
+    grid = F.interpolate(grid, size=(rows, columns), mode="bicubic", align_corners=False)
+    return torch.cat([table[:, :1].float(), grid.permute(0, 2, 3, 1).flatten(1, 2)], dim=1)
+
+
+def pixel_shuffle(features: Tensor, factor: int) -> Tensor:
+    """InternVL's `ps_version` v2: neighbouring patches become one token, token-major.
+
+    Args:
+        features: [T, rows, columns, C].
+
+    Returns:
+        [T, rows * columns / factor^2, C * factor^2]; the token of cell (m, k) is the concatenation of the patches
+        (m f, k f), (m f, k f + 1), .. (m f + f - 1, k f + f - 1).
+    """
+    tiles, rows, columns, width = features.shape
+    cells = features.reshape(tiles, rows // factor, factor, columns // factor, factor, width)
+    return cells.permute(0, 1, 3, 2, 4, 5).reshape(tiles, -1, factor * factor * width)

@@ -1,0 +1,182 @@
+"""Moves tiles to the ranks that encode them, embeddings to the ranks that own their tokens, and gradients back.
+
+Every message is one all-to-all whose sizes both ends compute from the plan. Embeddings travel as tokens, because a
+tile's tokens can lie in two slices of a sequence-parallel row.
+
+Shapes: t tiles this rank decodes, e tiles it encodes, K tokens of a tile, D hidden size, n image tokens of its slice.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from internvl_megatron.device import Device
+from internvl_megatron.parallel.groups import Groups
+from internvl_megatron.parallel.tile_plan import TilePlan
+
+
+@dataclass(frozen=True)
+class TokenSlice:
+    """Image tokens a rank owns: token i of the window is tile i // K of the plan's table, place i % K in the tile."""
+
+    tokens: np.ndarray
+    """int64 [n], ascending, which is the order of rows and of places in a row."""
+    row: np.ndarray
+    """int64 [n], the row each token is in."""
+    position: np.ndarray
+    """int64 [n], its place in this rank's slice of the row."""
+
+
+class Exchange:
+    """The three all-to-alls of the decoupled schedule, as one rank takes part in them."""
+
+    def __init__(
+        self, groups: Groups, device: Device, *, tokens_per_tile: int, tokens_per_row: int, sequence_parallel: bool
+    ) -> None:
+        self.groups = groups
+        self.device = device
+        self.tokens_per_tile = tokens_per_tile
+        self.tokens_per_row = tokens_per_row
+        self.sequence_parallel = sequence_parallel
+
+    def send_tiles(self, plan: TilePlan, decoded: Tensor) -> Tensor:
+        """Send decoded tiles to their encoders.
+
+        Args:
+            plan: the plan of this window.
+            decoded: uint8 [t, 3, H, W], the tiles this rank decoded, in table order.
+
+        Returns:
+            uint8 [e, 3, H, W], the tiles this rank encodes, in table order.
+        """
+        rank, world = self.groups.rank, self.groups.layout.world_size
+        held = np.flatnonzero(plan.table.decoder == rank)
+        assert len(decoded) == len(held), f"{len(decoded)} decoded tiles, the plan expects {len(held)}"
+        target = plan.encoder[held]
+        order = np.argsort(target, kind="stable")
+        wanted = plan.tiles_of(rank)
+        source = plan.table.decoder[wanted]
+        received = self._all_to_all(
+            decoded[self._index(order)],
+            np.bincount(target, minlength=world),
+            np.bincount(source, minlength=world),
+            self.groups.tiles,
+        )
+        return received[self._index(_inverse(np.argsort(source, kind="stable")))]
+
+    def owned(self, plan: TilePlan) -> TokenSlice:
+        """The image tokens this rank puts into its slice of the sequence; none outside the first stage."""
+        tokens = self._tokens(plan, None, self.groups.rank, for_gradients=False)
+        tile, place = np.divmod(tokens, self.tokens_per_tile)
+        first, _ = self._bounds(self.groups.rank, for_gradients=False)
+        return TokenSlice(tokens, plan.table.row[tile], plan.table.start[tile] + place - first)
+
+    def send_embeddings(self, plan: TilePlan, embeddings: Tensor) -> Tensor:
+        """Send embeddings to their owners.
+
+        Args:
+            plan: the plan of this window.
+            embeddings: [e, K, D], of the tiles this rank encoded, in table order.
+
+        Returns:
+            [n, D], the tokens of `owned(plan)` in its order.
+        """
+        rank = self.groups.rank
+        outgoing = self._routes(plan, encoder=rank, for_gradients=False)
+        incoming = self._routes(plan, owner=rank, for_gradients=False)
+        received = self._all_to_all(
+            embeddings.flatten(0, 1)[self._index(self._local(plan, np.concatenate(outgoing)))],
+            _lengths(outgoing),
+            _lengths(incoming),
+            self.groups.embeddings,
+        )
+        return received[self._index(np.argsort(np.concatenate(incoming), kind="stable"))]
+
+    def send_gradients(self, plan: TilePlan, gradients: Tensor) -> Tensor:
+        """Send the gradients of embeddings back to the ranks that computed them.
+
+        Args:
+            plan: the plan of this window.
+            gradients: [n, D], of the tokens of `owned(plan)` in its order.
+
+        Returns:
+            [e, K, D], gradients of the tiles this rank encoded, in table order.
+        """
+        rank = self.groups.rank
+        outgoing = self._routes(plan, owner=rank, for_gradients=True)
+        incoming = self._routes(plan, encoder=rank, for_gradients=True)
+        mine = self._tokens(plan, None, rank, for_gradients=False)
+        received = self._all_to_all(
+            gradients[self._index(np.searchsorted(mine, np.concatenate(outgoing)))],
+            _lengths(outgoing),
+            _lengths(incoming),
+            self.groups.gradients,
+        )
+        num_tiles = len(plan.tiles_of(rank))
+        result = gradients.new_empty(num_tiles * self.tokens_per_tile, gradients.shape[-1])
+        result[self._index(self._local(plan, np.concatenate(incoming)))] = received
+        return result.unflatten(0, (num_tiles, self.tokens_per_tile))
+
+    def _routes(
+        self, plan: TilePlan, *, encoder: int | None = None, owner: int | None = None, for_gradients: bool
+    ) -> list[np.ndarray]:
+        """Tokens between one rank on a given side and every rank on the other, by the other's rank."""
+        others = range(self.groups.layout.world_size)
+        if encoder is not None:
+            return [self._tokens(plan, encoder, other, for_gradients) for other in others]
+        assert owner is not None, "give one side of the route"
+        return [self._tokens(plan, other, owner, for_gradients) for other in others]
+
+    def _tokens(self, plan: TilePlan, encoder: int | None, owner: int, for_gradients: bool) -> np.ndarray:
+        """Tokens an owner has of the tiles of one encoder (None = of all), ascending."""
+        layout = self.groups.layout
+        if layout.stage(owner) != 0:
+            return np.empty(0, dtype=np.int64)
+        chosen = plan.table.replica == layout.replica(owner)
+        if encoder is not None:
+            chosen &= plan.encoder == encoder
+        tiles = np.flatnonzero(chosen)
+        place = np.arange(self.tokens_per_tile)
+        position = plan.table.start[tiles][:, None] + place
+        first, end = self._bounds(owner, for_gradients)
+        inside = (position >= first) & (position < end)
+        return (tiles[:, None] * self.tokens_per_tile + place)[inside]
+
+    def _bounds(self, owner: int, for_gradients: bool) -> tuple[int, int]:
+        """First and end place in the row of what an owner receives, or of what it returns gradients for.
+
+        Without sequence parallelism every tensor-parallel rank needs all image tokens, and Megatron Core gives each of
+        them the whole gradient; each returns its share of it, so that none arrives twice.
+        """
+        layout = self.groups.layout
+        if layout.tensor_size == 1 or not (self.sequence_parallel or for_gradients):
+            return 0, self.tokens_per_row
+        share = self.tokens_per_row // layout.tensor_size
+        first = layout.tensor_index(owner) * share
+        return first, first + share
+
+    def _local(self, plan: TilePlan, tokens: np.ndarray) -> np.ndarray:
+        """Places of tokens in this rank's flattened [e * K, D] embeddings."""
+        tile, place = np.divmod(tokens, self.tokens_per_tile)
+        return np.searchsorted(plan.tiles_of(self.groups.rank), tile) * self.tokens_per_tile + place
+
+    def _index(self, index: np.ndarray) -> Tensor:
+        return self.device.put(index)
+
+    def _all_to_all(self, send: Tensor, sent: np.ndarray, received: np.ndarray, group: dist.ProcessGroup) -> Tensor:
+        output = send.new_empty(int(received.sum()), *send.shape[1:])
+        dist.all_to_all_single(output, send.contiguous(), received.tolist(), sent.tolist(), group=group)
+        return output
+
+
+def _inverse(permutation: np.ndarray) -> np.ndarray:
+    inverse = np.empty_like(permutation)
+    inverse[permutation] = np.arange(len(permutation))
+    return inverse
+
+
+def _lengths(parts: list[np.ndarray]) -> np.ndarray:
+    return np.array([len(part) for part in parts], dtype=np.int64)

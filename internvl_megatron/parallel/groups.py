@@ -1,0 +1,109 @@
+"""Process groups: the only file that touches Megatron Core's `parallel_state`.
+
+The language model uses the groups `parallel_state` makes. The vision side has its own collection, in which every rank is
+a data-parallel rank. The exchange between the two has groups of its own, one per kind of message: with two pipeline
+stages Megatron Core sends half of its point-to-point traffic over the world group, and collectives of different
+threads or phases on one communicator can wait for each other for ever.
+"""
+
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from internvl_megatron.device import Device
+from internvl_megatron.parallel.layout import Layout
+
+
+@dataclass(frozen=True)
+class Groups:
+    """All process groups of a run, as seen by one rank."""
+
+    layout: Layout
+    rank: int
+    language: ProcessGroupCollection
+    vision: ProcessGroupCollection
+    tiles: dist.ProcessGroup
+    """Pixels of tiles on their way to the rank that encodes them."""
+    embeddings: dist.ProcessGroup
+    """Image embeddings on their way to the ranks that own those tokens."""
+    gradients: dist.ProcessGroup
+    """Gradients of image embeddings on their way back."""
+    host_world: dist.ProcessGroup
+    """Small host messages between all ranks."""
+    host_replica: dist.ProcessGroup
+    """Small host messages inside one replica."""
+    host_data: dist.ProcessGroup
+    """Small host messages between the ranks at the same place of every replica."""
+
+    @property
+    def replica_leader(self) -> int:
+        """Global rank of the rank that reads and packs this replica's samples."""
+        return self.layout.replica_ranks(self.layout.replica(self.rank))[0]
+
+    @property
+    def is_first_stage(self) -> bool:
+        """Whether this rank holds the token embedding."""
+        return self.layout.stage(self.rank) == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        """Whether this rank computes the loss."""
+        return self.layout.stage(self.rank) == self.layout.pipeline_size - 1
+
+
+def make_groups(layout: Layout, device: Device, timeout_seconds: int) -> Groups:
+    """Create every process group; collective over all ranks of an initialised world."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    assert world == layout.world_size, f"layout {layout} wants {layout.world_size} ranks, the world has {world}"
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=layout.tensor_size,
+        pipeline_model_parallel_size=layout.pipeline_size,
+        distributed_timeout_minutes=max(1, timeout_seconds // 60),
+        create_gloo_process_groups=False,
+    )
+    timeout = timedelta(seconds=timeout_seconds)
+    everyone = list(range(world))
+
+    def whole_world(backend: str) -> dist.ProcessGroup:
+        return _checked(dist.new_group(everyone, timeout=timeout, backend=backend))
+
+    alone = _checked(
+        dist.new_group([rank], timeout=timeout, backend=device.backend, use_local_synchronization=True)
+    )
+    replicas = [layout.replica_ranks(replica) for replica in range(layout.data_size)]
+
+    def host_group_of_mine(partition: list[list[int]]) -> dist.ProcessGroup:
+        """Create a group per part, as all ranks must, and return the one this rank is in."""
+        made = [dist.new_group(part, timeout=timeout, backend=device.host_backend) for part in partition]
+        return _checked(next(group for part, group in zip(partition, made, strict=True) if rank in part))
+
+    return Groups(
+        layout=layout,
+        rank=rank,
+        language=ProcessGroupCollection.use_mpu_process_groups(),
+        vision=_vision_groups(alone, whole_world(device.backend)),
+        tiles=whole_world(device.backend),
+        embeddings=whole_world(device.backend),
+        gradients=whole_world(device.backend),
+        host_world=whole_world(device.host_backend),
+        host_replica=host_group_of_mine(replicas),
+        host_data=host_group_of_mine([list(peers) for peers in zip(*replicas, strict=True)]),
+    )
+
+
+def _vision_groups(alone: dist.ProcessGroup, world: dist.ProcessGroup) -> ProcessGroupCollection:
+    """Every rank is a data-parallel rank of the vision side; the other axes have size 1."""
+    collection = ProcessGroupCollection()
+    for name in ("tp", "pp", "cp", "mp", "ep", "tp_cp", "embd", "pos_embd", "expt_tp", "expt_dp", "tp_ep_pp"):
+        setattr(collection, name, alone)
+    for name in ("dp", "dp_cp", "dp_cp_gtp_remat", "intra_dp_cp", "intra_dist_opt", "tp_dp_cp"):
+        setattr(collection, name, world)
+    return collection
+
+
+def _checked(group: dist.ProcessGroup | int | None) -> dist.ProcessGroup:
+    assert isinstance(group, dist.ProcessGroup), f"this rank is not part of the group it asked for: {group}"
+    return group

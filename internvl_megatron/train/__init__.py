@@ -1,0 +1,1 @@
+"""Training: the decoupled step, both optimizers, the loop."""

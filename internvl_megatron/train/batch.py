@@ -1,0 +1,46 @@
+"""One replica's rows of a step, put on the device row by row as the schedule asks for them."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from torch import Tensor
+
+from internvl_megatron.config.schema import LanguageConfig
+from internvl_megatron.data.packing import Row
+from internvl_megatron.device import Device
+from internvl_megatron.model.attention import PackedRow
+from internvl_megatron.model.rotary import rotary_tables
+
+
+@dataclass(frozen=True)
+class DeviceRow:
+    """A row on the device. S tokens."""
+
+    token_ids: Tensor
+    """int64 [1, S]."""
+    targets: Tensor
+    """int64 [S], -100 where nothing is predicted."""
+    weights: Tensor
+    """fp32 [S]."""
+    packed: PackedRow
+    """Segments and rotary tables for attention."""
+
+
+def device_row(row: Row, language: LanguageConfig, device: Device) -> DeviceRow:
+    """Copy a row to the device; lengths stay on the host as well, so that nothing has to be read back."""
+    ends = np.concatenate([[0], np.cumsum(row.segment_lengths)]).astype(np.int32)
+    positions = device.put(row.positions)
+    on_device = device.put(ends)
+    packed = PackedRow(
+        cu_seqlens_q=on_device,
+        cu_seqlens_kv=on_device,
+        segment_ends=tuple(ends.tolist()),
+        num_padding_tokens=len(row.token_ids) - row.num_tokens,
+        rotary=rotary_tables(positions, language.head_size, language.rope_theta),
+    )
+    return DeviceRow(
+        token_ids=device.put(row.token_ids.astype(np.int64))[None],
+        targets=device.put(row.targets.astype(np.int64)),
+        weights=device.put(row.weights.astype(np.float32)),
+        packed=packed,
+    )
