@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from checkpoint_convert.transforms import GateUp, GroupedQKV, PaddedVocab, Same, Transform
+from internvl_megatron.config.plan import padded_vocab_size
 from internvl_megatron.config.schema import ModelConfig
 from internvl_megatron.errors import CheckpointError
-from internvl_megatron.model.language import padded_vocab_size
 
 
 @dataclass(frozen=True)

@@ -70,7 +70,7 @@ def launch(target: Callable[..., Any], num_ranks: int, *args: Any) -> list[Any]:
         ranks, readers = [], []
         for rank in range(num_ranks):
             reader, writer = context.Pipe(duplex=False)
-            info = RankInfo(rank, num_ranks, rank, store)
+            info = RankInfo(rank, num_ranks, rank, num_ranks, store)
             process = context.Process(target=_run_rank, args=(writer, target, info, args), name=f"rank{rank}")
             process.start()
             writer.close()

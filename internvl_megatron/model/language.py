@@ -15,19 +15,11 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from internvl_megatron.config.plan import padded_vocab_size
 from internvl_megatron.config.schema import LanguageConfig, ModelConfig, ParallelConfig
 from internvl_megatron.device import AttentionKernel
 from internvl_megatron.model.attention import PackedRow
 from internvl_megatron.model.layer_specs import language_block
-
-VOCAB_MULTIPLE = 512
-"""The embedding table is padded to this multiple whatever the tensor-parallel size, so checkpoints fit every layout."""
-
-
-def padded_vocab_size(vocab_size: int) -> int:
-    """Rows of the embedding table and of the output layer."""
-    return -(-vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
-
 
 def language_transformer_config(
     model: ModelConfig, parallel: ParallelConfig, dtype: torch.dtype

@@ -91,6 +91,11 @@ class JointOptimizer:
         for optimizer in (self.vision, self.language):
             optimizer.zero_grad()
 
+    def reload_parameters(self) -> None:
+        """Take over weights that were put into the modules from outside (the optimizers keep fp32 copies in bf16)."""
+        for optimizer in (self.vision, self.language):
+            optimizer.reload_model_params()
+
     @torch.no_grad()
     def clip_and_step(self) -> UpdateResult:
         """Clip by the joint norm and update both sides, or neither if the norm is not finite.

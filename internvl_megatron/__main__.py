@@ -1,0 +1,117 @@
+"""Command line: `internvl-megatron` = `python -m internvl_megatron`."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from internvl_megatron.config.overrides import apply_overrides
+from internvl_megatron.config.plan import plan
+from internvl_megatron.config.recipes import RECIPES, find_recipe
+from internvl_megatron.errors import UserError
+
+EXIT_USER_ERROR = 2
+EXIT_FAILED = 1
+EXIT_INTERRUPTED = 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; the exit code is 0, 1 (a rank failed), 2 (the user can mend it) or 130 (interrupted)."""
+    options = _parser().parse_args(arguments)
+    from internvl_megatron.launcher import InterruptedRunError, RankFailedError
+
+    try:
+        return options.run(options)
+    except UserError as error:
+        print(f"internvl-megatron: {error}", file=sys.stderr)
+        return EXIT_USER_ERROR
+    except RankFailedError as error:
+        first = error.failures[0]
+        print(f"internvl-megatron: {first.text if first.is_user_error else error}", file=sys.stderr)
+        return EXIT_USER_ERROR if first.is_user_error else EXIT_FAILED
+    except (InterruptedRunError, KeyboardInterrupt) as error:
+        print(f"internvl-megatron: {error or 'interrupted'}", file=sys.stderr)
+        return EXIT_INTERRUPTED
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="internvl-megatron", description="Train InternVL3 with 3D parallelism.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    recipes = commands.add_parser("recipes", help="list the recipes")
+    recipes.set_defaults(run=_recipes)
+
+    train = commands.add_parser("train", help="train a recipe; run it again to continue")
+    train.add_argument("recipe", help="name of a recipe")
+    train.add_argument("overrides", nargs="*", metavar="section.field=value", help="settings to change")
+    train.add_argument(
+        "--nproc", type=int, help="local ranks to start (default: 1; under torchrun or srun the ranks they started)"
+    )
+    train.set_defaults(run=_train)
+
+    generate = commands.add_parser("generate", help="answer a question from a checkpoint of a run")
+    generate.add_argument("run_folder", type=Path, help="folder of a run (the newest checkpoint is used)")
+    generate.add_argument("question", help="the question; <image> marks where an image goes")
+    generate.add_argument("--image", action="append", default=[], help="an image file; may be given several times")
+    generate.add_argument("--max-new-tokens", type=int, default=64)
+    generate.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    generate.set_defaults(run=_generate)
+
+    doctor = commands.add_parser("doctor", help="versions, device, and what optional parts are active")
+    doctor.set_defaults(run=_doctor)
+    return parser
+
+
+def _recipes(_options: argparse.Namespace) -> int:
+    for name, recipe in RECIPES.items():
+        summary = (recipe.__doc__ or "").strip().splitlines()[0]
+        print(f"{name:24s} {summary}")
+    return 0
+
+
+def _train(options: argparse.Namespace) -> int:
+    from internvl_megatron.launcher import launch
+    from internvl_megatron.ranks import rank_from_environment
+    from internvl_megatron.train.loop import train_rank
+
+    config = apply_overrides(find_recipe(options.recipe), options.overrides)
+    info = rank_from_environment()
+    if info is not None:
+        if options.nproc is not None:
+            raise UserError("--nproc starts ranks itself; under torchrun or srun leave it out")
+        plan(config, info.world_size)
+        summary = train_rank(info, config)
+        if info.rank != 0:
+            return 0
+    else:
+        num_ranks = 1 if options.nproc is None else options.nproc
+        if num_ranks < 1:
+            raise UserError(f"--nproc {num_ranks}: start at least one rank")
+        plan(config, num_ranks)  # a wrong layout is said at once, not by every rank
+        summary = launch(train_rank, num_ranks, config)[0]
+    loss = "" if summary.loss is None else f", loss {summary.loss:.4f}"
+    held_out = "" if summary.eval_loss is None else f", held-out loss {summary.eval_loss:.4f}"
+    print(f"{config.name}: step {summary.step} of {config.num_steps}{loss}{held_out}; see {config.folder}")
+    return 0
+
+
+def _generate(options: argparse.Namespace) -> int:
+    from internvl_megatron.inference.generate import Prompt
+    from internvl_megatron.inference.run import answer_prompts
+    from internvl_megatron.launcher import launch
+
+    prompt = Prompt(options.question, tuple(options.image))
+    answers = launch(answer_prompts, 1, options.run_folder, [prompt], options.max_new_tokens, options.device)[0]
+    print(answers[0])
+    return 0
+
+
+def _doctor(_options: argparse.Namespace) -> int:
+    from internvl_megatron.doctor import report
+
+    print(report())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

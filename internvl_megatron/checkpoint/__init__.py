@@ -1,0 +1,1 @@
+"""Checkpoints: sharded state of both sides through Megatron Core, atomic folders, retention."""

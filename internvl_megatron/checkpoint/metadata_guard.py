@@ -1,0 +1,59 @@
+"""Refuses checkpoints whose metadata would run code.
+
+torch's distributed checkpoints keep their table of contents in a pickle, which torch reads without restrictions. Before
+torch sees it, it is read here by an unpickler that knows only the plain data classes such a table consists of.
+"""
+
+import pickle
+from pathlib import Path
+
+from internvl_megatron.errors import CheckpointError
+
+ALLOWED_CLASSES = {
+    "torch.distributed.checkpoint.metadata": {
+        "Metadata",
+        "MetadataIndex",
+        "TensorStorageMetadata",
+        "BytesStorageMetadata",
+        "TensorProperties",
+        "ChunkStorageMetadata",
+        "StorageMeta",
+        "_MEM_FORMAT_ENCODING",
+    },
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo", "_StoragePrefix"},
+    "torch.distributed.checkpoint.planner": {"SavePlan", "WriteItem", "WriteItemType", "TensorWriteData"},
+    "torch.serialization": {"_get_layout"},
+    "torch": {"Size", "device"},
+    "pathlib": {"PosixPath", "PurePosixPath"},
+    "pathlib._local": {"PosixPath"},
+    "collections": {"OrderedDict", "defaultdict"},
+    "builtins": {"set", "frozenset", "list", "dict", "tuple", "int"},
+}
+METADATA_FILE = ".metadata"
+
+
+class _PlainUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> object:
+        dtype = module == "torch" and name in _DTYPES
+        if dtype or name in ALLOWED_CLASSES.get(module, ()):
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"it names {module}.{name}")
+
+
+_DTYPES = ("float32", "float64", "float16", "bfloat16", "int8", "uint8", "int16", "int32", "int64", "bool", "strided")
+
+
+def check_metadata(folder: Path) -> None:
+    """Raise unless the table of contents of a checkpoint is plain data.
+
+    Raises:
+        CheckpointError: the file is missing, damaged, or names something that is not plain data.
+    """
+    path = folder / METADATA_FILE
+    try:
+        with path.open("rb") as file:
+            _PlainUnpickler(file).load()
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: missing; the checkpoint is incomplete, use an older one") from None
+    except Exception as error:  # a damaged pickle can raise anything
+        raise CheckpointError(f"{path}: not readable as plain data ({error}); do not use this checkpoint") from error

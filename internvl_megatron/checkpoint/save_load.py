@@ -1,0 +1,229 @@
+"""Save and load the state of a run through Megatron Core's distributed checkpoints.
+
+The two sides of the model live in different process groups, so each describes its shards with its own groups, and the
+two optimizers' keys carry different prefixes. Optimizer state is saved in the layout-free format
+(`fully_reshardable`): any layout can continue from it.
+"""
+
+import json
+import shutil
+import types
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict
+from megatron.core.dist_checkpointing.strategies.torch import (
+    MCoreSavePlanner,
+    TorchDistSaveShardedStrategy,
+    _replace_state_dict_keys_with_sharded_keys,
+    mcore_to_pyt_state_dict,
+)
+from megatron.core.dist_checkpointing.utils import add_prefix_for_sharding
+from megatron.core.optimizer import MegatronOptimizer
+from torch.distributed.checkpoint import FileSystemWriter
+from torch.distributed.checkpoint import save as save_with_torch
+
+from internvl_megatron.checkpoint import folders
+from internvl_megatron.checkpoint.metadata_guard import check_metadata
+from internvl_megatron.errors import CheckpointError
+from internvl_megatron.model.build import Model
+from internvl_megatron.parallel.groups import Groups
+from internvl_megatron.train.optimizer import JointOptimizer
+
+OPTIMIZER_FORMAT = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
+
+
+class InProcessSave(TorchDistSaveShardedStrategy):
+    """Megatron Core's format written by torch's own writer in this process.
+
+    Its default writer starts a new interpreter per rank for every save, which takes longer than training a small model.
+    """
+
+    def save(self, sharded_state_dict: ShardedStateDict, checkpoint_dir: Path) -> None:
+        """Write this rank's shards; collective."""
+        renamed, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, self.keep_only_main_replica)
+        save_with_torch(
+            mcore_to_pyt_state_dict(renamed, False),
+            storage_writer=FileSystemWriter(checkpoint_dir, sync_files=True),
+            planner=MCoreSavePlanner(
+                dedup_replicated_tensors=False, flatten_state_dict=False, flatten_sharded_tensors=False
+            ),
+        )
+
+
+def save(
+    root: Path,
+    info: folders.CheckpointInfo,
+    model: Model,
+    optimizer: JointOptimizer,
+    groups: Groups,
+    loader_state: dict[str, Any] | None,
+    keep_last: int,
+) -> Path:
+    """Write a checkpoint; collective over all ranks. Until it is finished the previous one stays untouched.
+
+    Args:
+        root: folder of the run's checkpoints, on storage all ranks share.
+        info: what the marker says.
+        model: this rank's modules.
+        optimizer: both optimizers.
+        groups: process groups.
+        loader_state: position of this replica's data streams, on its leader; None elsewhere.
+        keep_last: finished checkpoints to keep.
+
+    Returns:
+        The finished checkpoint's folder.
+    """
+    folder = folders.writing_path(root, info.step)
+    if groups.rank == 0:
+        shutil.rmtree(folder, ignore_errors=True)
+        (folder / "loader").mkdir(parents=True)
+    _wait_for_all(groups)
+    state = _model_state(model, groups)
+    if info.optimizer_state:
+        state |= _optimizer_state(optimizer, state, is_loading=False)
+    dist_checkpointing.save(state, str(folder), sharded_strategy=InProcessSave(), validate_access_integrity=True)
+    if loader_state is not None:
+        replica = groups.layout.replica(groups.rank)
+        (folder / "loader" / f"replica-{replica:05d}.json").write_text(json.dumps(loader_state))
+    _wait_for_all(groups)
+    if groups.rank == 0:
+        folders.finish(root, info)
+        folders.clean(root, keep_last)
+    _wait_for_all(groups)
+    return folders.path_of(root, info.step)
+
+
+def load_weights(folder: Path, model: Model, groups: Groups) -> folders.CheckpointInfo:
+    """Load the weights alone, under any layout; collective.
+
+    Raises:
+        CheckpointError: the folder is no finished checkpoint, or does not fit the model.
+    """
+    info = folders.read_info(folder)
+    _apply_model(_load(folder, _model_state(model, groups)), model)
+    return info
+
+
+def load(
+    folder: Path, model: Model, optimizer: JointOptimizer, groups: Groups
+) -> tuple[folders.CheckpointInfo, dict[str, Any]]:
+    """Load weights and optimizer state, under any layout; collective.
+
+    Returns:
+        The marker, and the positions of all data streams by stream number.
+
+    Raises:
+        CheckpointError: the folder is no finished checkpoint, or does not fit the model.
+    """
+    info = folders.read_info(folder)
+    state = _model_state(model, groups)
+    if info.optimizer_state:
+        for side in (optimizer.vision, optimizer.language):
+            _create_state(side)
+        state |= _optimizer_state(optimizer, state, is_loading=True)
+    loaded = _load(folder, state)
+    _apply_model(loaded, model)
+    if info.optimizer_state:
+        with torch.no_grad():
+            for name, side in _sides(optimizer).items():
+                side.load_state_dict(loaded[name])
+                _own_step_counts(side)
+    return info, _loader_state(folder)
+
+
+def _sides(optimizer: JointOptimizer) -> dict[str, MegatronOptimizer]:
+    return {"vision_optimizer": optimizer.vision, "language_optimizer": optimizer.language}
+
+
+def _model_state(model: Model, groups: Groups) -> dict[str, Any]:
+    return {
+        "vision": model.vision.sharded_state_dict(
+            prefix="vision.", metadata={"dp_cp_group": groups.vision.dp_cp}
+        ),
+        "language": model.language.sharded_state_dict(
+            prefix="language.", metadata={"dp_cp_group": groups.language.dp_cp}
+        ),
+    }
+
+
+def _optimizer_state(optimizer: JointOptimizer, model_state: dict[str, Any], is_loading: bool) -> dict[str, Any]:
+    state = {}
+    for name, side in _sides(optimizer).items():
+        module = model_state[name.removesuffix("_optimizer")]
+        state[name] = side.sharded_state_dict(module, is_loading, metadata=OPTIMIZER_FORMAT)
+        add_prefix_for_sharding(state[name], f"{name}.")
+    return state
+
+
+def _load(folder: Path, state: dict[str, Any]) -> dict[str, Any]:
+    check_metadata(folder)
+    try:
+        return dist_checkpointing.load(state, str(folder))
+    except (OSError, RuntimeError, ValueError, KeyError, dist_checkpointing.core.CheckpointingException) as error:
+        raise CheckpointError(
+            f"{folder}: cannot be loaded into this model ({error}). The model's sizes must be those it was trained "
+            "with; if they are, the checkpoint is damaged: use an older one."
+        ) from error
+
+
+def _apply_model(loaded: dict[str, Any], model: Model) -> None:
+    for name, module in (("vision", model.vision), ("language", model.language)):
+        prefix = f"{name}."
+        module.load_state_dict({key.removeprefix(prefix): value for key, value in loaded[name].items()})
+
+
+def _create_state(optimizer: MegatronOptimizer) -> None:
+    """Allocate Adam's state, which torch does in the first step, and which must be there to be loaded into.
+
+    With torch's AdamW each parameter's state has a step count, which Megatron Core's formats keep elsewhere: its
+    setter must leave it alone (one format has no such entry, the other an outdated one).
+    """
+    for part in _distributed_parts(optimizer):
+        inner = part.optimizer
+        for group in inner.param_groups:
+            for parameter in group["params"]:
+                if not inner.state[parameter]:
+                    inner.state[parameter] |= {
+                        "step": torch.zeros((), dtype=torch.float32),
+                        "exp_avg": torch.zeros_like(parameter),
+                        "exp_avg_sq": torch.zeros_like(parameter),
+                    }
+        part._set_main_param_and_optimizer_states = types.MethodType(_set_states_but_step, part)
+
+
+def _set_states_but_step(self: Any, model_param: torch.nn.Parameter, tensors: dict[str, torch.Tensor]) -> None:
+    group, place = self.model_param_group_index_map[model_param]
+    own = self.optimizer.state[self.optimizer.param_groups[group]["params"][place]]
+    type(self)._set_main_param_and_optimizer_states(self, model_param, {**tensors, "step": own.get("step")})
+
+
+def _own_step_counts(optimizer: MegatronOptimizer) -> None:
+    """Give every parameter its own step count: Megatron Core loads one tensor that all of them share, and AdamW would
+    advance it once per parameter."""
+    for part in _distributed_parts(optimizer):
+        for state in part.optimizer.state.values():
+            if isinstance(state.get("step"), torch.Tensor):
+                state["step"] = state["step"].clone()
+
+
+def _distributed_parts(optimizer: MegatronOptimizer) -> list[Any]:
+    return list(getattr(optimizer, "chained_optimizers", [optimizer]))
+
+
+def _loader_state(folder: Path) -> dict[str, Any]:
+    """Positions of all data streams, whichever replica they belonged to."""
+    state: dict[str, Any] = {}
+    for path in sorted((folder / "loader").glob("replica-*.json")):
+        try:
+            state |= json.loads(path.read_text())
+        except ValueError as error:
+            raise CheckpointError(f"{path}: not valid JSON ({error}); use an older checkpoint") from error
+    return state
+
+
+def _wait_for_all(groups: Groups) -> None:
+    dist.barrier(group=groups.host_world)

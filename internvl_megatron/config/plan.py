@@ -1,0 +1,140 @@
+"""Checks a configuration as a whole and derives the numbers that follow from it. Pure: no torch, no files."""
+
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any
+
+from internvl_megatron.config.schema import RunConfig
+from internvl_megatron.errors import ConfigError
+from internvl_megatron.parallel.layout import Layout
+
+VOCAB_MULTIPLE = 512
+"""The embedding table is padded to this multiple whatever the tensor-parallel size, so checkpoints fit every layout."""
+
+MAY_BE_ZERO = {
+    "drop_path_rate", "learning_rate", "min_learning_rate", "warmup_ratio", "weight_decay", "beta1", "beta2",
+    "num_workers", "seed", "vision_learning_rate_scale", "min_tiles", "layer_scale_init",
+}  # fmt: skip
+
+
+def padded_vocab_size(vocab_size: int) -> int:
+    """Rows of the embedding table and of the output layer."""
+    return -(-vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """What follows from a configuration and a number of ranks."""
+
+    layout: Layout
+    rows_per_replica: int
+    """Micro-batches of one replica in a step."""
+    eval_rows_per_replica: int
+    layers_per_stage: int
+    padded_vocab_size: int
+
+
+def plan(config: RunConfig, world_size: int) -> RunPlan:
+    """Check everything that one field alone cannot tell.
+
+    Raises:
+        ConfigError: with one line per problem, each naming the field, its value and what to set.
+    """
+    problems = [*_numbers(config, ""), *_model(config), *_data(config), *_layout(config, world_size)]
+    if problems:
+        raise ConfigError("\n".join(f"config: {problem}" for problem in problems))
+    parallel = config.parallel
+    data_size = world_size // (parallel.tensor_size * parallel.pipeline_size)
+    return RunPlan(
+        layout=Layout(parallel.tensor_size, parallel.pipeline_size, data_size),
+        rows_per_replica=config.rows_per_step // data_size,
+        eval_rows_per_replica=config.eval_rows // data_size,
+        layers_per_stage=config.model.language.num_layers // parallel.pipeline_size,
+        padded_vocab_size=padded_vocab_size(config.model.language.vocab_size),
+    )
+
+
+def _numbers(section: Any, path: str) -> list[str]:
+    """Numbers are positive unless zero means something; none is negative."""
+    problems = []
+    for field in fields(section):
+        value, name = getattr(section, field.name), f"{path}{field.name}"
+        if is_dataclass(value):
+            problems += _numbers(value, f"{name}.")
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            if value < 0 or (value == 0 and field.name not in MAY_BE_ZERO):
+                problems.append(f"{name}={value} must be {'at least 0' if value < 0 else 'greater than 0'}")
+    return problems
+
+
+def _model(config: RunConfig) -> list[str]:
+    vision, language = config.model.vision, config.model.language
+    checks = [
+        (vision.hidden_size % vision.num_heads, "model.vision.hidden_size", "model.vision.num_heads"),
+        (vision.tile_pixels % vision.patch_pixels, "model.vision.tile_pixels", "model.vision.patch_pixels"),
+        (vision.patches_per_side % vision.shuffle_factor, "patches per tile side", "model.vision.shuffle_factor"),
+        (language.num_heads % language.num_kv_heads, "model.language.num_heads", "model.language.num_kv_heads"),
+        (language.head_size % 2, "model.language.head_size", "2 (rotary halves)"),
+    ]
+    return [f"{what} must be a multiple of {of}" for remainder, what, of in checks if remainder]
+
+
+def _data(config: RunConfig) -> list[str]:
+    data, vision = config.data, config.model.vision
+    problems = []
+    if data.max_tiles < data.min_tiles:
+        problems.append(f"data.max_tiles={data.max_tiles} is below data.min_tiles={data.min_tiles}")
+    largest = data.max_tiles + (1 if data.use_thumbnail and data.max_tiles > 1 else 0)
+    if largest > data.tiles_per_row:
+        problems.append(
+            f"data.tiles_per_row={data.tiles_per_row} cannot hold one image of data.max_tiles={data.max_tiles} "
+            f"({largest} tiles with thumbnail): set it to at least {largest} or lower data.max_tiles"
+        )
+    if largest * vision.tokens_per_tile > data.tokens_per_row:
+        problems.append(
+            f"data.tokens_per_row={data.tokens_per_row} cannot hold one image of {largest} tiles "
+            f"({largest * vision.tokens_per_tile} tokens): raise it or lower data.max_tiles"
+        )
+    if data.v2pe == "fixed" and (data.v2pe_numerator & (data.v2pe_numerator - 1) or data.v2pe_numerator > 256):
+        problems.append(f"data.v2pe_numerator={data.v2pe_numerator} must be one of 1, 2, 4, 8, 16, 32, 64, 128, 256")
+    if config.eval_every_steps and not data.eval_meta:
+        problems.append("eval_every_steps is set but data.eval_meta is not: give held-out data, or set it to null")
+    return problems
+
+
+def _layout(config: RunConfig, world_size: int) -> list[str]:
+    parallel, language, data = config.parallel, config.model.language, config.data
+    tensor, pipeline = parallel.tensor_size, parallel.pipeline_size
+    if tensor < 1 or pipeline < 1:
+        return []  # already named by _numbers
+    problems = []
+    if world_size % (tensor * pipeline):
+        problems.append(
+            f"parallel.tensor_size={tensor} x parallel.pipeline_size={pipeline} = {tensor * pipeline} ranks a replica, "
+            f"which does not divide the {world_size} ranks of this run: change them, or start a multiple of "
+            f"{tensor * pipeline} ranks (--nproc)"
+        )
+    data_size = max(1, world_size // (tensor * pipeline))
+    for name, rows in (("rows_per_step", config.rows_per_step), ("eval_rows", config.eval_rows)):
+        if rows % data_size:
+            problems.append(f"{name}={rows} must be a multiple of the {data_size} replicas")
+    if language.num_layers % pipeline:
+        problems.append(
+            f"parallel.pipeline_size={pipeline} must divide model.language.num_layers={language.num_layers}"
+        )
+    for what, value in (
+        ("model.language.num_heads", language.num_heads),
+        ("model.language.ffn_hidden_size", language.ffn_hidden_size),
+        (f"the padded vocabulary (model.language.vocab_size={language.vocab_size})", padded_vocab_size(language.vocab_size)),
+    ):
+        if value % tensor:
+            problems.append(f"parallel.tensor_size={tensor} must divide {what}={value}")
+    if language.num_kv_heads % tensor and tensor % language.num_kv_heads:
+        problems.append(
+            f"parallel.tensor_size={tensor} must divide model.language.num_kv_heads={language.num_kv_heads}, or be a "
+            "multiple of it"
+        )
+    if parallel.sequence_parallel and tensor == 1:
+        problems.append("parallel.sequence_parallel=true needs parallel.tensor_size > 1")
+    if data.tokens_per_row % tensor:
+        problems.append(f"data.tokens_per_row={data.tokens_per_row} must be a multiple of parallel.tensor_size={tensor}")
+    return problems

@@ -1,0 +1,279 @@
+"""The training loop. Read this first: `Trainer` builds a run in the order written, `run` is the whole loop."""
+
+import logging
+import os
+import signal
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+from internvl_megatron.checkpoint import folders, save_load
+from internvl_megatron.config.overrides import changed_fields, from_json, to_json
+from internvl_megatron.config.plan import plan
+from internvl_megatron.config.schema import RunConfig
+from internvl_megatron.data.evaluation_rows import eval_rows
+from internvl_megatron.data.loader import ReplicaLoader
+from internvl_megatron.data.meta import load_datasets
+from internvl_megatron.data.records import SampleSettings
+from internvl_megatron.data.step_rows import StepRows
+from internvl_megatron.data.stream import SampleStream
+from internvl_megatron.data.tokenizer import Tokenizer, load_tokenizer
+from internvl_megatron.device import Device, open_device
+from internvl_megatron.errors import ConfigError
+from internvl_megatron.logs import configure_logging
+from internvl_megatron.metrics import MetricsWriter, StepMetrics
+from internvl_megatron.model.build import build_model, torch_dtype
+from internvl_megatron.parallel.groups import make_groups
+from internvl_megatron.parallel.host import broadcast_bytes, sum_floats
+from internvl_megatron.ranks import RankInfo, joined
+from internvl_megatron.scaling.counts import step_flops
+from internvl_megatron.train.step import Step, StepResult
+
+log = logging.getLogger(__name__)
+
+CONFIG_FILE = "config.json"
+CHECKPOINTS = "checkpoints"
+
+
+@dataclass(frozen=True)
+class RunSummary:
+    """How a run ended."""
+
+    step: int
+    loss: float | None
+    """Loss of the last step; None if no step was left to take."""
+    eval_loss: float | None
+    interrupted: bool
+
+
+def train_rank(info: RankInfo, config: RunConfig) -> RunSummary:
+    """Body of one rank: join the world, build the run, train."""
+    configure_logging(info.rank)
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // info.local_world_size))
+    device = open_device(config.device, info.local_rank)
+    with joined(info, device, config.parallel.collective_timeout_seconds):
+        trainer = Trainer(info, config, device)
+        try:
+            return trainer.run()
+        finally:
+            trainer.close()
+
+
+class Trainer:
+    """One rank of a run."""
+
+    def __init__(self, info: RankInfo, config: RunConfig, device: Device) -> None:
+        self.config = config
+        self.plan = plan(config, info.world_size)
+        self.device = device
+        self.root = Path(config.folder)
+        self.is_main = info.rank == 0
+        self.groups = make_groups(self.plan.layout, device, config.parallel.collective_timeout_seconds)
+        self.model = build_model(config, self.groups, device)
+        self.trainer_step = Step(config, self.model, self.groups, device)
+        self.tokenizer = open_tokenizer(config)
+        self.settings = sample_settings(config)
+        self.replica = self.plan.layout.replica(info.rank)
+        self.replica_ranks = self.plan.layout.replica_ranks(self.replica)
+        self.is_leader = info.rank == self.replica_ranks[0]
+        self.loader = self._loader()
+        self.eval_batch = self._eval_batch()
+        self.step = 0
+        self.num_tokens = 0
+        self.num_samples = 0
+        self._resume()
+        self._write_config()
+        self.metrics = MetricsWriter(self.root, self.step or None) if self.is_main else None
+        self.peak_flops = self._peak_flops()
+        self._stop_requested = False
+        signal.signal(signal.SIGTERM, self._request_stop)
+
+    def run(self) -> RunSummary:
+        """Train until the last step, or until some rank is asked to stop; a checkpoint ends both."""
+        config, loss, eval_loss, interrupted = self.config, None, None, False
+        progress = tqdm(
+            total=config.num_steps, initial=self.step, disable=None if self.is_main else True, unit="step", smoothing=0.1
+        )
+        while self.step < config.num_steps and not interrupted:
+            start = time.perf_counter()
+            result = self.trainer_step.run(self.loader.next_step(), self.step, self._stop_requested)
+            seconds = time.perf_counter() - start
+            self.step += 1
+            self.num_tokens += result.agreement.num_tokens
+            self.num_samples += result.agreement.num_samples
+            loss, interrupted = result.loss, result.agreement.stop_requested
+            eval_loss = self._evaluate() if self._due(config.eval_every_steps) else None
+            self._report(result, seconds, eval_loss)
+            progress.set_postfix(loss=f"{loss:.3f}", refresh=False)
+            progress.update()
+            if interrupted or self._due(config.checkpoint.save_every_steps) or self.step == config.num_steps:
+                self._save()
+        progress.close()
+        return RunSummary(self.step, loss, eval_loss, interrupted)
+
+    def close(self) -> None:
+        """End the loader's threads and close the metrics files."""
+        self.loader.close()
+        if self.metrics is not None:
+            self.metrics.close()
+
+    def _loader(self) -> ReplicaLoader:
+        """Row slot m * replicas + r of every step belongs to replica r and comes from the stream of that number, so
+        the data of a step do not depend on the layout."""
+        config, layout = self.config, self.plan.layout
+        streams = None
+        if self.is_leader:
+            datasets = load_datasets(config.data.meta)
+            numbers = range(self.replica, config.rows_per_step, layout.data_size)
+            streams = [
+                SampleStream(datasets, self.settings, self.tokenizer, number, config.rows_per_step) for number in numbers
+            ]
+
+        def broadcast(payload: bytes | None) -> bytes:
+            return broadcast_bytes(payload, self.replica_ranks[0], self.groups.host_replica)
+
+        place = self.replica_ranks.index(self.groups.rank)
+        return ReplicaLoader(streams, broadcast, self.settings, place, len(self.replica_ranks))
+
+    def _eval_batch(self) -> StepRows | None:
+        config = self.config
+        if config.data.eval_meta is None or config.eval_every_steps is None:
+            return None
+        rows = eval_rows(config.data.eval_meta, self.settings, self.tokenizer, config.eval_rows)
+        mine = rows[self.replica :: self.plan.layout.data_size]
+        return StepRows(mine, self.settings, self.replica_ranks.index(self.groups.rank), len(self.replica_ranks))
+
+    def _due(self, every: int | None) -> bool:
+        return every is not None and (self.step % every == 0 or self.step == self.config.num_steps)
+
+    def _evaluate(self) -> float | None:
+        return None if self.eval_batch is None else self.trainer_step.evaluate(self.eval_batch)
+
+    def _resume(self) -> None:
+        """Continue from the newest checkpoint of this run, or start from the weights the configuration names."""
+        found = folders.finished(self.root / CHECKPOINTS)
+        if found:
+            self._check_same_run()
+            info, positions = save_load.load(found[-1], self.model, self.trainer_step.optimizer, self.groups)
+            self.loader.load_state_dict(positions)
+            self.step, self.num_tokens, self.num_samples = info.step, info.num_tokens, info.num_samples
+            log.info("continuing from %s (step %d, written as %s)", found[-1], info.step, info.layout)
+        elif self.config.checkpoint.load is not None:
+            save_load.load_weights(Path(self.config.checkpoint.load), self.model, self.groups)
+            self.trainer_step.optimizer.reload_parameters()
+            log.info("starting from the weights of %s", self.config.checkpoint.load)
+
+    def _check_same_run(self) -> None:
+        """A run can change its layout and its length, but not its model or its data."""
+        before = from_json(self.root / CONFIG_FILE)
+        changed = changed_fields(before, self.config)
+        refused = [name for name in changed if name.startswith("model.") or name in ("rows_per_step", "seed", "data.seed")]
+        if refused:
+            raise ConfigError(
+                f"{self.root} holds a run with other settings of {', '.join(refused)}: set them back, or choose another "
+                "folder (folder=...) and start from its weights (checkpoint.load=...)"
+            )
+        if changed:
+            log.info("continuing with changed settings: %s", ", ".join(changed))
+
+    def _write_config(self) -> None:
+        if self.is_main:
+            self.root.mkdir(parents=True, exist_ok=True)
+            temporary = self.root / f"{CONFIG_FILE}.writing"
+            temporary.write_text(to_json(self.config) + "\n")
+            temporary.replace(self.root / CONFIG_FILE)
+
+    def _save(self) -> None:
+        config = self.config
+        info = folders.CheckpointInfo(
+            step=self.step,
+            num_tokens=self.num_tokens,
+            num_samples=self.num_samples,
+            layout=str(self.plan.layout),
+            optimizer_state=config.optimizer.name == "adamw",
+        )
+        state: dict[str, Any] | None = self.loader.state_dict() if self.is_leader else None
+        path = save_load.save(
+            self.root / CHECKPOINTS,
+            info,
+            self.model,
+            self.trainer_step.optimizer,
+            self.groups,
+            state,
+            config.checkpoint.keep_last,
+        )
+        log.info("saved %s", path)
+
+    def _report(self, result: StepResult, seconds: float, eval_loss: float | None) -> None:
+        """Write the step's metrics (rank 0)."""
+        if self.metrics is None or not (self._due(self.config.log_every_steps) or eval_loss is not None):
+            return
+        agreement = result.agreement
+        num_tiles = len(agreement.table)
+        flops = step_flops(
+            self.config.model,
+            num_tokens=agreement.num_tokens,
+            num_tiles=num_tiles,
+            attention_pairs=agreement.attention_pairs,
+        ).total
+        flops_per_second = flops / seconds
+        self.metrics.write(
+            StepMetrics(
+                step=self.step,
+                loss=result.loss,
+                grad_norm=result.grad_norm,
+                learning_rate=result.learning_rate,
+                updated=result.updated,
+                num_tiles=num_tiles,
+                num_samples=agreement.num_samples,
+                step_seconds=seconds,
+                tokens_per_second=agreement.num_tokens / seconds,
+                image_tokens_per_second=num_tiles * self.config.model.vision.tokens_per_tile / seconds,
+                model_tflops_per_second_per_rank=flops_per_second / self.plan.layout.world_size / 1e12,
+                mfu=flops_per_second / self.peak_flops,
+                peak_memory_bytes=self.device.peak_memory_bytes(),
+                num_skipped_samples=sum(self.loader.skipped().values()),
+                num_failed_images=agreement.num_failed_images,
+                eval_loss=eval_loss,
+            )
+        )
+
+    def _peak_flops(self) -> float:
+        """Peak of all ranks together, each measuring at the same time where it has to be measured."""
+        dist.barrier(group=self.groups.host_world)
+        mine = self.device.peak_flops(torch_dtype(self.config.dtype))
+        return sum_floats([mine], self.groups.host_world)[0]
+
+    def _request_stop(self, _signal: int, _frame: object) -> None:
+        self._stop_requested = True
+
+
+def sample_settings(config: RunConfig) -> SampleSettings:
+    """What the data pipeline needs to know of a run."""
+    vision = config.model.vision
+    return SampleSettings(
+        data=config.data,
+        tile_pixels=vision.tile_pixels,
+        tokens_per_tile=vision.tokens_per_tile,
+        weighting=config.loss.weighting,
+    )
+
+
+def open_tokenizer(config: RunConfig) -> Tokenizer:
+    """The run's tokenizer.
+
+    Raises:
+        ConfigError: it has more tokens than the model's vocabulary.
+    """
+    tokenizer = load_tokenizer(config.data.tokenizer)
+    if len(tokenizer) > config.model.language.vocab_size:
+        raise ConfigError(
+            f"data.tokenizer={config.data.tokenizer} has {len(tokenizer)} tokens, more than "
+            f"model.language.vocab_size={config.model.language.vocab_size}: set model.language.vocab_size={len(tokenizer)}"
+        )
+    return tokenizer
