@@ -1,0 +1,182 @@
+"""Feeds one replica of the language model: rows made once, by its leader; images decoded by all its ranks, ahead of use.
+
+Every rank of a replica has a `ReplicaLoader`. The leader makes rows in a background thread, `prefetch_steps` ahead, and
+hands them to the others one step before they are used, so that decoding of the next step overlaps training on this one.
+"""
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+from internvl_megatron.data.records import SampleSettings
+from internvl_megatron.data.row_bytes import rows_from_bytes, rows_to_bytes
+from internvl_megatron.data.step_rows import StepRows
+from internvl_megatron.data.stream import SampleStream
+from internvl_megatron.errors import DataError
+
+Broadcast = Callable[[bytes | None], bytes]
+"""Sends the leader's bytes to all ranks of the replica: the leader passes them, the others None; all get them back."""
+
+_ROWS, _ERROR = b"R", b"E"
+"""First byte of a message: rows follow, or the text of an error the leader met."""
+
+_State = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class _Made:
+    """One step made by the leader: the message for the other ranks, and where the streams stand after it."""
+
+    message: bytes
+    state: _State
+
+
+@dataclass(frozen=True)
+class _Ahead:
+    """One step received but not yet returned: its rows, or the error that takes their place."""
+
+    step: StepRows | BaseException
+    state: _State | None
+
+
+class ReplicaLoader:
+    """Steps of one replica, one after the other, on each of its ranks.
+
+    All ranks must call `next_step` equally often: it broadcasts. On the leader `state_dict` is the position after the
+    last step that `next_step` returned, whatever has been made ahead.
+    """
+
+    def __init__(
+        self,
+        streams: Sequence[SampleStream] | None,
+        broadcast: Broadcast,
+        settings: SampleSettings,
+        rank_in_replica: int,
+        replica_size: int,
+    ) -> None:
+        """Nothing is read before the first `next_step`.
+
+        Args:
+            streams: on the leader, the streams of this replica's rows, in the order of the rows; None elsewhere.
+            broadcast: see `Broadcast`; only called in the thread that calls `next_step`.
+            settings: the same on all ranks.
+            rank_in_replica: this rank, from 0.
+            replica_size: ranks that share the decoding.
+        """
+        self._streams = None if streams is None else list(streams)
+        self._broadcast = broadcast
+        self._settings = settings
+        self._rank = rank_in_replica
+        self._size = replica_size
+        self._ahead: deque[_Ahead] = deque()
+        self._made: deque[Future[_Made]] = deque()
+        self._state = self._streams_state()
+        self._maker: ThreadPoolExecutor | None = None
+        self._workers: ThreadPoolExecutor | None = None
+        self._started = False
+        self._closed = False
+
+    def next_step(self) -> StepRows:
+        """The rows of the next step.
+
+        Raises:
+            DataError: the data are bad and the policy says stop. On the leader with the traceback of the background
+                thread; on the other ranks with the leader's message.
+        """
+        assert not self._closed, "the loader is closed"
+        if not self._started:
+            self._start()
+        while len(self._ahead) < 2 and not self._failed():
+            self._ahead.append(self._receive())
+        ahead = self._ahead[0]
+        if isinstance(ahead.step, BaseException):
+            raise ahead.step
+        self._ahead.popleft()
+        self._state = ahead.state
+        return ahead.step
+
+    def state_dict(self) -> _State:
+        """Position after the last step returned, as JSON: {stream number: its state}. Only on the leader."""
+        assert self._state is not None, "only the leader of a replica knows the position"
+        return self._state
+
+    def load_state_dict(self, state: _State) -> None:
+        """Go to a saved position, before the first `next_step`; on ranks that are not the leader nothing happens.
+
+        `state` may hold more streams than this replica has (those of the whole run).
+
+        Raises:
+            DataError: a stream is missing, or was saved with other data.
+        """
+        assert not self._started, "the position can only be set before the first step"
+        for stream in self._streams or ():
+            if str(stream.index) not in state:
+                raise DataError(f"the saved data position has no stream {stream.index}; rows_per_step must not change")
+            stream.load_state_dict(state[str(stream.index)])
+        self._state = self._streams_state()
+
+    def skipped(self) -> dict[str, int]:
+        """On the leader: samples left out up to the last step returned, by kind of error."""
+        total: dict[str, int] = {}
+        for stream in self.state_dict().values():
+            for kind, count in stream["skipped"].items():
+                total[kind] = total.get(kind, 0) + count
+        return total
+
+    def close(self) -> None:
+        """End the threads. Work that has not begun is given up."""
+        self._closed = True
+        for ahead in self._ahead:
+            if isinstance(ahead.step, StepRows):
+                ahead.step.cancel()
+        for executor in (self._maker, self._workers):
+            if executor is not None:
+                executor.shutdown(wait=True, cancel_futures=True)
+
+    def _start(self) -> None:
+        """Start the threads, and the leader's first steps."""
+        self._started = True
+        data = self._settings.data
+        if data.num_workers > 0:
+            self._workers = ThreadPoolExecutor(data.num_workers, thread_name_prefix="decode")
+        if self._streams is not None:
+            self._maker = ThreadPoolExecutor(1, thread_name_prefix="rows")
+            self._made.extend(self._maker.submit(self._make) for _ in range(max(1, data.prefetch_steps)))
+
+    def _failed(self) -> bool:
+        """Whether the last step received is an error: nothing comes after it."""
+        return bool(self._ahead) and isinstance(self._ahead[-1].step, BaseException)
+
+    def _streams_state(self) -> _State | None:
+        """Where the streams stand; None if this rank is not the leader."""
+        return None if self._streams is None else {str(stream.index): stream.state_dict() for stream in self._streams}
+
+    def _make(self) -> _Made:
+        """Make one step's rows (background thread, one at a time)."""
+        assert self._streams is not None
+        message = _ROWS + rows_to_bytes([stream.next_row() for stream in self._streams])
+        state = self._streams_state()
+        assert state is not None
+        return _Made(message, state)
+
+    def _receive(self) -> _Ahead:
+        """Get one step on all ranks and start to decode this rank's share of its images."""
+        message, state, error = self._take_made() if self._maker is not None else (None, None, None)
+        received = self._broadcast(message)
+        if received[:1] == _ERROR:
+            return _Ahead(error or DataError(f"the leader of this replica failed: {received[1:].decode()}"), None)
+        rows = rows_from_bytes(received[1:])
+        return _Ahead(StepRows(rows, self._settings, self._rank, self._size, self._workers), state)
+
+    def _take_made(self) -> tuple[bytes, _State | None, BaseException | None]:
+        """On the leader: the next message, the state after it, and the error if it is one."""
+        assert self._maker is not None
+        made = self._made.popleft()
+        # An error must reach the other ranks too: they wait for a message.
+        error = made.exception()
+        if error is not None:
+            return _ERROR + f"{type(error).__name__}: {error}".encode(errors="replace"), None, error
+        self._made.append(self._maker.submit(self._make))
+        return made.result().message, made.result().state, None

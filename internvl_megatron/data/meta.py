@@ -1,0 +1,195 @@
+"""InternVL's data files: the meta JSON that lists the data sets, and their jsonl annotations, read by byte offset."""
+
+import difflib
+import json
+from array import array
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from internvl_megatron.errors import DataError
+
+_REQUIRED_KEYS = ("root", "annotation", "data_augment", "repeat_time")
+_OPTIONAL_KEYS = ("length", "max_dynamic_patch")
+
+
+@dataclass(frozen=True, slots=True)
+class DatasetEntry:
+    """One data set of a meta file, checked."""
+
+    name: str
+    root: Path
+    """Folder image paths are relative to."""
+    annotation: Path
+    """The jsonl file."""
+    repeat_time: float
+    """Below 1: only the first such share of the lines is used. Otherwise whole: the lines are used so many times."""
+    data_augment: bool
+    """JPEG augmentation of the images."""
+    max_tiles: int | None
+    """Replaces `DataConfig.max_tiles` (`max_dynamic_patch` in the file); None = it does not."""
+
+
+class JsonlFile:
+    """Records of a jsonl file, found by byte offset and read one at a time. Blank lines are not records."""
+
+    def __init__(self, path: Path) -> None:
+        """Index the file. Raises `DataError` if it cannot be read or has no record."""
+        self.path = path
+        offsets, sizes, lines = array("q"), array("q"), array("q")
+        offset = 0
+        try:
+            with path.open("rb") as file:
+                for number, line in enumerate(file, start=1):
+                    if line.strip():
+                        offsets.append(offset)
+                        sizes.append(len(line))
+                        lines.append(number)
+                    offset += len(line)
+        except OSError as error:
+            raise DataError(
+                f"{path}: cannot be read ({error.strerror}); check 'annotation' in the meta file"
+            ) from error
+        if not offsets:
+            raise DataError(f"{path}: has no records")
+        self._offsets = np.array(offsets, dtype=np.int64)
+        self._sizes = np.array(sizes, dtype=np.int64)
+        self._lines = np.array(lines, dtype=np.int64)
+
+    def __len__(self) -> int:
+        """Number of records."""
+        return len(self._offsets)
+
+    def where(self, index: int) -> str:
+        """`file:line` of a record, line counted from 1."""
+        return f"{self.path}:{self._lines[index]}"
+
+    def read(self, index: int) -> dict[str, Any]:
+        """The JSON object of record `index`. Raises `DataError` if the line is not one."""
+        try:
+            with self.path.open("rb") as file:
+                file.seek(int(self._offsets[index]))
+                value = json.loads(file.read(int(self._sizes[index])))
+        except OSError as error:
+            raise DataError(f"{self.where(index)}: cannot be read ({error.strerror})") from error
+        except (ValueError, RecursionError) as error:
+            raise DataError(
+                f"{self.where(index)}: is not valid JSON ({error}); each line must be one object"
+            ) from error
+        if not isinstance(value, dict):
+            raise DataError(f"{self.where(index)}: is a JSON {type(value).__name__}; each line must be one object")
+        return value
+
+
+class Dataset:
+    """A data set: its entry in the meta file and its records."""
+
+    def __init__(self, entry: DatasetEntry) -> None:
+        """Index the annotation file. Raises `DataError` if it cannot be used."""
+        self.entry = entry
+        self.file = JsonlFile(entry.annotation)
+        share = min(1.0, entry.repeat_time)
+        self.num_records = int(len(self.file) * share)
+        """Records in use: the first ones of the file."""
+        if not self.num_records:
+            raise DataError(
+                f"{entry.annotation}: repeat_time {entry.repeat_time} leaves none of its {len(self.file)} records; "
+                "raise it"
+            )
+        self.num_repeats = max(1, int(entry.repeat_time))
+
+    def shuffled_records(self, rng: np.random.Generator) -> np.ndarray:
+        """Indices of the records in use, each `num_repeats` times, in random order: int64 [records * repeats]."""
+        return rng.permutation(np.tile(np.arange(self.num_records, dtype=np.int64), self.num_repeats))
+
+    @property
+    def length(self) -> int:
+        """Samples of one pass, repeats counted."""
+        return self.num_records * self.num_repeats
+
+
+def load_datasets(meta_path: str | Path) -> list[Dataset]:
+    """All data sets of a meta file, indexed. Raises `DataError`."""
+    return [Dataset(entry) for entry in read_meta(meta_path)]
+
+
+def read_meta(meta_path: str | Path) -> list[DatasetEntry]:
+    """Read and check a meta file. Relative paths in it are relative to its own folder.
+
+    Raises:
+        DataError: with every problem of the file, one a line.
+    """
+    path = Path(meta_path)
+    try:
+        content = json.loads(path.read_bytes(), object_pairs_hook=_no_duplicates)
+    except OSError as error:
+        raise DataError(
+            f"{path}: cannot be read ({error.strerror}); set data.meta to an InternVL meta file"
+        ) from error
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path}: is not a valid meta file ({error})") from error
+    if not isinstance(content, dict) or not content:
+        raise DataError(f"{path}: must be a JSON object with one entry per data set")
+    problems = [f"{path}: {name}: {text}" for name, entry in content.items() for text in _problems(entry)]
+    if problems:
+        raise DataError("\n".join(problems))
+    return [_entry(name, entry, path.parent) for name, entry in content.items()]
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object, refused if a key is there twice (JSON readers silently keep the last)."""
+    names = [name for name, _ in pairs]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(f"{', '.join(twice)} given more than once")
+    return dict(pairs)
+
+
+def _is_number(value: object, *kinds: type) -> bool:
+    """Whether a JSON value is a number of one of the kinds; true and false are not numbers."""
+    return isinstance(value, kinds) and not isinstance(value, bool)
+
+
+def _problems(entry: object) -> list[str]:
+    """What is wrong with one data set's entry."""
+    if not isinstance(entry, dict):
+        return [f"must be an object with {', '.join(_REQUIRED_KEYS)}"]
+    known = (*_REQUIRED_KEYS, *_OPTIONAL_KEYS)
+    problems = [f"'{key}' is missing" for key in _REQUIRED_KEYS if key not in entry]
+    for key in entry:
+        if key not in known:
+            nearest = difflib.get_close_matches(key, known, n=1, cutoff=0)
+            problems.append(f"'{key}' is not a known key; did you mean '{nearest[0]}'?")
+    checks = {
+        "root": (lambda value: isinstance(value, str), "must be a string"),
+        "annotation": (lambda value: isinstance(value, str) and value, "must be the path of a jsonl file"),
+        "data_augment": (lambda value: isinstance(value, bool), "must be true or false"),
+        "repeat_time": (_valid_repeat_time, "must be a fraction between 0 and 1 or a whole number from 1"),
+        "length": (lambda value: _is_number(value, int), "must be a whole number"),
+        "max_dynamic_patch": (lambda value: _is_number(value, int) and value >= 1, "must be a whole number from 1"),
+    }
+    problems += [
+        f"'{key}' {demand}, not {json.dumps(entry[key])}"
+        for key, (is_valid, demand) in checks.items()
+        if key in entry and not is_valid(entry[key])
+    ]
+    return problems
+
+
+def _valid_repeat_time(value: Any) -> bool:
+    """Whether a repeat_time is a fraction of the lines or a whole number of passes (NaN and infinity are neither)."""
+    return _is_number(value, int, float) and (0 < value < 1 or (1 <= value < 1e6 and float(value).is_integer()))
+
+
+def _entry(name: str, entry: dict[str, Any], folder: Path) -> DatasetEntry:
+    """A checked entry, its paths made relative to the meta file's folder."""
+    return DatasetEntry(
+        name=name,
+        root=folder / entry["root"],
+        annotation=folder / entry["annotation"],
+        repeat_time=float(entry["repeat_time"]),
+        data_augment=entry["data_augment"],
+        max_tiles=entry.get("max_dynamic_patch"),
+    )

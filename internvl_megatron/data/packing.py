@@ -1,0 +1,199 @@
+"""Packing samples into rows of a fixed number of tokens (InternVL `PackedDataset`, strict, without overflow).
+
+A row is one micro-batch. T: tokens of a row, s: samples, i: images, t: tiles.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+
+from internvl_megatron.data.conversation import IGNORED_LABEL
+from internvl_megatron.data.images import ImageRef
+from internvl_megatron.data.records import Sample, SampleSettings, num_supervised
+
+
+@dataclass(slots=True)
+class Pack[T]:
+    """Items collected for one row."""
+
+    items: list[T]
+    tokens: int
+    tiles: int
+
+
+class Packer[T]:
+    """First-fit packing of a stream of items under a token and a tile budget.
+
+    `open_packs`, sorted by tiles, most first, is the whole state. A text-only item has no tiles (upstream runs a dummy
+    tile for it, which takes part of the tile budget; here the vision encoder can do without).
+    """
+
+    def __init__(self, tokens_per_row: int, tiles_per_row: int, max_open_packs: int) -> None:
+        """Budgets of one row, and how many unfinished packs may wait."""
+        self.tokens_per_row = tokens_per_row
+        self.tiles_per_row = tiles_per_row
+        self.max_open_packs = max_open_packs
+        self.open_packs: list[Pack[T]] = []
+
+    def add(self, item: T, tokens: int, tiles: int) -> Pack[T] | None:
+        """Add an item (within both budgets by itself); return the pack that is finished by it, if one is.
+
+        Finished is a pack that is full of tokens or tiles, or, when too many are open, the one with most tiles.
+        """
+        assert 0 < tokens <= self.tokens_per_row, f"{tokens} tokens do not fit {self.tokens_per_row}"
+        assert 0 <= tiles <= self.tiles_per_row, f"{tiles} tiles do not fit {self.tiles_per_row}"
+        pack = self._take_fitting(tokens, tiles)
+        pack.items.append(item)
+        pack.tokens += tokens
+        pack.tiles += tiles
+        if pack.tokens == self.tokens_per_row:
+            return pack
+        self._insert(pack)
+        # Only the pack just changed can be full of tiles, and it is then the first.
+        if self.open_packs[0].tiles == self.tiles_per_row or len(self.open_packs) > self.max_open_packs:
+            return self.open_packs.pop(0)
+        return None
+
+    def flush(self) -> list[Pack[T]]:
+        """Take out all unfinished packs."""
+        packs, self.open_packs = self.open_packs, []
+        return packs
+
+    def _take_fitting(self, tokens: int, tiles: int) -> Pack[T]:
+        """Take out the first pack with room, or start one."""
+        for index, pack in enumerate(self.open_packs):
+            if pack.tiles + tiles <= self.tiles_per_row and pack.tokens + tokens <= self.tokens_per_row:
+                return self.open_packs.pop(index)
+        return Pack([], 0, 0)
+
+    def _insert(self, pack: Pack[T]) -> None:
+        """Put a pack behind those with as many tiles or more."""
+        at = next((i for i, other in enumerate(self.open_packs) if other.tiles < pack.tiles), len(self.open_packs))
+        self.open_packs.insert(at, pack)
+
+
+@dataclass(frozen=True, slots=True)
+class SampleSource:
+    """Where a sample of a row came from; enough to make it again."""
+
+    dataset: int
+    """Index of the data set in the meta file."""
+    record: int
+    """Index of the record in its jsonl file, blank lines not counted."""
+    serial: int
+    """Number of the draw in its stream; seeds the sample's random numbers."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """One packed row: a micro-batch of one. Everything but the pixels."""
+
+    token_ids: np.ndarray
+    """int32 [T]."""
+    targets: np.ndarray
+    """int32 [T], the next token of the same sample where it is trained on, -100 elsewhere."""
+    weights: np.ndarray
+    """float32 [T], loss weight of each target; 0 where the target is -100."""
+    positions: np.ndarray
+    """int32 [T], in units of 1/256; restart at 0 in each sample; 0 in padding."""
+    segment_lengths: np.ndarray
+    """int32 [s] or [s + 1], tokens of each sample in order, then of the padding if there is any; sums to T."""
+    sources: tuple[SampleSource, ...]
+    """Where each of the s samples came from."""
+    images: tuple[ImageRef, ...]
+    """All images in the order of their tokens."""
+    image_starts: np.ndarray
+    """int32 [i], index in the row of each image's first context token."""
+    tile_starts: np.ndarray
+    """int32 [t], index in the row of each tile's first token."""
+
+    @property
+    def num_samples(self) -> int:
+        """Samples, padding not counted."""
+        return len(self.sources)
+
+    @property
+    def num_tiles(self) -> int:
+        """Tiles of all images."""
+        return len(self.tile_starts)
+
+    @property
+    def sample_bounds(self) -> np.ndarray:
+        """int64 [s + 1]: sample j is tokens bounds[j] to bounds[j + 1]."""
+        return np.concatenate([[0], np.cumsum(self.segment_lengths[: self.num_samples], dtype=np.int64)])
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of samples, padding not counted."""
+        return int(self.sample_bounds[-1])
+
+    @property
+    def fill_ratio(self) -> float:
+        """Share of the row that is not padding."""
+        return self.num_tokens / len(self.token_ids)
+
+    def without_samples_of_images(self, failed: set[int]) -> "Row":
+        """The row with no loss on the samples that own the given images (indices into `images`), else unchanged.
+
+        For images that turn out broken only when decoded, when every rank already has the row.
+        """
+        bounds, weights = self.sample_bounds, self.weights.copy()
+        for image in failed:
+            sample = int(np.searchsorted(bounds, self.image_starts[image], side="right")) - 1
+            weights[bounds[sample] : bounds[sample + 1]] = 0
+        return replace(self, weights=weights)
+
+
+def token_weight(labels: np.ndarray, weighting: Literal["token", "square", "sample"]) -> float:
+    """Loss weight of each supervised token of a sample (InternVL3 paper, sec. 2.2): l^0, l^-1/2 or l^-1.
+
+    l counts the supervised tokens of the sample, before labels are shifted; 0 if there are none.
+    """
+    count = num_supervised(labels)
+    exponent = {"token": 0.0, "square": 0.5, "sample": 1.0}[weighting]
+    return count**-exponent if count else 0.0
+
+
+def build_row(samples: Sequence[tuple[SampleSource, Sample]], settings: SampleSettings, padding_id: int) -> Row:
+    """Lay samples one after the other and pad the row to `tokens_per_row` with `padding_id`.
+
+    A target is the next token of the *same* sample: the last token of a sample predicts nothing.
+    """
+    tokens_per_row = settings.data.tokens_per_row
+    token_ids = np.full(tokens_per_row, padding_id, dtype=np.int32)
+    targets = np.full(tokens_per_row, IGNORED_LABEL, dtype=np.int32)
+    weights = np.zeros(tokens_per_row, dtype=np.float32)
+    positions = np.zeros(tokens_per_row, dtype=np.int32)
+    images: list[ImageRef] = []
+    image_starts: list[int] = []
+    at = 0
+    for _, sample in samples:
+        end = at + len(sample.token_ids)
+        token_ids[at:end] = sample.token_ids
+        positions[at:end] = sample.positions
+        targets[at : end - 1] = sample.labels[1:]
+        supervised = targets[at:end] != IGNORED_LABEL
+        weights[at:end][supervised] = token_weight(sample.labels, settings.weighting)
+        images.extend(sample.images)
+        image_starts.extend((sample.image_starts + at).tolist())
+        at = end
+    segments = [len(sample.token_ids) for _, sample in samples]
+    segments += [tokens_per_row - at] if at < tokens_per_row else []
+    tile_starts = [
+        start + tile * settings.tokens_per_tile
+        for image, start in zip(images, image_starts, strict=True)
+        for tile in range(image.num_tiles)
+    ]
+    return Row(
+        token_ids=token_ids,
+        targets=targets,
+        weights=weights,
+        positions=positions,
+        segment_lengths=np.array(segments, dtype=np.int32),
+        sources=tuple(source for source, _ in samples),
+        images=tuple(images),
+        image_starts=np.array(image_starts, dtype=np.int32),
+        tile_starts=np.array(tile_starts, dtype=np.int32),
+    )

@@ -1,0 +1,180 @@
+"""Packing against a plain rewriting of InternVL's algorithm, and what a packed row must satisfy."""
+
+from dataclasses import fields
+
+import numpy as np
+import pytest
+
+from internvl_megatron.data.images import ImageRef
+from internvl_megatron.data.packing import Packer, SampleSource, build_row, token_weight
+from internvl_megatron.data.records import Sample
+from internvl_megatron.data.row_bytes import rows_from_bytes, rows_to_bytes
+
+PAD = 999
+
+
+def upstream_packs(items, max_tokens, max_tiles, max_buffer):
+    """InternVL's `PackedDataset` loop on (name, tokens, tiles), with lists sorted and searched the slow way."""
+    buffers, out = [], []
+    for item in items:
+        chosen = None
+        for candidate in buffers:
+            tokens = sum(i[1] for i in candidate) + item[1]
+            if sum(i[2] for i in candidate) + item[2] <= max_tiles and tokens <= max_tokens:
+                chosen = candidate
+                break
+        if chosen is None:
+            chosen = []
+        else:
+            buffers = [b for b in buffers if b is not chosen]
+        chosen.append(item)
+        if sum(i[1] for i in chosen) == max_tokens:
+            out.append(chosen)
+        else:
+            # A stable sort with the changed pack last puts it behind its equals.
+            buffers = sorted([*buffers, chosen], key=lambda b: -sum(i[2] for i in b))
+        for full in [b for b in buffers if sum(i[2] for i in b) == max_tiles]:
+            buffers = [b for b in buffers if b is not full]
+            out.append(full)
+        while len(buffers) > max_buffer:
+            out.append(buffers.pop(0))
+    return out, buffers
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_same_packs_as_upstream(seed):
+    rng = np.random.default_rng(seed)
+    max_tokens, max_tiles, max_buffer = int(rng.integers(8, 60)), int(rng.integers(1, 16)), int(rng.integers(0, 9))
+    items = [
+        (name, int(rng.integers(1, max_tokens + 1) ** rng.choice([0.6, 1])), int(rng.integers(0, max_tiles + 1)))
+        for name in range(300)
+    ]
+    packer = Packer(max_tokens, max_tiles, max_buffer)
+    packs = [pack for pack in (packer.add(item, item[1], item[2]) for item in items) if pack is not None]
+    expected, expected_open = upstream_packs(items, max_tokens, max_tiles, max_buffer)
+    assert [pack.items for pack in packs] == expected
+    assert [pack.items for pack in packer.open_packs] == expected_open
+    packs += packer.flush()
+    assert packer.open_packs == []
+    assert sorted(item for pack in packs for item in pack.items) == items
+    for pack in packs:
+        assert pack.tokens == sum(item[1] for item in pack.items) <= max_tokens
+        assert pack.tiles == sum(item[2] for item in pack.items) <= max_tiles
+
+
+def test_an_item_over_a_budget_is_a_mistake_of_ours():
+    for tokens, tiles in ((11, 0), (0, 0), (5, 3)):
+        with pytest.raises(AssertionError, match="do not fit"):
+            Packer(10, 2, 4).add("x", tokens, tiles)
+
+
+def sample(length, supervised, images=()):
+    """Tokens 1..length, of which those at `supervised` are trained on; images as (start, tiles)."""
+    ids = np.arange(1, length + 1, dtype=np.int32)
+    labels = np.full(length, -100, dtype=np.int32)
+    labels[list(supervised)] = ids[list(supervised)]
+    refs = tuple(ImageRef(f"{start}.png", (tiles, 1), tiles, 5 if tiles > 1 else None) for start, tiles in images)
+    starts = np.array([start for start, _ in images], dtype=np.int32)
+    return Sample(ids, labels, 256 * np.arange(length, dtype=np.int32), refs, starts)
+
+
+def row_of(*samples, tokens=64, weighting="square", make_settings):
+    settings = make_settings(tokens_per_row=tokens)
+    settings = type(settings)(data=settings.data, tile_pixels=28, tokens_per_tile=4, weighting=weighting)
+    sources = [SampleSource(0, index, index) for index in range(len(samples))]
+    return build_row(list(zip(sources, samples, strict=True)), settings, PAD)
+
+
+@pytest.mark.parametrize(
+    ("weighting", "weights", "total", "shares"),
+    [("square", (0.5, 0.25), 6, (2, 4)), ("token", (1, 1), 20, (4, 16)), ("sample", (0.25, 0.0625), 2, (1, 1))],
+)
+def test_weights_of_samples_with_4_and_16_supervised_tokens(make_settings, weighting, weights, total, shares):
+    first, second = sample(10, range(6, 10)), sample(30, range(14, 30))
+    row = row_of(first, second, weighting=weighting, make_settings=make_settings)
+    assert row.weights.dtype == np.float32
+    assert np.unique(row.weights[:10]).tolist() == [0, weights[0]]
+    assert np.unique(row.weights[10:40]).tolist() == [0, weights[1]]
+    assert (row.weights.sum(), row.weights[:10].sum(), row.weights[10:].sum()) == (total, *shares)
+    assert ((row.weights > 0) == (row.targets != -100)).all()
+
+
+def test_weight_of_a_sample_without_supervised_tokens():
+    assert token_weight(np.full(4, -100), "square") == token_weight(np.full(4, -100), "token") == 0
+
+
+def test_targets_stay_inside_their_sample(make_settings):
+    # Even a sample whose first token is supervised is not predicted from the sample before it.
+    row = row_of(sample(5, range(5)), sample(4, range(4)), tokens=12, make_settings=make_settings)
+    assert row.token_ids.tolist() == [1, 2, 3, 4, 5, 1, 2, 3, 4, PAD, PAD, PAD]
+    assert row.targets.tolist() == [2, 3, 4, 5, -100, 2, 3, 4, -100, -100, -100, -100]
+    assert row.positions.tolist() == [0, 256, 512, 768, 1024, 0, 256, 512, 768, 0, 0, 0]
+    assert row.segment_lengths.tolist() == [5, 4, 3]
+    assert row.sample_bounds.tolist() == [0, 5, 9]
+    assert (row.num_samples, row.num_tokens, row.fill_ratio) == (2, 9, 0.75)
+    assert [array.dtype for array in (row.token_ids, row.targets, row.positions, row.segment_lengths)] == [
+        np.int32
+    ] * 4
+
+
+def test_a_full_row_has_no_padding_segment_and_an_empty_row_is_all_padding(make_settings):
+    assert row_of(sample(5, [4]), sample(3, [2]), tokens=8, make_settings=make_settings).segment_lengths.tolist() == [
+        5,
+        3,
+    ]
+    empty = row_of(tokens=8, make_settings=make_settings)
+    assert empty.segment_lengths.tolist() == [8] and empty.num_samples == 0 and empty.fill_ratio == 0
+    assert (empty.token_ids == PAD).all() and not empty.weights.any()
+
+
+def image_row(make_settings):
+    return row_of(
+        sample(20, [18, 19], [(1, 1), (7, 2)]),
+        sample(6, [5]),
+        sample(12, [10, 11], [(3, 1)]),
+        make_settings=make_settings,
+    )
+
+
+def test_images_in_row_coordinates(make_settings):
+    row = image_row(make_settings)
+    assert row.image_starts.tolist() == [1, 7, 29]
+    assert row.tile_starts.tolist() == [1, 7, 11, 29]
+    assert [image.path for image in row.images] == ["1.png", "7.png", "3.png"]
+    assert row.num_tiles == 4 and row.tile_starts.dtype == np.int32
+
+
+@pytest.mark.parametrize(("failed", "lost"), [(set(), []), ({0}, [0]), ({1}, [0]), ({2}, [2]), ({0, 1, 2}, [0, 2])])
+def test_samples_of_failed_images_lose_their_weight(make_settings, failed, lost):
+    row = image_row(make_settings)
+    before = row.weights.copy()
+    without = row.without_samples_of_images(failed)
+    bounds = row.sample_bounds
+    for index in range(3):
+        part = slice(bounds[index], bounds[index + 1])
+        expected = np.zeros_like(before[part]) if index in lost else before[part]
+        assert without.weights[part].tolist() == expected.tolist()
+    assert before.any() and (row.weights == before).all(), "the row itself is not changed"
+    assert without.token_ids is row.token_ids and without.images is row.images
+
+
+def same_row(a, b):
+    for field in fields(a):
+        left, right = getattr(a, field.name), getattr(b, field.name)
+        if isinstance(left, np.ndarray):
+            assert left.dtype == right.dtype and left.tobytes() == right.tobytes(), field.name
+        else:
+            assert left == right, field.name
+
+
+def test_rows_survive_the_round_trip_through_bytes(make_settings):
+    rows = [image_row(make_settings), row_of(tokens=8, make_settings=make_settings)]
+    buffer = rows_to_bytes(rows)
+    back = rows_from_bytes(buffer)
+    assert len(back) == 2
+    for row, copy in zip(rows, back, strict=True):
+        same_row(row, copy)
+    assert back[0].weights.flags.writeable
+    assert rows_from_bytes(rows_to_bytes([])) == []
+    with pytest.raises((AssertionError, ValueError)):
+        rows_from_bytes(buffer[:-4])
