@@ -10,6 +10,8 @@ from internvl_megatron.config.plan import plan
 from internvl_megatron.config.recipes import RECIPES, find_recipe
 from internvl_megatron.errors import UserError
 
+TRAIN_RANK = "internvl_megatron.train.loop:train_rank"
+ANSWER_PROMPTS = "internvl_megatron.inference.run:answer_prompts"
 EXIT_USER_ERROR = 2
 EXIT_FAILED = 1
 EXIT_INTERRUPTED = 130
@@ -72,7 +74,6 @@ def _recipes(_options: argparse.Namespace) -> int:
 def _train(options: argparse.Namespace) -> int:
     from internvl_megatron.launcher import launch
     from internvl_megatron.ranks import rank_from_environment
-    from internvl_megatron.train.loop import train_rank
 
     config = apply_overrides(find_recipe(options.recipe), options.overrides)
     info = rank_from_environment()
@@ -80,6 +81,8 @@ def _train(options: argparse.Namespace) -> int:
         if options.nproc is not None:
             raise UserError("--nproc starts ranks itself; under torchrun or srun leave it out")
         plan(config, info.world_size)
+        from internvl_megatron.train.loop import train_rank
+
         summary = train_rank(info, config)
         if info.rank != 0:
             return 0
@@ -88,7 +91,7 @@ def _train(options: argparse.Namespace) -> int:
         if num_ranks < 1:
             raise UserError(f"--nproc {num_ranks}: start at least one rank")
         plan(config, num_ranks)  # a wrong layout is said at once, not by every rank
-        summary = launch(train_rank, num_ranks, config)[0]
+        summary = launch(TRAIN_RANK, num_ranks, config)[0]
     loss = "" if summary.loss is None else f", loss {summary.loss:.4f}"
     held_out = "" if summary.eval_loss is None else f", held-out loss {summary.eval_loss:.4f}"
     print(f"{config.name}: step {summary.step} of {config.num_steps}{loss}{held_out}; see {config.folder}")
@@ -97,11 +100,10 @@ def _train(options: argparse.Namespace) -> int:
 
 def _generate(options: argparse.Namespace) -> int:
     from internvl_megatron.inference.generate import Prompt
-    from internvl_megatron.inference.run import answer_prompts
     from internvl_megatron.launcher import launch
 
     prompt = Prompt(options.question, tuple(options.image))
-    answers = launch(answer_prompts, 1, options.run_folder, [prompt], options.max_new_tokens, options.device)[0]
+    answers = launch(ANSWER_PROMPTS, 1, options.run_folder, [prompt], options.max_new_tokens, options.device)[0]
     print(answers[0])
     return 0
 

@@ -6,6 +6,7 @@ minute of imports) and find each other through a file, so runs on one machine ca
 
 import contextlib
 import ctypes
+import importlib
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -36,6 +37,8 @@ class Failure:
     when: float
     text: str
     is_user_error: bool = False
+    is_signal: bool = False
+    """The process was killed; nobody knows more."""
 
 
 class RankFailedError(RuntimeError):
@@ -54,8 +57,10 @@ class InterruptedRunError(RuntimeError):
     """The run was interrupted by the user (Ctrl-C or SIGTERM) and has ended in order."""
 
 
-def launch(target: Callable[..., Any], num_ranks: int, *args: Any) -> list[Any]:
+def launch(target: Callable[..., Any] | str, num_ranks: int, *args: Any) -> list[Any]:
     """Run `target(rank_info, *args)` in `num_ranks` processes and return their results by rank.
+
+    The target may be given as "module:function": then this process need not import what only the ranks use.
 
     Ctrl-C or SIGTERM asks all ranks to stop in order (they get SIGTERM); a second one kills them.
 
@@ -99,10 +104,11 @@ class _Watch:
                     self._collect(timeout=0.1)
             finally:
                 self._end_all(kill=bool(self.failures) or not self._all_reported())
+        if self.interrupts and all(failure.is_signal for failure in self.failures.values()):
+            # Before training has begun, or at the second interrupt, there is nothing to save: ranks are just killed.
+            raise InterruptedRunError("interrupted" if self.failures else "interrupted; every rank ended in order")
         if self.failures:
             raise RankFailedError(list(self.failures.values()))
-        if self.interrupts:
-            raise InterruptedRunError("interrupted; every rank ended in order")
         return [self.results[rank] for rank in range(len(self.ranks))]
 
     def _all_reported(self) -> bool:
@@ -118,7 +124,8 @@ class _Watch:
                 kind, value = self.readers[rank].recv()
             except EOFError:
                 self.ranks[rank].join(timeout=1.0)
-                self.failures[rank] = Failure(rank, time.time(), _end_of(self.ranks[rank].exitcode))
+                code = self.ranks[rank].exitcode
+                self.failures[rank] = Failure(rank, time.time(), _end_of(code), is_signal=code is not None and code < 0)
                 continue
             if kind == "result":
                 self.results[rank] = value
@@ -141,13 +148,13 @@ class _Watch:
             process.join()
 
 
-def _run_rank(writer: Connection, target: Callable[..., Any], info: RankInfo, args: tuple[Any, ...]) -> None:
+def _run_rank(writer: Connection, target: Callable[..., Any] | str, info: RankInfo, args: tuple[Any, ...]) -> None:
     """Body of a rank's process."""
     # If the launcher or the fork server dies, however it dies, so does this rank.
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal sends Ctrl-C to every process; the launcher decides
     try:
-        writer.send(("result", target(info, *args)))
+        writer.send(("result", _function(target)(info, *args)))
     except BaseException as error:
         user_error = isinstance(error, UserError)
         text = f"{type(error).__name__}: {error}" if user_error else traceback.format_exc()
@@ -157,6 +164,13 @@ def _run_rank(writer: Connection, target: Callable[..., Any], info: RankInfo, ar
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(0)  # destructors of process groups would wait for ranks that are gone
+
+
+def _function(target: Callable[..., Any] | str) -> Callable[..., Any]:
+    if not isinstance(target, str):
+        return target
+    module, _, name = target.partition(":")
+    return getattr(importlib.import_module(module), name)
 
 
 def _end_of(exit_code: int | None) -> str:

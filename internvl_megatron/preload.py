@@ -3,9 +3,11 @@
 Starts no thread and touches no GPU: both would not survive the fork.
 """
 
-import megatron.core.dist_checkpointing
-import megatron.core.models.gpt
-import megatron.core.optimizer
-import megatron.core.pipeline_parallel
-import torch.distributed.checkpoint
-import transformers.models.auto.tokenization_auto  # noqa: F401
+import logging
+import warnings
+
+# Megatron Core tells at import which optional packages are absent, torch that a compiler has no GPU; `doctor` tells both.
+logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    import internvl_megatron.train.loop  # noqa: F401 - imports everything a rank needs

@@ -13,6 +13,9 @@ from pathlib import Path
 
 from internvl_megatron.errors import CheckpointError
 
+CHECKPOINTS = "checkpoints"
+"""Folder of a run that holds its checkpoints."""
+
 MARKER = "checkpoint.json"
 FORMAT_VERSION = 1
 _NAME = re.compile(r"step-(\d{8})")

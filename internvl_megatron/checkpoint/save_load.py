@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.dist_checkpointing.strategies.torch import (
     MCoreSavePlanner,
@@ -25,6 +26,7 @@ from megatron.core.dist_checkpointing.utils import add_prefix_for_sharding
 from megatron.core.optimizer import MegatronOptimizer
 from torch.distributed.checkpoint import FileSystemWriter
 from torch.distributed.checkpoint import save as save_with_torch
+from torch.distributed.checkpoint.api import CheckpointException
 
 from internvl_megatron.checkpoint import folders
 from internvl_megatron.checkpoint.metadata_guard import check_metadata
@@ -34,6 +36,12 @@ from internvl_megatron.parallel.groups import Groups
 from internvl_megatron.train.optimizer import JointOptimizer
 
 OPTIMIZER_FORMAT = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
+
+MAX_REASON_CHARACTERS = 400
+"""Of torch's messages, which list every missing tensor of every rank."""
+
+# torch's CheckpointException derives from BaseException.
+_LOAD_ERRORS = (OSError, RuntimeError, ValueError, KeyError, EOFError, CheckpointingException, CheckpointException)
 
 
 class InProcessSave(TorchDistSaveShardedStrategy):
@@ -163,9 +171,10 @@ def _load(folder: Path, state: dict[str, Any]) -> dict[str, Any]:
     check_metadata(folder)
     try:
         return dist_checkpointing.load(state, str(folder))
-    except (OSError, RuntimeError, ValueError, KeyError, dist_checkpointing.core.CheckpointingException) as error:
+    except _LOAD_ERRORS as error:
+        reason = str(error)[:MAX_REASON_CHARACTERS]
         raise CheckpointError(
-            f"{folder}: cannot be loaded into this model ({error}). The model's sizes must be those it was trained "
+            f"{folder}: cannot be loaded into this model ({reason}). The model's sizes must be those it was trained "
             "with; if they are, the checkpoint is damaged: use an older one."
         ) from error
 

@@ -11,6 +11,9 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from internvl_megatron.config.schema import RunConfig
 from internvl_megatron.errors import ConfigError
 
+CONFIG_FILE = "config.json"
+"""Name of a run's resolved configuration in its folder."""
+
 
 def apply_overrides(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
     """Replace fields named by their path; values are read by the field's type, `null` is None.

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 
 from internvl_megatron.checkpoint import folders, save_load
-from internvl_megatron.config.overrides import from_json
+from internvl_megatron.config.overrides import CONFIG_FILE, from_json
 from internvl_megatron.config.schema import ParallelConfig, RunConfig
 from internvl_megatron.data.tokenizer import load_tokenizer
 from internvl_megatron.device import open_device
@@ -45,10 +45,10 @@ def _with_generator[T](info: RankInfo, run_folder: Path, device_name: DeviceName
     configure_logging(info.rank)
     logging.getLogger("internvl_megatron").setLevel(logging.WARNING)
     device = open_device(device_name, info.local_rank)
-    checkpoints = folders.finished(run_folder / "checkpoints")
+    checkpoints = folders.finished(run_folder / folders.CHECKPOINTS)
     if not checkpoints:
         raise CheckpointError(f"{run_folder}: no finished checkpoint; train first, or give another run's folder")
-    trained = from_json(run_folder / "config.json")
+    trained = from_json(run_folder / CONFIG_FILE)
     config: RunConfig = replace(trained, parallel=ParallelConfig())
     with joined(info, device, timeout_seconds=600), torch.no_grad():
         groups = make_groups(Layout(1, 1, 1), device, timeout_seconds=600)

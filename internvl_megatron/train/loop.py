@@ -4,7 +4,6 @@ import logging
 import os
 import signal
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from internvl_megatron.checkpoint import folders, save_load
-from internvl_megatron.config.overrides import changed_fields, from_json, to_json
+from internvl_megatron.config.overrides import CONFIG_FILE, changed_fields, from_json, to_json
 from internvl_megatron.config.plan import plan
 from internvl_megatron.config.schema import RunConfig
 from internvl_megatron.data.evaluation_rows import eval_rows
@@ -26,7 +25,7 @@ from internvl_megatron.data.tokenizer import Tokenizer, load_tokenizer
 from internvl_megatron.device import Device, open_device
 from internvl_megatron.errors import ConfigError
 from internvl_megatron.logs import configure_logging
-from internvl_megatron.metrics import MetricsWriter, StepMetrics
+from internvl_megatron.metrics import MetricsWriter, RunSummary, StepMetrics
 from internvl_megatron.model.build import build_model, torch_dtype
 from internvl_megatron.parallel.groups import make_groups
 from internvl_megatron.parallel.host import broadcast_bytes, sum_floats
@@ -36,19 +35,6 @@ from internvl_megatron.train.step import Step, StepResult
 
 log = logging.getLogger(__name__)
 
-CONFIG_FILE = "config.json"
-CHECKPOINTS = "checkpoints"
-
-
-@dataclass(frozen=True)
-class RunSummary:
-    """How a run ended."""
-
-    step: int
-    loss: float | None
-    """Loss of the last step; None if no step was left to take."""
-    eval_loss: float | None
-    interrupted: bool
 
 
 def train_rank(info: RankInfo, config: RunConfig) -> RunSummary:
@@ -156,7 +142,7 @@ class Trainer:
 
     def _resume(self) -> None:
         """Continue from the newest checkpoint of this run, or start from the weights the configuration names."""
-        found = folders.finished(self.root / CHECKPOINTS)
+        found = folders.finished(self.root / folders.CHECKPOINTS)
         if found:
             self._check_same_run()
             info, positions = save_load.load(found[-1], self.model, self.trainer_step.optimizer, self.groups)
@@ -199,7 +185,7 @@ class Trainer:
         )
         state: dict[str, Any] | None = self.loader.state_dict() if self.is_leader else None
         path = save_load.save(
-            self.root / CHECKPOINTS,
+            self.root / folders.CHECKPOINTS,
             info,
             self.model,
             self.trainer_step.optimizer,

@@ -1,0 +1,203 @@
+"""The command line on real files: train, interrupt, kill, continue, answer. Four ranks, TP2 x PP2."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from internvl_megatron.checkpoint import folders
+from tools.prepare_demo import Amounts, prepare
+
+pytestmark = pytest.mark.parallel
+
+STEPS, SAVE_EVERY = 6, 2
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small version of the demo's data."""
+    out = tmp_path_factory.mktemp("demo") / "data"
+    few = Amounts(
+        num_pictures=80,
+        num_pairs=20,
+        num_texts=30,
+        num_heldout_pictures=20,
+        num_heldout_pairs=10,
+        num_heldout_texts=10,
+        questions_per_task=5,
+    )
+    prepare(out, amounts=few)
+    return out
+
+
+def _command(data: Path, run: Path, *overrides: str, ranks: int = 4) -> list[str]:
+    settings = [
+        f"data.meta={data / 'train_meta.json'}",
+        f"data.eval_meta={data / 'heldout_meta.json'}",
+        f"data.tokenizer={data / 'tokenizer'}",
+        f"folder={run}",
+        f"num_steps={STEPS}",
+        f"checkpoint.save_every_steps={SAVE_EVERY}",
+        "eval_every_steps=3",
+        "data.tokens_per_row=512",
+        "data.tiles_per_row=32",
+        *overrides,
+    ]
+    return [sys.executable, "-m", "internvl_megatron", "train", "demo_digits", *settings, "--nproc", str(ranks)]
+
+
+def _train(data: Path, run: Path, *overrides: str, ranks: int = 4) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        _command(data, run, *overrides, ranks=ranks), capture_output=True, text=True, timeout=300, check=False
+    )
+
+
+def _metrics(run: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def _losses(run: Path) -> dict[int, tuple[float, float | None]]:
+    return {int(row["step"]): (row["loss"], row["eval_loss"]) for row in _metrics(run)}
+
+
+@pytest.fixture(scope="module")
+def whole(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An uninterrupted run."""
+    run = tmp_path_factory.mktemp("whole")
+    done = _train(data, run)
+    assert done.returncode == 0, done.stderr
+    assert f"step {STEPS} of {STEPS}" in done.stdout
+    return run
+
+
+def _start(data: Path, run: Path) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        _command(data, run), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+
+
+def _wait_for_step(run: Path, step: int, process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 240
+    path = run / "metrics.jsonl"
+    while not (path.is_file() and len(path.read_text().splitlines()) >= step):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline, f"step {step} was not reached"
+        time.sleep(0.02)
+
+
+def _family(process: subprocess.Popen[str]) -> list[psutil.Process]:
+    return psutil.Process(process.pid).children(recursive=True)
+
+
+def _ranks(process: subprocess.Popen[str]) -> list[psutil.Process]:
+    """The forked ranks: children of the fork server."""
+    return [child for child in _family(process) if child.parent() not in (None, psutil.Process(process.pid))]
+
+
+def _assert_gone(processes: list[psutil.Process]) -> None:
+    _, alive = psutil.wait_procs(processes, timeout=15)
+    assert not alive, f"still running: {alive}"
+
+
+def test_metrics_are_complete(whole: Path) -> None:
+    rows = _metrics(whole)
+    assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
+    assert all(row["loss"] > 0 and row["grad_norm"] > 0 and row["mfu"] > 0 for row in rows)
+    assert sum(row["num_tiles"] for row in rows) > 0
+    assert [row["step"] for row in rows if row["eval_loss"] is not None] == [3, 6]
+    assert list((whole / "tensorboard").iterdir())
+    assert json.loads((whole / "config.json").read_text())["num_steps"] == STEPS
+
+
+def test_ctrl_c_stops_in_order_and_the_run_continues(data: Path, whole: Path, tmp_path: Path) -> None:
+    process = _start(data, tmp_path)
+    _wait_for_step(tmp_path, 1, process)
+    family = _family(process)
+    os.killpg(process.pid, signal.SIGINT)  # what a terminal does
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    _assert_gone(family)
+    saved = folders.finished(tmp_path / "checkpoints")
+    assert saved, "the interrupted run saved nothing"
+    assert folders.read_info(saved[-1]).step < STEPS, "the run was over before the interrupt: nothing was tested"
+    assert not list((tmp_path / "checkpoints").glob("*.writing"))
+    assert _train(data, tmp_path).returncode == 0
+    assert _losses(tmp_path) == _losses(whole)
+
+
+def test_a_killed_rank_ends_all_and_the_run_continues(data: Path, whole: Path, tmp_path: Path) -> None:
+    process = _start(data, tmp_path)
+    _wait_for_step(tmp_path, 3, process)
+    family, ranks = _family(process), _ranks(process)
+    assert len(ranks) == 4
+    start = time.monotonic()
+    ranks[2].kill()
+    _, errors = process.communicate(timeout=60)
+    assert time.monotonic() - start < 20
+    assert process.returncode == 1, errors
+    assert "killed by SIGKILL" in errors
+    _assert_gone(family)
+    assert folders.read_info(folders.finished(tmp_path / "checkpoints")[-1]).step >= SAVE_EVERY
+    assert _train(data, tmp_path).returncode == 0
+    assert _losses(tmp_path) == _losses(whole)
+
+
+def test_continuing_under_another_layout(data: Path, whole: Path, tmp_path: Path) -> None:
+    half = _train(data, tmp_path, "num_steps=4", "optimizer.schedule=constant", "optimizer.warmup_ratio=0")
+    assert half.returncode == 0, half.stderr
+    settings = ("optimizer.schedule=constant", "optimizer.warmup_ratio=0")
+    rest = _train(
+        data, tmp_path, *settings, "parallel.tensor_size=1", "parallel.sequence_parallel=false", "parallel.pipeline_size=1",
+        ranks=2,
+    )  # fmt: skip
+    assert rest.returncode == 0, rest.stderr
+    assert "continuing with changed settings" in rest.stderr
+    other = tmp_path / "uninterrupted"
+    assert _train(data, other, *settings).returncode == 0
+    resumed, uninterrupted = _losses(tmp_path), _losses(other)
+    for step in range(1, STEPS + 1):
+        assert resumed[step] == pytest.approx(uninterrupted[step], rel=1e-5)
+    del whole
+
+
+def test_a_finished_run_answers(data: Path, whole: Path) -> None:
+    picture = data / "images" / "heldout" / "00000.png"
+    command = [sys.executable, "-m", "internvl_megatron", "generate", str(whole), "What number is shown?"]
+    done = subprocess.run(
+        [*command, "--image", str(picture), "--max-new-tokens", "3"], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    missing = subprocess.run(
+        [*command, "--image", "nowhere.png"], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert missing.returncode == 2
+    assert re.search(r"nowhere\.png.*not found", missing.stderr)
+    assert "Traceback" not in missing.stderr
+
+
+def test_another_model_in_the_same_folder_is_refused(data: Path, whole: Path) -> None:
+    done = _train(data, whole, "model.language.ffn_hidden_size=128")
+    assert done.returncode == 2
+    assert "other settings of model.language.ffn_hidden_size" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_broken_image_stops_or_is_skipped(data: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "data"
+    subprocess.run(["cp", "-r", str(data), str(copy)], check=True)
+    for picture in (copy / "images" / "train").iterdir():
+        picture.write_bytes(picture.read_bytes()[:60])  # the header is whole, the pixels are not
+    stopped = _train(copy, tmp_path / "stop")
+    assert stopped.returncode == 2
+    assert re.search(r"images/train/\d+\.png: cannot be read", stopped.stderr)
+    assert "Traceback" not in stopped.stderr
+    skipped = _train(copy, tmp_path / "skip", "data.on_bad_sample=skip", "num_steps=2")
+    assert skipped.returncode == 0, skipped.stderr
+    assert all(row["num_failed_images"] > 0 and row["loss"] > 0 for row in _metrics(tmp_path / "skip"))

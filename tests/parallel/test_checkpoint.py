@@ -1,0 +1,114 @@
+"""Save under one layout, go on under the same or another: the losses must be those of the uninterrupted run."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from internvl_megatron.checkpoint import folders, save_load
+from internvl_megatron.device import open_device
+from internvl_megatron.errors import CheckpointError
+from internvl_megatron.launcher import RankFailedError
+from internvl_megatron.parallel.groups import make_groups
+from internvl_megatron.ranks import RankInfo, joined
+from tests.support.layouts import ADAMW, LAYOUTS, Ranks, Scenario
+from tests.support.training import Tensors, make_step, replica_rows
+
+pytestmark = pytest.mark.parallel
+
+SAVED_AT, STEPS = 3, 6
+SCENARIO = Scenario(changes={"optimizer": ADAMW, "num_steps": STEPS})
+History = list[tuple[float, float]]
+"""(loss, gradient norm) by step."""
+
+
+def _train(
+    info: RankInfo,
+    ranks: Ranks,
+    weights: Tensors | None,
+    root: Path,
+    first: int,
+    last: int,
+    scenario: Scenario = SCENARIO,
+) -> History:
+    """Steps `first` to `last`, from the checkpoint in `root` if first > 0; saves at the end of a first part."""
+    import torch
+
+    torch.set_num_threads(1)
+    device = open_device("cpu")
+    config = scenario.config(ranks)
+    with joined(info, device, 60):
+        groups = make_groups(ranks.layout, device, 60)
+        step, model = make_step(config, weights, groups, device)
+        if first > 0:
+            loaded, positions = save_load.load(folders.finished(root)[-1], model, step.optimizer, groups)
+            assert (loaded.step, positions) == (first, {"0": [info.world_size >= 1]})
+        history = []
+        for number in range(first, last):
+            result = step.run(replica_rows(scenario, config, number, ranks.layout, info.rank), number)  # type: ignore
+            history.append((result.loss, result.grad_norm))
+        if last == SAVED_AT:
+            marker = folders.CheckpointInfo(last, 10, 20, str(ranks.layout), optimizer_state=True)
+            state = {"0": [True]} if info.rank == 0 else None
+            save_load.save(root, marker, model, step.optimizer, groups, state, keep_last=1)
+        return history
+
+
+@pytest.fixture(scope="module")
+def interrupted(
+    run_ranks: Callable[..., list[Any]], weights: dict[str, Tensors], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, History]:
+    """A checkpoint written under TP2 x PP2 after three steps, and the uninterrupted run's six."""
+    root = tmp_path_factory.mktemp("checkpoints")
+    run_ranks(_train, 4, LAYOUTS["TP2xPP2"], weights["300m"], root, 0, SAVED_AT)
+    whole = run_ranks(_train, 4, LAYOUTS["TP2xPP2"], weights["300m"], root, 0, STEPS)[0]
+    return root, whole
+
+
+def test_same_layout_continues_bit_for_bit(
+    run_ranks: Callable[..., list[Any]], interrupted: tuple[Path, History]
+) -> None:
+    root, whole = interrupted
+    assert run_ranks(_train, 4, LAYOUTS["TP2xPP2"], None, root, SAVED_AT, STEPS)[0] == whole[SAVED_AT:]
+
+
+@pytest.mark.parametrize("layout", ["1", "DP2", "TP2+SP", "PP2xDP2"])
+def test_other_layouts_continue(
+    run_ranks: Callable[..., list[Any]], interrupted: tuple[Path, History], layout: str
+) -> None:
+    root, whole = interrupted
+    ranks = LAYOUTS[layout]
+    history = run_ranks(_train, ranks.num_ranks, ranks, None, root, SAVED_AT, STEPS)[0]
+    # Not only the first step: Adam's step counts and moments show in the later ones.
+    np.testing.assert_allclose(history, whole[SAVED_AT:], rtol=1e-5)
+
+
+def test_a_checkpoint_of_another_model_is_refused(
+    run_ranks: Callable[..., list[Any]], interrupted: tuple[Path, History]
+) -> None:
+    other = Scenario(family="6b", changes={"optimizer": ADAMW, "num_steps": STEPS})
+    with pytest.raises(RankFailedError) as failed:
+        run_ranks(_train, 1, LAYOUTS["1"], None, interrupted[0], SAVED_AT, STEPS, other)
+    assert failed.value.failures[0].is_user_error
+    assert "cannot be loaded into this model" in str(failed.value)
+
+
+def test_truncated_file_is_refused(
+    run_ranks: Callable[..., list[Any]], interrupted: tuple[Path, History], tmp_path: Path
+) -> None:
+    import shutil
+
+    shutil.copytree(interrupted[0], tmp_path / "copy")
+    data = next(folders.finished(tmp_path / "copy")[-1].glob("*.distcp"))
+    data.write_bytes(data.read_bytes()[:1000])
+    with pytest.raises(RankFailedError) as failed:
+        run_ranks(_train, 1, LAYOUTS["1"], None, tmp_path / "copy", SAVED_AT, STEPS)
+    assert failed.value.failures[0].is_user_error
+    assert "step-00000003" in str(failed.value)
+
+
+def test_folder_without_checkpoint_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="no finished checkpoint"):
+        folders.read_info(tmp_path)

@@ -1,0 +1,87 @@
+"""Which folders are checkpoints, and which metadata is refused."""
+
+import json
+import os
+import pickle
+from collections import OrderedDict
+from pathlib import Path
+
+import pytest
+
+from internvl_megatron.checkpoint import folders
+from internvl_megatron.checkpoint.metadata_guard import METADATA_FILE, check_metadata
+from internvl_megatron.errors import CheckpointError
+
+
+def _info(step: int) -> folders.CheckpointInfo:
+    return folders.CheckpointInfo(step, num_tokens=1, num_samples=2, layout="TP1", optimizer_state=True)
+
+
+def _write(root: Path, step: int) -> Path:
+    folders.writing_path(root, step).mkdir(parents=True)
+    return folders.finish(root, _info(step))
+
+
+def test_unfinished_folders_are_no_checkpoints(tmp_path: Path) -> None:
+    _write(tmp_path, 5)
+    folders.writing_path(tmp_path, 6).mkdir()
+    folders.path_of(tmp_path, 7).mkdir()  # renamed by somebody, but without the marker
+    (tmp_path / "notes").mkdir()
+    assert folders.finished(tmp_path) == [folders.path_of(tmp_path, 5)]
+    assert folders.read_info(folders.path_of(tmp_path, 5)) == _info(5)
+
+
+def test_clean_keeps_the_newest_and_never_the_last_one_less(tmp_path: Path) -> None:
+    for step in (1, 2, 30, 4):
+        _write(tmp_path, step)
+    folders.writing_path(tmp_path, 31).mkdir()
+    folders.clean(tmp_path, keep_last=2)
+    assert [path.name for path in folders.finished(tmp_path)] == ["step-00000004", "step-00000030"]
+    folders.clean(tmp_path, keep_last=0)
+    assert sorted(os.listdir(tmp_path)) == ["step-00000030"]
+
+
+def test_writing_the_same_step_again_replaces_it(tmp_path: Path) -> None:
+    (_write(tmp_path, 5) / "old").touch()
+    assert not (_write(tmp_path, 5) / "old").exists()
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"format_version": 1}', '{"step": 5}'])
+def test_a_broken_marker_is_named(tmp_path: Path, text: str) -> None:
+    path = _write(tmp_path, 5)
+    (path / folders.MARKER).write_text(text)
+    with pytest.raises(CheckpointError, match=folders.MARKER):
+        folders.read_info(path)
+
+
+def test_a_newer_format_is_refused(tmp_path: Path) -> None:
+    path = _write(tmp_path, 5)
+    marker = json.loads((path / folders.MARKER).read_text()) | {"format_version": 99}
+    (path / folders.MARKER).write_text(json.dumps(marker))
+    with pytest.raises(CheckpointError, match="version 99"):
+        folders.read_info(path)
+
+
+class _RunsCode:
+    def __reduce__(self) -> tuple[object, ...]:
+        return (os.mkdir, ("it-ran",))
+
+
+def test_metadata_that_would_run_code_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / METADATA_FILE).write_bytes(pickle.dumps(OrderedDict(state=_RunsCode())))
+    with pytest.raises(CheckpointError, match=r"names posix\.mkdir"):
+        check_metadata(tmp_path)
+    assert not (tmp_path / "it-ran").exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"not a pickle", pickle.dumps({"a": 1})[:-3]])
+def test_damaged_metadata_is_refused(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / METADATA_FILE).write_bytes(content)
+    with pytest.raises(CheckpointError, match="not readable as plain data"):
+        check_metadata(tmp_path)
+
+
+def test_missing_metadata_is_named(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="missing"):
+        check_metadata(tmp_path)

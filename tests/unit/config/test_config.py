@@ -1,0 +1,133 @@
+"""Overrides, JSON, and the plan's cross-field checks."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from internvl_megatron.config.overrides import apply_overrides, changed_fields, field_paths, from_json, to_json
+from internvl_megatron.config.plan import padded_vocab_size, plan
+from internvl_megatron.config.recipes import RECIPES, demo_digits, find_recipe
+from internvl_megatron.errors import ConfigError
+
+
+def test_overrides_are_read_by_type() -> None:
+    texts = [
+        "num_steps=7",
+        "optimizer.learning_rate=2e-5",
+        "parallel.sequence_parallel=false",
+        "data.eval_meta=null",
+        "data.meta=a=b.json",
+        "loss.weighting=token",
+        "parallel.vision_window_rows=2",
+        "model.vision.drop_path_rate=0.1",
+        "optimizer.clip_grad_norm=None",
+    ]
+    config = apply_overrides(demo_digits(), texts)
+    assert (config.num_steps, config.optimizer.learning_rate) == (7, 2e-5)
+    assert (config.parallel.sequence_parallel, config.data.eval_meta, config.data.meta) == (False, None, "a=b.json")
+    assert (config.loss.weighting, config.parallel.vision_window_rows) == ("token", 2)
+    assert (config.model.vision.drop_path_rate, config.optimizer.clip_grad_norm) == (0.1, None)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("optimizer.lerning_rate=1", "did you mean 'optimizer.learning_rate'"),
+        ("num_step=1", "did you mean 'num_steps'"),
+        ("num_steps.x=1", "there is no setting"),
+        ("optimizer=1", "is a section"),
+        ("num_steps", "write it as section.field=value"),
+        ("num_steps=ten", "'ten' is not a whole number"),
+        ("num_steps=1.5", "is not a whole number"),
+        ("num_steps=null", "is not a whole number"),
+        ("dtype=fp8", "is not one of fp32, bf16"),
+        ("parallel.sequence_parallel=1", "is not true or false"),
+    ],
+)
+def test_wrong_overrides_say_what_to_do(text: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        apply_overrides(demo_digits(), [text])
+
+
+def test_every_field_can_be_named_and_written() -> None:
+    assert {"optimizer.learning_rate", "model.vision.qk_norm", "folder"} <= set(field_paths())
+
+
+def test_json_round_trip(tmp_path: Path) -> None:
+    for recipe in RECIPES.values():
+        path = tmp_path / "config.json"
+        path.write_text(to_json(recipe()))
+        assert from_json(path) == recipe()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_stepz": 1}, "unknown field 'num_stepz'; did you mean 'num_steps'"),
+        ({"num_steps": "1"}, "num_steps: '1' is not a whole number"),
+        ({"optimizer": []}, "optimizer: expected an object"),
+        ({"dtype": "int4"}, "dtype: 'int4' is not one of"),
+    ],
+)
+def test_wrong_json_names_the_field(tmp_path: Path, change: dict[str, object], message: str) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(to_json(demo_digits())) | change))
+    with pytest.raises(ConfigError, match=message):
+        from_json(path)
+
+
+def test_missing_and_broken_json(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no such file"):
+        from_json(tmp_path / "config.json")
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ConfigError, match="not valid JSON"):
+        from_json(tmp_path / "config.json")
+
+
+def test_changed_fields() -> None:
+    changed = apply_overrides(demo_digits(), ["num_steps=7", "optimizer.beta1=0.5"])
+    assert changed_fields(demo_digits(), changed) == ["optimizer.beta1", "num_steps"]
+
+
+def test_unknown_recipe_names_the_nearest() -> None:
+    with pytest.raises(ConfigError, match="did you mean 'demo_digits'"):
+        find_recipe("demo_digit")
+
+
+def test_plan_derives_the_layout() -> None:
+    made = plan(apply_overrides(demo_digits(), ["rows_per_step=8", "eval_rows=4"]), world_size=8)
+    assert str(made.layout) == "TP2 x PP2 x DP2"
+    assert (made.rows_per_replica, made.eval_rows_per_replica, made.layers_per_stage) == (4, 2, 2)
+
+
+def test_vocabulary_padding_does_not_depend_on_the_layout() -> None:
+    assert [padded_vocab_size(size) for size in (1, 512, 513, 151674)] == [512, 512, 1024, 152064]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "world_size", "message"),
+    [
+        ([], 6, "does not divide the 6 ranks"),
+        (["rows_per_step=3"], 8, "rows_per_step=3 must be a multiple of the 2 replicas"),
+        (["parallel.pipeline_size=3"], 6, "pipeline_size=3 must divide model.language.num_layers=4"),
+        (["parallel.tensor_size=3"], 6, "tensor_size=3 must divide model.language.num_heads=4"),
+        (["parallel.tensor_size=1"], 2, "sequence_parallel=true needs"),
+        (["data.tokens_per_row=1791"], 4, "must be a multiple of parallel.tensor_size=2"),
+        (["data.tiles_per_row=3"], 4, "set it to at least 4"),
+        (["data.v2pe=fixed", "data.v2pe_numerator=3"], 4, "v2pe_numerator=3 must be one of"),
+        (["data.eval_meta=null"], 4, "eval_every_steps is set but data.eval_meta is not"),
+        (["num_steps=0"], 4, "num_steps=0 must be greater than 0"),
+        (["optimizer.weight_decay=-1"], 4, "optimizer.weight_decay=-1.0 must be at least 0"),
+        (["model.vision.hidden_size=126"], 4, "must be a multiple of model.vision.num_heads"),
+    ],
+)
+def test_plan_refuses_what_cannot_work(overrides: list[str], world_size: int, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        plan(apply_overrides(demo_digits(), overrides), world_size)
+
+
+def test_plan_names_all_problems_at_once() -> None:
+    with pytest.raises(ConfigError) as error:
+        plan(apply_overrides(demo_digits(), ["num_steps=0", "parallel.pipeline_size=3", "data.eval_meta=null"]), 6)
+    assert len(str(error.value).splitlines()) == 3
