@@ -4,13 +4,15 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import get_args
 
 from internvl_megatron.config.overrides import apply_overrides
 from internvl_megatron.config.plan import plan
 from internvl_megatron.config.recipes import RECIPES, find_recipe
+from internvl_megatron.device import DeviceName
 from internvl_megatron.errors import UserError
 
-TRAIN_RANK = "internvl_megatron.train.loop:train_rank"
+TRAIN_RANK = "internvl_megatron.trainer:train_rank"
 ANSWER_PROMPTS = "internvl_megatron.inference.run:answer_prompts"
 EXIT_USER_ERROR = 2
 EXIT_FAILED = 1
@@ -56,7 +58,7 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("question", help="the question; <image> marks where an image goes")
     generate.add_argument("--image", action="append", default=[], help="an image file; may be given several times")
     generate.add_argument("--max-new-tokens", type=int, default=64)
-    generate.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    generate.add_argument("--device", choices=get_args(DeviceName), default="auto")
     generate.set_defaults(run=_generate)
 
     doctor = commands.add_parser("doctor", help="versions, device, and what optional parts are active")
@@ -81,7 +83,7 @@ def _train(options: argparse.Namespace) -> int:
         if options.nproc is not None:
             raise UserError("--nproc starts ranks itself; under torchrun or srun leave it out")
         plan(config, info.world_size)
-        from internvl_megatron.train.loop import train_rank
+        from internvl_megatron.trainer import train_rank
 
         summary = train_rank(info, config)
         if info.rank != 0:
@@ -99,7 +101,7 @@ def _train(options: argparse.Namespace) -> int:
 
 
 def _generate(options: argparse.Namespace) -> int:
-    from internvl_megatron.inference.generate import Prompt
+    from internvl_megatron.inference.prompt import Prompt
     from internvl_megatron.launcher import launch
 
     prompt = Prompt(options.question, tuple(options.image))

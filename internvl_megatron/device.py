@@ -6,6 +6,7 @@ Core, which addresses its accelerator by name in many places, runs on the CPU.
 """
 
 import importlib.util
+import os
 import resource
 import time
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     import torch
 
 AttentionKernel = Literal["flash_attn", "torch_varlen", "sdpa"]
+DeviceName = Literal["auto", "cpu", "cuda"]
+"""What a user can ask for."""
 
 # Dense bf16 tensor-core peak in FLOP/s by a part of the device name (vendor data sheets, without sparsity).
 PEAK_BF16_FLOPS = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "B200": 2250e12, "A100": 312e12}
@@ -92,7 +95,7 @@ class Device:
         return _measured_matmul_flops(self, dtype)
 
 
-def open_device(preference: Literal["auto", "cpu", "cuda"] = "auto", local_rank: int = 0) -> Device:
+def open_device(preference: DeviceName = "auto", local_rank: int = 0) -> Device:
     """Choose and prepare this process's device.
 
     Raises:
@@ -115,6 +118,26 @@ def open_device(preference: Literal["auto", "cpu", "cuda"] = "auto", local_rank:
     return Device(kind="cuda", index=local_rank, attention=packed_attention_kernel())
 
 
+def describe_machine() -> list[tuple[str, str]]:
+    """(what, value) lines about this machine's devices, for `doctor`; starts nothing on them."""
+    import torch
+
+    cores = f"{os.cpu_count()} cores"
+    if not torch.cuda.is_available():
+        cpu = Device(kind="cpu", index=0, attention="sdpa")
+        return [
+            ("device", f"cpu, {cores}, backend {cpu.backend}: every parallel path runs, slowly"),
+            ("packed attention", "one scaled_dot_product_attention per segment"),
+        ]
+    names = sorted({torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())})
+    gpu = Device(kind="cuda", index=0, attention=packed_attention_kernel())
+    return [
+        ("device", f"{torch.cuda.device_count()} x {', '.join(names)}, {cores}, backend {gpu.backend}"),
+        ("CUDA runtime", str(torch.version.cuda)),
+        ("packed attention", f"{gpu.attention} in bf16, one scaled_dot_product_attention per segment in fp32"),
+    ]
+
+
 def packed_attention_kernel() -> AttentionKernel:
     """The best installed kernel for packed attention on a GPU."""
     if importlib.util.find_spec("flash_attn") is not None:
@@ -128,11 +151,11 @@ def _measured_matmul_flops(device: Device, dtype: "torch.dtype", size: int = 768
     import torch
 
     matrix = torch.ones(size, size, dtype=dtype, device=device.torch_device)
-    matrix @ matrix
+    torch.mm(matrix, matrix)
     device.synchronize()
     start, count = time.perf_counter(), 0
     while time.perf_counter() - start < seconds:
-        matrix @ matrix
+        torch.mm(matrix, matrix)
         device.synchronize()
         count += 1
     return 2 * size**3 * count / (time.perf_counter() - start)

@@ -7,6 +7,8 @@ import platform
 import sys
 from dataclasses import dataclass
 
+from internvl_megatron.device import describe_machine
+
 REQUIRED = (
     "torch", "megatron-core", "transformers", "tokenizers", "safetensors", "sentencepiece", "numpy", "pillow",
     "tensorboard", "zarr", "psutil", "triton",
@@ -65,24 +67,7 @@ def _version(package: str) -> str | None:
 
 
 def _device() -> list[str]:
-    import torch
-
-    from internvl_megatron.device import Device, packed_attention_kernel
-
-    cores = os.cpu_count()
-    if not torch.cuda.is_available():
-        cpu = Device(kind="cpu", index=0, attention="sdpa")
-        return [
-            f"device                cpu, {cores} cores, backend {cpu.backend}: every parallel path runs, slowly",
-            "packed attention      one scaled_dot_product_attention per segment",
-        ]
-    names = sorted({torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())})
-    gpu = Device(kind="cuda", index=0, attention=packed_attention_kernel())
-    return [
-        f"device                {torch.cuda.device_count()} x {', '.join(names)}, {cores} cores, backend {gpu.backend}",
-        f"driver and runtime    CUDA {torch.version.cuda}",
-        f"packed attention      {gpu.attention} in bf16, scaled_dot_product_attention per segment in fp32",
-    ]
+    return [f"{what:21s} {value}" for what, value in describe_machine()]
 
 
 def _optional() -> list[str]:
@@ -90,7 +75,7 @@ def _optional() -> list[str]:
     for part in OPTIONAL:
         found = importlib.util.find_spec(part.module) is not None
         version = f"{_version(part.package) or 'active'}: {part.with_it}" if found else f"absent: {part.without_it}"
-        lines.append(f"  {part.package:19s} {version}")
+        lines.append(f"  {part.package:21s} {version}")
     return lines
 
 

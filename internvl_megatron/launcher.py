@@ -45,11 +45,14 @@ class RankFailedError(RuntimeError):
     """A rank failed and all ranks have been ended. The message starts with the first failure."""
 
     def __init__(self, failures: list[Failure]) -> None:
-        self.failures = sorted(failures, key=lambda failure: failure.when)
+        # A killed rank cannot say when it died; what the others report after it, they report because of it.
+        self.failures = sorted(failures, key=lambda failure: (not failure.is_signal, failure.when))
         first, *others = self.failures
         lines = [f"rank {first.rank} failed first:", first.text.rstrip()]
         if others:
-            lines.append(f"ranks {sorted(failure.rank for failure in others)} failed after it, most likely because of it")
+            lines.append(
+                f"ranks {sorted(failure.rank for failure in others)} failed after it, most likely because of it"
+            )
         super().__init__("\n".join(lines))
 
 
@@ -115,7 +118,9 @@ class _Watch:
         return len(self.results) + len(self.failures) == len(self.ranks)
 
     def _collect(self, timeout: float) -> None:
-        open_ranks = [rank for rank in range(len(self.ranks)) if rank not in self.results and rank not in self.failures]
+        open_ranks = [
+            rank for rank in range(len(self.ranks)) if rank not in self.results and rank not in self.failures
+        ]
         multiprocessing.connection.wait([self.readers[rank] for rank in open_ranks], timeout)
         for rank in open_ranks:
             if not self.readers[rank].poll():
@@ -125,7 +130,9 @@ class _Watch:
             except EOFError:
                 self.ranks[rank].join(timeout=1.0)
                 code = self.ranks[rank].exitcode
-                self.failures[rank] = Failure(rank, time.time(), _end_of(code), is_signal=code is not None and code < 0)
+                self.failures[rank] = Failure(
+                    rank, time.time(), _end_of(code), is_signal=code is not None and code < 0
+                )
                 continue
             if kind == "result":
                 self.results[rank] = value
@@ -135,7 +142,7 @@ class _Watch:
     def _interrupt(self) -> None:
         self.interrupts += 1
         if self.interrupts == 1:
-            print("stopping after this step; interrupt again to stop at once", file=sys.stderr, flush=True)
+            sys.stderr.write("stopping after this step; interrupt again to stop at once\n")
         for process in self.ranks:
             if process.is_alive():
                 os.kill(process.pid, signal.SIGTERM if self.interrupts == 1 else signal.SIGKILL)

@@ -10,4 +10,4 @@ import warnings
 logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
-    import internvl_megatron.train.loop  # noqa: F401 - imports everything a rank needs
+    import internvl_megatron.trainer  # noqa: F401 - imports everything a training rank needs

@@ -1,0 +1,1 @@
+"""One file per verb; run them from the checkout as `python -m tools.NAME`."""

@@ -37,7 +37,9 @@ ANSWER_TOKENS_PER_SAMPLE = 48
 class SyntheticStep:
     """Rows and tiles of one step, made from a seed; has what `Step` asks of `StepRows`."""
 
-    def __init__(self, model: ModelConfig, num_rows: int, tokens_per_row: int, tiles_per_image: int, seed: int) -> None:
+    def __init__(
+        self, model: ModelConfig, num_rows: int, tokens_per_row: int, tiles_per_image: int, seed: int
+    ) -> None:
         self.rows = [synthetic_row(model, tokens_per_row, tiles_per_image, seed + row) for row in range(num_rows)]
         self.image_owner = [[0] * len(row.images) for row in self.rows]
         rng = np.random.default_rng(seed)
@@ -78,7 +80,9 @@ def synthetic_row(model: ModelConfig, tokens_per_row: int, tiles_per_image: int,
         positions=positions.astype(np.int32),
         segment_lengths=np.array([length] * count + ([padding] if padding else []), np.int32),
         sources=tuple(SampleSource(0, index, index) for index in range(count)),
-        images=tuple(ImageRef(f"synthetic-{index}", (tiles_per_image, 1), tiles_per_image, None) for index in range(count)),
+        images=tuple(
+            ImageRef(f"synthetic-{index}", (tiles_per_image, 1), tiles_per_image, None) for index in range(count)
+        ),
         image_starts=(starts + 1).astype(np.int32),
         tile_starts=(starts[:, None] + tile_offsets).ravel().astype(np.int32),
     )
@@ -101,19 +105,22 @@ def run_steps(info: RankInfo, config: RunConfig, num_steps: int, tiles_per_image
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False
     device = open_device(config.device, info.local_rank)
-    losses, seconds = [], []
+    losses, seconds, agreement = [], [], None
     with joined(info, device, 600):
         groups = make_groups(Layout(1, 1, 1), device, 600)
         step = Step(config, build_model(config, groups, device), groups, device)
         for number in range(num_steps):
-            batch = SyntheticStep(config.model, config.rows_per_step, config.data.tokens_per_row, tiles_per_image, number)
+            batch = SyntheticStep(
+                config.model, config.rows_per_step, config.data.tokens_per_row, tiles_per_image, number
+            )
             device.synchronize()
             start = time.perf_counter()
             result = step.run(batch, number)  # pyright: ignore[reportArgumentType]
             device.synchronize()
             seconds.append(time.perf_counter() - start)
             losses.append(result.loss)
-        agreement = result.agreement
+            agreement = result.agreement
+        assert agreement is not None, "at least one step was run"
         flops = step_flops(
             config.model,
             num_tokens=agreement.num_tokens,
@@ -138,7 +145,9 @@ def benchmark_config(model: str, device: str, dtype: str, num_steps: int) -> tup
     """Configuration and tiles per image of a benchmark."""
     if model == "demo":
         base = replace(demo_digits(), dtype=dtype, device=device, num_steps=num_steps)
-        return replace(base, parallel=replace(base.parallel, tensor_size=1, pipeline_size=1, sequence_parallel=False)), 4
+        return replace(
+            base, parallel=replace(base.parallel, tensor_size=1, pipeline_size=1, sequence_parallel=False)
+        ), 4
     data = DataConfig(tokens_per_row=16384, tiles_per_row=48)
     optimizer = OptimizerConfig(learning_rate=1e-5)
     config = RunConfig(

@@ -19,14 +19,14 @@ from internvl_megatron.config.recipes import demo_digits
 from internvl_megatron.config.schema import RunConfig
 from internvl_megatron.errors import UserError
 from internvl_megatron.evaluate.questions import format_table
-from internvl_megatron.inference.run import answer_questions
 from internvl_megatron.launcher import InterruptedRunError, RankFailedError, launch
 from internvl_megatron.metrics import METRICS_FILE
-from internvl_megatron.train.loop import CHECKPOINTS, train_rank
 from tools.demo_report import contact_sheet, loss_curve
 from tools.prepare_demo import prepare
 
 NUM_RANKS = 4
+TRAIN_RANK = "internvl_megatron.trainer:train_rank"
+ANSWER_QUESTIONS = "internvl_megatron.evaluate.run:answer_questions"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -50,15 +50,17 @@ def run(config: RunConfig, fresh: bool) -> None:
     """The demo with some configuration."""
     folder, data = Path(config.folder), Path(config.data.meta).parent
     if fresh:
-        shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
+        shutil.rmtree(folder / folders.CHECKPOINTS, ignore_errors=True)
     prepare(data)
-    checkpoints = folders.finished(folder / CHECKPOINTS)
+    checkpoints = folders.finished(folder / folders.CHECKPOINTS)
     if not checkpoints or folders.read_info(checkpoints[-1]).step < config.num_steps:
-        print(f"training {config.name}: {NUM_RANKS} ranks, {config.num_steps} steps; Ctrl-C stops in order", flush=True)
-        launch(train_rank, NUM_RANKS, config)
+        print(
+            f"training {config.name}: {NUM_RANKS} ranks, {config.num_steps} steps; Ctrl-C stops in order", flush=True
+        )
+        launch(TRAIN_RANK, NUM_RANKS, config)
     print("answering held-out questions, each asked alone, at delta 1", flush=True)
     answers = folder / "answers.jsonl"
-    scores = launch(answer_questions, 1, folder, data / "heldout_questions.jsonl", answers, "cpu")[0]
+    scores = launch(ANSWER_QUESTIONS, 1, folder, data / "heldout_questions.jsonl", answers, "cpu")[0]
     print(format_table(scores))
     loss_curve(folder / METRICS_FILE, folder / "loss.png")
     contact_sheet(answers, data, folder / "answers.png")

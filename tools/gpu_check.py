@@ -35,7 +35,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         f"{FP32_STEPS} fp32 losses equal the CPU's": (fp32, FP32_TOLERANCE),
         f"bf16 loss after {BF16_STEPS} steps near fp32's": (bf16, BF16_TOLERANCE),
     }
-    config, tiles_per_image = benchmark_config("1b" if options.device == "cuda" else "demo", options.device, "bf16", 13)
+    config, tiles_per_image = benchmark_config(
+        "1b" if options.device == "cuda" else "demo", options.device, "bf16", 13
+    )
     speed = launch(run_steps, 1, config, 13, tiles_per_image)[0]
     report = {
         "checks": {
@@ -48,7 +50,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options.output.parent.mkdir(parents=True, exist_ok=True)
     options.output.write_text(json.dumps(report, indent=1) + "\n")
     for name, (value, limit) in checks.items():
-        print(f"{'passed' if value <= limit else 'FAILED'}: {name}: relative difference {value:.2e}, limit {limit:.0e}")
+        print(
+            f"{'passed' if value <= limit else 'FAILED'}: {name}: relative difference {value:.2e}, limit {limit:.0e}"
+        )
     print(f"{config.name}: {speed['tokens_per_second']:.0f} tokens/s, MFU {speed['mfu']:.1%} on {speed['device']}")
     return 0 if all(value <= limit for value, limit in checks.values()) else 1
 

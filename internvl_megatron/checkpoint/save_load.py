@@ -24,9 +24,9 @@ from megatron.core.dist_checkpointing.strategies.torch import (
 )
 from megatron.core.dist_checkpointing.utils import add_prefix_for_sharding
 from megatron.core.optimizer import MegatronOptimizer
-from torch.distributed.checkpoint import FileSystemWriter
-from torch.distributed.checkpoint import save as save_with_torch
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
+from torch.distributed.checkpoint.state_dict_saver import save as save_with_torch
 
 from internvl_megatron.checkpoint import folders
 from internvl_megatron.checkpoint.metadata_guard import check_metadata
@@ -149,9 +149,7 @@ def _sides(optimizer: JointOptimizer) -> dict[str, MegatronOptimizer]:
 
 def _model_state(model: Model, groups: Groups) -> dict[str, Any]:
     return {
-        "vision": model.vision.sharded_state_dict(
-            prefix="vision.", metadata={"dp_cp_group": groups.vision.dp_cp}
-        ),
+        "vision": model.vision.sharded_state_dict(prefix="vision.", metadata={"dp_cp_group": groups.vision.dp_cp}),
         "language": model.language.sharded_state_dict(
             prefix="language.", metadata={"dp_cp_group": groups.language.dp_cp}
         ),
@@ -170,13 +168,15 @@ def _optimizer_state(optimizer: JointOptimizer, model_state: dict[str, Any], is_
 def _load(folder: Path, state: dict[str, Any]) -> dict[str, Any]:
     check_metadata(folder)
     try:
-        return dist_checkpointing.load(state, str(folder))
+        loaded = dist_checkpointing.load(state, str(folder))
     except _LOAD_ERRORS as error:
         reason = str(error)[:MAX_REASON_CHARACTERS]
         raise CheckpointError(
             f"{folder}: cannot be loaded into this model ({reason}). The model's sizes must be those it was trained "
             "with; if they are, the checkpoint is damaged: use an older one."
         ) from error
+    assert isinstance(loaded, dict), "without strict handling, Megatron Core returns the state alone"
+    return loaded
 
 
 def _apply_model(loaded: dict[str, Any], model: Model) -> None:

@@ -6,7 +6,7 @@ import json
 import types
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeGuard, Union, get_args, get_origin, get_type_hints
 
 from internvl_megatron.config.schema import RunConfig
 from internvl_megatron.errors import ConfigError
@@ -65,19 +65,23 @@ def field_paths(section: type = RunConfig, path: str = "") -> list[str]:
     """All fields an override can name."""
     names = []
     for name, hint in get_type_hints(section).items():
-        names += field_paths(hint, f"{path}{name}.") if dataclasses.is_dataclass(hint) else [f"{path}{name}"]
+        names += field_paths(hint, f"{path}{name}.") if _is_section(hint) else [f"{path}{name}"]
     return names
+
+
+def _is_section(hint: Any) -> TypeGuard[type]:
+    return isinstance(hint, type) and dataclasses.is_dataclass(hint)
 
 
 def _replaced(section: Any, parts: list[str], text: str, path: str) -> Any:
     hints = get_type_hints(type(section))
     name, *rest = parts
-    if name not in hints or (rest and not dataclasses.is_dataclass(hints[name])):
+    if name not in hints or (rest and not _is_section(hints[name])):
         near = difflib.get_close_matches(path, field_paths(), n=1, cutoff=0.0)[0]
         raise ConfigError(f"override {path}={text}: there is no setting {path!r}; did you mean {near!r}?")
     if rest:
         return dataclasses.replace(section, **{name: _replaced(getattr(section, name), rest, text, path)})
-    if dataclasses.is_dataclass(hints[name]):
+    if _is_section(hints[name]):
         raise ConfigError(f"override {path}={text}: {path!r} is a section; name one of its fields, like {path}.NAME")
     return dataclasses.replace(section, **{name: _value(text, hints[name], path)})
 
@@ -127,7 +131,7 @@ def _from_dict(section: type, raw: Any, where: str) -> Any:
     for name, value in raw.items():
         hint = hints[name]
         inside = f"{where}: {name}"
-        values[name] = _from_dict(hint, value, inside) if dataclasses.is_dataclass(hint) else _typed(value, hint, inside)
+        values[name] = _from_dict(hint, value, inside) if _is_section(hint) else _typed(value, hint, inside)
     try:
         return section(**values)
     except TypeError as error:

@@ -60,9 +60,10 @@ def _numbers(section: Any, path: str) -> list[str]:
         value, name = getattr(section, field.name), f"{path}{field.name}"
         if is_dataclass(value):
             problems += _numbers(value, f"{name}.")
-        elif isinstance(value, int | float) and not isinstance(value, bool):
-            if value < 0 or (value == 0 and field.name not in MAY_BE_ZERO):
-                problems.append(f"{name}={value} must be {'at least 0' if value < 0 else 'greater than 0'}")
+        elif isinstance(value, bool) or not isinstance(value, int | float):
+            continue
+        elif value < 0 or (value == 0 and field.name not in MAY_BE_ZERO):
+            problems.append(f"{name}={value} must be {'at least 0' if value < 0 else 'greater than 0'}")
     return problems
 
 
@@ -124,7 +125,10 @@ def _layout(config: RunConfig, world_size: int) -> list[str]:
     for what, value in (
         ("model.language.num_heads", language.num_heads),
         ("model.language.ffn_hidden_size", language.ffn_hidden_size),
-        (f"the padded vocabulary (model.language.vocab_size={language.vocab_size})", padded_vocab_size(language.vocab_size)),
+        (
+            f"the padded vocabulary (model.language.vocab_size={language.vocab_size})",
+            padded_vocab_size(language.vocab_size),
+        ),
     ):
         if value % tensor:
             problems.append(f"parallel.tensor_size={tensor} must divide {what}={value}")
@@ -136,5 +140,7 @@ def _layout(config: RunConfig, world_size: int) -> list[str]:
     if parallel.sequence_parallel and tensor == 1:
         problems.append("parallel.sequence_parallel=true needs parallel.tensor_size > 1")
     if data.tokens_per_row % tensor:
-        problems.append(f"data.tokens_per_row={data.tokens_per_row} must be a multiple of parallel.tensor_size={tensor}")
+        problems.append(
+            f"data.tokens_per_row={data.tokens_per_row} must be a multiple of parallel.tensor_size={tensor}"
+        )
     return problems

@@ -155,10 +155,10 @@ class ReplicaLoader:
 
     def _make(self) -> _Made:
         """Make one step's rows (background thread, one at a time)."""
-        assert self._streams is not None
+        assert self._streams is not None, "only the leader of a replica makes rows"
         message = _ROWS + rows_to_bytes([stream.next_row() for stream in self._streams])
         state = self._streams_state()
-        assert state is not None
+        assert state is not None, "the leader knows where its streams stand"
         return _Made(message, state)
 
     def _receive(self) -> _Ahead:
@@ -172,7 +172,7 @@ class ReplicaLoader:
 
     def _take_made(self) -> tuple[bytes, _State | None, BaseException | None]:
         """On the leader: the next message, the state after it, and the error if it is one."""
-        assert self._maker is not None
+        assert self._maker is not None, "only the leader of a replica has a maker"
         made = self._made.popleft()
         # An error must reach the other ranks too: they wait for a message.
         error = made.exception()

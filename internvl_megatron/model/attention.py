@@ -130,7 +130,9 @@ def _torch_varlen(query: Tensor, key: Tensor, value: Tensor, row: PackedRow) -> 
         key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
     ends, longest = row.cu_seqlens_q, row.max_segment_tokens
     assert ends is not None, "the packed row carries no device copy of its segment ends"
-    return varlen_attn(query, key, value, ends, ends, longest, longest, window_size=(-1, 0))
+    attended = varlen_attn(query, key, value, ends, ends, longest, longest, window_size=(-1, 0))
+    assert isinstance(attended, Tensor), "torch returns more than the output only when asked to"
+    return attended
 
 
 class TileAttention(torch.nn.Module):

@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
@@ -26,7 +27,8 @@ class Model:
         """Parameters by names that do not depend on the layout: layers are counted over all pipeline stages."""
         for name, parameter in self.vision.named_parameters():
             yield f"vision.{name}", parameter
-        offset = self.language.decoder.layers[0].layer_number - 1
+        first: Any = self.language.decoder.layers[0]
+        offset = first.layer_number - 1
         for name, parameter in self.language.named_parameters():
             parts = name.split(".")
             if parts[:2] == ["decoder", "layers"]:
@@ -101,7 +103,7 @@ def _full_shape(parameter: torch.nn.Parameter, tensor_size: int) -> tuple[int, .
     """Shape of a parameter over all tensor-parallel ranks."""
     shape = list(parameter.shape)
     if getattr(parameter, "tensor_model_parallel", False) and tensor_size > 1:
-        shape[parameter.partition_dim] *= tensor_size
+        shape[_axis(parameter)] *= tensor_size
     return tuple(shape)
 
 
@@ -116,7 +118,12 @@ def _local_shard(
     rank, size = tensor_group.rank(), tensor_group.size()
     if size == 1 or not getattr(parameter, "tensor_model_parallel", False):
         return full
-    axis: int = parameter.partition_dim
+    axis = _axis(parameter)
     if name.startswith("language.") and name.endswith("mlp.linear_fc1.weight"):
         return torch.cat([half.chunk(size, dim=axis)[rank] for half in full.chunk(2, dim=axis)], dim=axis)
     return full.chunk(size, dim=axis)[rank]
+
+
+def _axis(parameter: torch.nn.Parameter) -> int:
+    """The dimension Megatron Core says it has split."""
+    return getattr(parameter, "partition_dim")  # noqa: B009 - torch's stubs do not know it

@@ -7,9 +7,7 @@ encodes it, in whichever chunk, and again when its forward pass is run a second 
 import numpy as np
 
 
-def residual_scale(
-    rate: float, num_layers: int, tile_ids: np.ndarray, seed: int, step: int
-) -> np.ndarray | None:
+def residual_scale(rate: float, num_layers: int, tile_ids: np.ndarray, seed: int, step: int) -> np.ndarray | None:
     """Factors on the two residual branches of every layer.
 
     Args:

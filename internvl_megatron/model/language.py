@@ -21,9 +21,8 @@ from internvl_megatron.device import AttentionKernel
 from internvl_megatron.model.attention import PackedRow
 from internvl_megatron.model.layer_specs import language_block
 
-def language_transformer_config(
-    model: ModelConfig, parallel: ParallelConfig, dtype: torch.dtype
-) -> TransformerConfig:
+
+def language_transformer_config(model: ModelConfig, parallel: ParallelConfig, dtype: torch.dtype) -> TransformerConfig:
     """Megatron Core's view of the decoder."""
     language = model.language
     return TransformerConfig(
@@ -147,7 +146,7 @@ def insert_image_tokens(hidden: Tensor, images: ImageTokens) -> Tensor:
     return hidden.index_copy(0, images.positions, images.embeddings.unsqueeze(1).to(hidden.dtype))
 
 
-class _quiet_deprecation:  # noqa: N801 - reads as a function where it is used
+class _quiet_deprecation:
     """GPTModel warns in favour of HybridModel, which has no place for image embeddings; say nothing for our own use."""
 
     def __enter__(self) -> None:

@@ -41,9 +41,7 @@ class ColumnParallelLinearWithoutBias(ColumnParallelLinear):
 
 def feed_forward() -> Any:
     """Builder of the MLP slot; gating and activation come from the config."""
-    return partial(
-        MLP.as_mlp_submodule, MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
-    )
+    return partial(MLP.as_mlp_submodule, MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear))
 
 
 def language_block(num_layers: int, kernel: AttentionKernel) -> TransformerBlockSubmodules:
@@ -61,10 +59,10 @@ def language_block(num_layers: int, kernel: AttentionKernel) -> TransformerBlock
                     linear_proj=RowParallelLinear,
                 ),
             ),
-            self_attn_bda=get_bias_dropout_add,
+            self_attn_bda=get_bias_dropout_add,  # pyright: ignore[reportArgumentType] - as Megatron's own specs do
             pre_mlp_layernorm=plain_norm,
             mlp=feed_forward(),
-            mlp_bda=get_bias_dropout_add,
+            mlp_bda=get_bias_dropout_add,  # pyright: ignore[reportArgumentType]
         ),
     )
     return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=plain_norm)

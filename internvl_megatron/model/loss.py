@@ -9,7 +9,9 @@ from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 from torch import Tensor
 
 
-def weighted_loss(logits: Tensor, targets: Tensor, weights: Tensor, tensor_group: torch.distributed.ProcessGroup) -> Tensor:
+def weighted_loss(
+    logits: Tensor, targets: Tensor, weights: Tensor, tensor_group: torch.distributed.ProcessGroup
+) -> Tensor:
     """Sum over tokens of weight times cross entropy, an fp32 scalar.
 
     Args:

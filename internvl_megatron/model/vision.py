@@ -38,9 +38,7 @@ class TileBatch(PackedSeqParams):
     """Drop path: fp32 [layers, 2, T], 0 where a tile skips the branch and 1 / (1 - rate) where it does not."""
 
 
-def vision_transformer_config(
-    model: ModelConfig, dtype: torch.dtype, **parallel: Any
-) -> TransformerConfig:
+def vision_transformer_config(model: ModelConfig, dtype: torch.dtype, **parallel: Any) -> TransformerConfig:
     """Megatron Core's view of InternViT."""
     vision = model.vision
     return TransformerConfig(
@@ -82,7 +80,8 @@ class InternViTAttention(SelfAttention):
 
     def get_query_key_value_tensors(self, *args: Any, **kwargs: Any) -> Any:
         """Query, key, value, each [N, T, heads, head size]."""
-        query, key, value = super().get_query_key_value_tensors(*args, **kwargs)
+        projected: Any = super().get_query_key_value_tensors(*args, **kwargs)
+        query, key, value = projected
         if self.q_norm is not None and self.k_norm is not None:
             query = self.q_norm(query.flatten(2)).view_as(query)
             key = self.k_norm(key.flatten(2)).view_as(key)
@@ -161,9 +160,7 @@ class VisionTower(MegatronModule):
         self.vision = vision
         self.class_embedding = torch.nn.Parameter(torch.empty(1, 1, width, **options))
         self.patch_embedding = torch.nn.Conv2d(3, width, vision.patch_pixels, stride=vision.patch_pixels, **options)
-        self.position_embedding = torch.nn.Parameter(
-            torch.empty(1, 1 + vision.patches_per_side**2, width, **options)
-        )
+        self.position_embedding = torch.nn.Parameter(torch.empty(1, 1 + vision.patches_per_side**2, width, **options))
         # No norm after the last block: the projector's LayerNorm takes its output as it is.
         self.encoder = TransformerBlock(config, _vision_block(vision), post_layer_norm=False, pg_collection=groups)
         shuffled = width * vision.shuffle_factor**2

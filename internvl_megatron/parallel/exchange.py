@@ -9,7 +9,6 @@ Shapes: t tiles this rank decodes, e tiles it encodes, K tokens of a tile, D hid
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -154,9 +153,9 @@ class Exchange:
         layout = self.groups.layout
         if layout.tensor_size == 1 or not (self.sequence_parallel or for_gradients):
             return 0, self.tokens_per_row
-        share = self.tokens_per_row // layout.tensor_size
-        first = layout.tensor_index(owner) * share
-        return first, first + share
+        index, size = layout.tensor_index(owner), layout.tensor_size
+        # Shares may differ by a token: only sequence parallelism needs a row that divides evenly.
+        return self.tokens_per_row * index // size, self.tokens_per_row * (index + 1) // size
 
     def _local(self, plan: TilePlan, tokens: np.ndarray) -> np.ndarray:
         """Places of tokens in this rank's flattened [e * K, D] embeddings."""

@@ -70,9 +70,7 @@ def make_groups(layout: Layout, device: Device, timeout_seconds: int) -> Groups:
     def whole_world(backend: str) -> dist.ProcessGroup:
         return _checked(dist.new_group(everyone, timeout=timeout, backend=backend))
 
-    alone = _checked(
-        dist.new_group([rank], timeout=timeout, backend=device.backend, use_local_synchronization=True)
-    )
+    alone = _checked(dist.new_group([rank], timeout=timeout, backend=device.backend, use_local_synchronization=True))
     replicas = [layout.replica_ranks(replica) for replica in range(layout.data_size)]
 
     def host_group_of_mine(partition: list[list[int]]) -> dist.ProcessGroup:

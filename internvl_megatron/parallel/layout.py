@@ -40,8 +40,11 @@ class Layout:
     def replica_ranks(self, replica: int) -> list[int]:
         """Global ranks of one replica in ascending order; the first is on the first stage and leads the replica."""
         return [
-            self.rank(tensor, replica, stage) for stage in range(self.pipeline_size) for tensor in range(self.tensor_size)
+            self.rank(tensor, replica, stage)
+            for stage in range(self.pipeline_size)
+            for tensor in range(self.tensor_size)
         ]
 
     def __str__(self) -> str:
+        """Short form for logs, like TP2 x PP2 x DP1."""
         return f"TP{self.tensor_size} x PP{self.pipeline_size} x DP{self.data_size}"

@@ -25,6 +25,7 @@ class TileTable:
     """Number of the tile in the global batch that does not depend on the layout; seeds its drop path."""
 
     def __len__(self) -> int:
+        """Number of tiles."""
         return len(self.replica)
 
     def select(self, chosen: np.ndarray) -> "TileTable":

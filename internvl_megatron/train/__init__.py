@@ -1,1 +1,1 @@
-"""Training: the decoupled step, both optimizers, the loop."""
+"""Training: the decoupled step and both optimizers; the loop around them is `internvl_megatron.trainer`."""

@@ -85,7 +85,7 @@ def agree(batch: StepRows, groups: Groups, tiles_per_row: int, stop_requested: b
 def decoded_tiles(batch: StepRows, tile_pixels: int, rows: range) -> np.ndarray:
     """This rank's tiles of some rows in table order, uint8 [t, 3, pixels, pixels]; broken images are black."""
     decoded = batch.tiles()
-    parts = [np.empty((0, 3, tile_pixels, tile_pixels), dtype=np.uint8)]
+    parts: list[np.ndarray] = [np.empty((0, 3, tile_pixels, tile_pixels), dtype=np.uint8)]
     for row in rows:
         for image, reference in enumerate(batch.rows[row].images):
             if (row, image) in decoded.tiles:

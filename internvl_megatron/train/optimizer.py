@@ -109,14 +109,16 @@ class JointOptimizer:
         if not math.isfinite(grad_norm):
             return UpdateResult(grad_norm, updated=False)
         for optimizer in sides:
-            parameters = optimizer.get_parameters()
+            parameters: list[torch.Tensor] = [*optimizer.get_parameters()]
             if self.config.clip_grad_norm is not None and parameters:
                 clip_grad_by_total_norm_fp32(parameters, self.config.clip_grad_norm, grad_norm)
             optimizer.step_with_ready_grads()
         return UpdateResult(grad_norm, updated=True)
 
 
-def _optimizer(config: RunConfig, module: DistributedDataParallel, groups: ProcessGroupCollection) -> MegatronOptimizer:
+def _optimizer(
+    config: RunConfig, module: DistributedDataParallel, groups: ProcessGroupCollection
+) -> MegatronOptimizer:
     optimizer = config.optimizer
     dtype = torch_dtype(config.dtype)
     settings: dict[str, Any] = {

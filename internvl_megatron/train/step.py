@@ -141,9 +141,7 @@ class Step:
         decoded = decoded_tiles(batch, self.config.model.vision.tile_pixels, rows)
         tiles = self.exchange.send_tiles(plan, self.device.put(decoded))
         numbers = plan.table.number[plan.tiles_of(self.groups.rank)]
-        chunks = [
-            self._encode_chunk(tiles, numbers, chunk, step, training) for chunk in range(plan.num_chunks)
-        ]
+        chunks = [self._encode_chunk(tiles, numbers, chunk, step, training) for chunk in range(plan.num_chunks)]
         embeddings = torch.cat([chunk.output.detach()[: chunk.num_real_tiles] for chunk in chunks])
         received = self.exchange.send_embeddings(plan, embeddings)
         return EmbeddingStore(received, self.exchange.owned(plan), self.device), chunks

@@ -38,7 +38,7 @@ def test_clean_keeps_the_newest_and_never_the_last_one_less(tmp_path: Path) -> N
     folders.clean(tmp_path, keep_last=2)
     assert [path.name for path in folders.finished(tmp_path)] == ["step-00000004", "step-00000030"]
     folders.clean(tmp_path, keep_last=0)
-    assert sorted(os.listdir(tmp_path)) == ["step-00000030"]
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000030"]
 
 
 def test_writing_the_same_step_again_replaces_it(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import logging
 import os
 import signal
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -36,10 +37,10 @@ from internvl_megatron.train.step import Step, StepResult
 log = logging.getLogger(__name__)
 
 
-
 def train_rank(info: RankInfo, config: RunConfig) -> RunSummary:
     """Body of one rank: join the world, build the run, train."""
     configure_logging(info.rank)
+    tqdm.set_lock(threading.RLock())  # its default lock is shared between processes and would outlive a killed rank
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // info.local_world_size))
     device = open_device(config.device, info.local_rank)
     with joined(info, device, config.parallel.collective_timeout_seconds):
@@ -83,7 +84,11 @@ class Trainer:
         """Train until the last step, or until some rank is asked to stop; a checkpoint ends both."""
         config, loss, eval_loss, interrupted = self.config, None, None, False
         progress = tqdm(
-            total=config.num_steps, initial=self.step, disable=None if self.is_main else True, unit="step", smoothing=0.1
+            total=config.num_steps,
+            initial=self.step,
+            disable=None if self.is_main else True,
+            unit="step",
+            smoothing=0.1,
         )
         while self.step < config.num_steps and not interrupted:
             start = time.perf_counter()
@@ -117,7 +122,8 @@ class Trainer:
             datasets = load_datasets(config.data.meta)
             numbers = range(self.replica, config.rows_per_step, layout.data_size)
             streams = [
-                SampleStream(datasets, self.settings, self.tokenizer, number, config.rows_per_step) for number in numbers
+                SampleStream(datasets, self.settings, self.tokenizer, number, config.rows_per_step)
+                for number in numbers
             ]
 
         def broadcast(payload: bytes | None) -> bytes:
@@ -158,7 +164,9 @@ class Trainer:
         """A run can change its layout and its length, but not its model or its data."""
         before = from_json(self.root / CONFIG_FILE)
         changed = changed_fields(before, self.config)
-        refused = [name for name in changed if name.startswith("model.") or name in ("rows_per_step", "seed", "data.seed")]
+        refused = [
+            name for name in changed if name.startswith("model.") or name in ("rows_per_step", "seed", "data.seed")
+        ]
         if refused:
             raise ConfigError(
                 f"{self.root} holds a run with other settings of {', '.join(refused)}: set them back, or choose another "

@@ -1,0 +1,54 @@
+# `make demo` and `make test` are the two commands; each sets up $(VENV) on first use.
+#   make demo FRESH=1    train again from the start          make test ARGS="-k packing"    choose tests
+#   make ... VENV=path   use another virtual environment     make ... PYTHON=path           build it with this Python
+
+VENV ?= .venv
+PY := $(VENV)/bin/python
+
+# The real Qwen2.5 token ranks come as one file of this package; the package's own needs are not wanted.
+RANKS_PACKAGE := dashscope==2.0.2
+
+# The stamp is written last, so an interrupted set-up is done again; its name follows what was installed, so a changed
+# setup.py is noticed and a complete environment is left alone, whichever checkout it is used from.
+STAMP := $(VENV)/.ready-$(firstword $(shell { cat setup.py; echo $(RANKS_PACKAGE); } | cksum))
+
+# Some virtual machines advertise AMX and trap it: bf16 matrix products then die with SIGILL.
+ONEDNN_MAX_CPU_ISA ?= AVX512_CORE_BF16
+# Nothing here fetches from a model hub; without this transformers may try to.
+HF_HUB_OFFLINE ?= 1
+export ONEDNN_MAX_CPU_ISA HF_HUB_OFFLINE
+
+# This checkout comes first even when $(VENV) was set up from another one.
+RUN = PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}" $(PY)
+
+.PHONY: setup demo test lint clean
+
+setup: $(STAMP)
+
+demo: $(STAMP)
+	$(RUN) -m tools.demo $(if $(filter-out 0,$(FRESH)),--fresh)
+
+test: $(STAMP)
+	$(RUN) -m pytest $(ARGS)
+
+lint: $(STAMP)
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m basedpyright --pythonpath $(PY)
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache
+	find . -path './.venv*' -prune -o -name __pycache__ -prune -exec rm -rf {} +
+
+# A half-made or outdated environment is mended in place: links to a Python that cannot serve go, the rest stays.
+$(STAMP):
+	@rm -f $(VENV)/.ready-*
+	@if ! $(PY) -c 'import sys, pip; sys.version_info >= (3, 12) or sys.exit(1)' 2>/dev/null; then \
+		python=$$(sh tools/find_python.sh) || exit 1; \
+		if [ -f $(VENV)/pyvenv.cfg ]; then find $(VENV)/bin -name 'python*' -type l -exec rm -f {} +; fi; \
+		echo "making $(VENV) with $$python"; \
+		"$$python" -m venv $(VENV) || exit 1; \
+	fi
+	$(PY) -m pip install --editable '.[dev,demo]'
+	$(PY) -m pip install --no-deps '$(RANKS_PACKAGE)'
+	@touch $@

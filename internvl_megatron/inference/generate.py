@@ -1,0 +1,196 @@
+"""Greedy generation on one rank: many prompts at once in one packed row, without a key-value cache.
+
+Every round runs the language model over all unfinished sequences, each a segment of the row, and adds one token to each.
+A finished sequence leaves the row and waiting prompts take its place, so memory is bounded by the row, whatever the
+number of prompts. Prompts are encoded once, by the training pipeline's own template, tiling and positions.
+"""
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from internvl_megatron.config.schema import RunConfig
+from internvl_megatron.data.conversation import Turn, render_prompt
+from internvl_megatron.data.images import ImageRef, decode_tiles, image_size
+from internvl_megatron.data.positions import UNITS_PER_POSITION, v2pe_numerators
+from internvl_megatron.data.tiling import choose_grid, num_tiles
+from internvl_megatron.data.tokenizer import Tokenizer
+from internvl_megatron.device import Device
+from internvl_megatron.errors import ConfigError
+from internvl_megatron.inference.prompt import Prompt
+from internvl_megatron.model.attention import PackedRow
+from internvl_megatron.model.build import Model
+from internvl_megatron.model.language import ImageTokens
+from internvl_megatron.model.rotary import rotary_tables
+
+
+@dataclass
+class _Sequence:
+    """A prompt of n tokens and the answer so far."""
+
+    prompt_ids: np.ndarray
+    """int32 [n]."""
+    prompt_positions: np.ndarray
+    """int32 [n], in units of 1/256."""
+    images: list[ImageRef]
+    image_places: np.ndarray
+    """int64 [i], places of the image tokens in the prompt, ascending."""
+    embeddings: Tensor | None = None
+    """[i, D] for the image tokens, while the sequence is in the row; None without images."""
+    answer_ids: list[int] = field(default_factory=list)
+
+    @property
+    def token_ids(self) -> np.ndarray:
+        """int64 [n + generated]."""
+        return np.concatenate([self.prompt_ids, np.array(self.answer_ids, dtype=np.int64)])
+
+    @property
+    def positions(self) -> np.ndarray:
+        """int32 [n + generated]: generated tokens go on from the prompt in whole positions (spec: V2PE generation)."""
+        steps = np.arange(1, len(self.answer_ids) + 1, dtype=np.int32) * UNITS_PER_POSITION
+        return np.concatenate([self.prompt_positions, self.prompt_positions[-1] + steps])
+
+
+class Generator:
+    """Answers prompts with the most likely token at every step."""
+
+    def __init__(self, config: RunConfig, model: Model, tokenizer: Tokenizer, device: Device) -> None:
+        """Prepare to answer; `model` is whole on this rank (tensor and pipeline size 1)."""
+        language = model.language
+        is_whole = language.pre_process and language.post_process and language.pg_collection.tp.size() == 1
+        assert is_whole, (
+            "generation needs the whole language model on one rank; load it with tensor and pipeline size 1"
+        )
+        self.config = config
+        self.model = model
+        self.tokenizer = tokenizer
+        self.device = device
+
+    @torch.no_grad()
+    def answer(
+        self, prompts: Sequence[Prompt], max_new_tokens: int = 32, v2pe_numerator: int = UNITS_PER_POSITION
+    ) -> list[str]:
+        """Answer every prompt by itself.
+
+        Args:
+            prompts: any number; their images are read when their turn comes, except for the headers.
+            max_new_tokens: an answer ends after so many tokens if `<|im_end|>` does not end it before.
+            v2pe_numerator: position step of image tokens in units of 1/256; 256 gives ordinary positions.
+
+        Returns:
+            The answers in the order of the prompts, without `<|im_end|>` and surrounding white space.
+
+        Raises:
+            DataError: an image cannot be read, or images and `<image>` differ in number.
+            ConfigError: a number is out of its range.
+        """
+        if max_new_tokens < 1:
+            raise ConfigError(f"max_new_tokens: must be at least 1, not {max_new_tokens}")
+        if not 1 <= v2pe_numerator <= UNITS_PER_POSITION:
+            raise ConfigError(
+                f"v2pe_numerator: must be 1 to {UNITS_PER_POSITION} (delta 1/256 to 1), not {v2pe_numerator}"
+            )
+        self.model.vision.eval()
+        self.model.language.eval()
+        sequences = [self._render(prompt, v2pe_numerator) for prompt in prompts]
+        waiting, active = deque(sequences), list[_Sequence]()
+        while waiting or active:
+            active += self._admit(waiting, active, max_new_tokens)
+            for sequence, token_id in zip(active, self._next_tokens(active), strict=True):
+                sequence.answer_ids.append(token_id)
+            active = self._unfinished(active, max_new_tokens)
+        return [self._text(sequence) for sequence in sequences]
+
+    def _render(self, prompt: Prompt, v2pe_numerator: int) -> _Sequence:
+        """Template, tiling and positions of a prompt; of its images only the headers are read."""
+        images = [self._plan_image(path, len(prompt.images)) for path in prompt.images]
+        context_tokens = [image.num_tiles * self.config.model.vision.tokens_per_tile for image in images]
+        system = self.config.data.system_prompt if prompt.system is None else prompt.system
+        rendered = render_prompt([Turn("human", prompt.question)], context_tokens, self.tokenizer, system)
+        starts = rendered.image_starts.tolist()
+        strides = [v2pe_numerator] * len(images)
+        places = [np.arange(start, start + count) for start, count in zip(starts, context_tokens, strict=True)]
+        return _Sequence(
+            prompt_ids=rendered.token_ids,
+            prompt_positions=v2pe_numerators(len(rendered.token_ids), starts, context_tokens, strides),
+            images=images,
+            image_places=np.concatenate([np.empty(0, dtype=np.int64), *places]),
+        )
+
+    def _plan_image(self, path: str, num_images: int) -> ImageRef:
+        """How an image is cut when `num_images` images share the tiles of a sample, as in training."""
+        data = self.config.data
+        max_tiles = max(1, data.max_tiles // num_images)
+        grid = choose_grid(*image_size(path), data.min_tiles, max_tiles, self.config.model.vision.tile_pixels)
+        return ImageRef(path, grid, num_tiles(grid, data.use_thumbnail), jpeg_seed=None)
+
+    def _admit(self, waiting: deque[_Sequence], active: Sequence[_Sequence], max_new_tokens: int) -> list[_Sequence]:
+        """Take waiting sequences that fit into the row even when all answers are as long as they may be."""
+        used = sum(len(sequence.prompt_ids) + max_new_tokens for sequence in active)
+        admitted: list[_Sequence] = []
+        while waiting:
+            used += len(waiting[0].prompt_ids) + max_new_tokens
+            alone = not active and not admitted  # a prompt over the budget gets a row of its own
+            if used > self.config.data.tokens_per_row and not alone:
+                break
+            admitted.append(waiting.popleft())
+        self._encode([sequence for sequence in admitted if sequence.images])
+        return admitted
+
+    def _encode(self, sequences: Sequence[_Sequence]) -> None:
+        """Embed the images of some sequences, all tiles together, chunk by chunk."""
+        if not sequences:
+            return
+        vision, thumbnail = self.config.model.vision, self.config.data.use_thumbnail
+        images = [image for sequence in sequences for image in sequence.images]
+        tiles = np.concatenate([decode_tiles(image, vision.tile_pixels, thumbnail) for image in images])
+        size = self.config.parallel.vision_chunk_tiles
+        chunks = [self.device.put(tiles[first : first + size]) for first in range(0, len(tiles), size)]
+        embeddings = torch.cat([self.model.vision(chunk) for chunk in chunks]).flatten(0, 1)
+        parts = embeddings.split([len(sequence.image_places) for sequence in sequences])
+        for sequence, part in zip(sequences, parts, strict=True):
+            sequence.embeddings = part.clone()  # a view would keep all of the others in memory
+
+    def _next_tokens(self, sequences: Sequence[_Sequence]) -> list[int]:
+        """The most likely next token of each sequence; padding of the vocabulary is at -inf and never is."""
+        ends = np.cumsum([0] + [len(sequence.token_ids) for sequence in sequences])
+        on_device = self.device.put(ends.astype(np.int32))
+        language = self.config.model.language
+        positions = self.device.put(np.concatenate([sequence.positions for sequence in sequences]))
+        row = PackedRow(
+            cu_seqlens_q=on_device,
+            cu_seqlens_kv=on_device,
+            segment_ends=tuple(ends.tolist()),
+            rotary=rotary_tables(positions, language.head_size, language.rope_theta),
+        )
+        token_ids = self.device.put(np.concatenate([sequence.token_ids for sequence in sequences]))
+        logits = self.model.language(token_ids[None], row, self._image_tokens(sequences, ends))
+        return logits[self.device.put(ends[1:] - 1), 0].argmax(dim=-1).tolist()
+
+    def _image_tokens(self, sequences: Sequence[_Sequence], ends: np.ndarray) -> ImageTokens | None:
+        """Image embeddings of a row and their places in it; sequence j starts at ends[j]."""
+        embeddings = [sequence.embeddings for sequence in sequences if sequence.embeddings is not None]
+        if not embeddings:
+            return None
+        places = [sequence.image_places + start for sequence, start in zip(sequences, ends, strict=False)]
+        return ImageTokens(torch.cat(embeddings), self.device.put(np.concatenate(places)))
+
+    def _unfinished(self, sequences: Sequence[_Sequence], max_new_tokens: int) -> list[_Sequence]:
+        """Those that go on; the others give their embeddings back."""
+        going_on = []
+        for sequence in sequences:
+            ended = sequence.answer_ids[-1] == self.tokenizer.turn_end_id
+            if ended or len(sequence.answer_ids) >= max_new_tokens:
+                sequence.embeddings = None
+            else:
+                going_on.append(sequence)
+        return going_on
+
+    def _text(self, sequence: _Sequence) -> str:
+        """The answer's text. Special tokens stay: grounding text is made of them."""
+        ids = sequence.answer_ids
+        return self.tokenizer.decode(ids[:-1] if ids[-1] == self.tokenizer.turn_end_id else ids).strip()

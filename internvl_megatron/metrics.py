@@ -1,0 +1,145 @@
+"""What a run reports of each step, and where it goes: `metrics.jsonl` and TensorBoard, on one rank only."""
+
+import json
+import math
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from internvl_megatron.errors import DataError
+
+METRICS_FILE = "metrics.jsonl"
+TENSORBOARD_FOLDER = "tensorboard"
+TENSORBOARD_FLUSH_SECONDS = 10
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepMetrics:
+    """One step over all ranks, unless a field says otherwise. Counts leave padding out."""
+
+    step: int
+    """Steps taken since the run began, this one counted."""
+    loss: float
+    """Weighted mean over the global batch."""
+    grad_norm: float
+    """Over all parameters, before clipping."""
+    learning_rate: float
+    tokens_per_second: float
+    """Tokens through the language model, image tokens included."""
+    image_tokens_per_second: float
+    num_tiles: int
+    num_samples: int
+    step_seconds: float
+    """Wall time of the step."""
+    mfu: float
+    """Share, 0 to 1, of the device's peak that went into model FLOPs, the vision encoder's included."""
+    model_tflops_per_second_per_rank: float
+    """10^12 model FLOPs per second and rank."""
+    peak_memory_bytes: int
+    """Highest so far on the reporting rank."""
+    num_skipped_samples: int = 0
+    """Samples left out because they were bad, since the run began."""
+    num_failed_images: int = 0
+    """Images of this step that could not be decoded; their samples carry no loss."""
+    updated: bool = True
+    """False if the optimizer left the parameters alone."""
+    eval_loss: float | None = None
+    """Loss of the held-out rows after this step; None = not measured."""
+
+
+@dataclass(frozen=True)
+class RunSummary:
+    """How a run ended."""
+
+    step: int
+    loss: float | None
+    """Loss of the last step; None if no step was left to take."""
+    eval_loss: float | None
+    interrupted: bool
+
+
+class MetricsWriter:
+    """Writes one line a step. Rank 0 of a run has one, the other ranks none.
+
+    A new run clears what the folder holds. A resumed run keeps the steps its checkpoint has seen and drops those it is
+    going to take again.
+    """
+
+    def __init__(self, folder: str | Path, resume_step: int | None = None) -> None:
+        """Open the run folder's metrics.
+
+        Args:
+            folder: of the run.
+            resume_step: last step whose line is kept; None = a new run.
+
+        Raises:
+            DataError: the file of the run to resume is damaged, other than by a last line that was cut off.
+        """
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.path = Path(folder) / METRICS_FILE
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._keep_until(resume_step)
+        self._file = self.path.open("a", encoding="utf-8")
+        # TensorBoard hides what earlier sessions wrote from this step on.
+        first_step = 0 if resume_step is None else resume_step + 1
+        self._tensorboard = SummaryWriter(
+            str(self.path.with_name(TENSORBOARD_FOLDER)), purge_step=first_step, flush_secs=TENSORBOARD_FLUSH_SECONDS
+        )
+
+    def write(self, metrics: StepMetrics) -> None:
+        """Add one step. The line is with the operating system on return: a killed process loses none."""
+        row = asdict(metrics)
+        # JSON has no NaN or infinity.
+        valid = {
+            key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()
+        }
+        self._file.write(json.dumps(valid, allow_nan=False) + "\n")
+        self._file.flush()
+        for key, value in row.items():
+            if key != "step" and value is not None:
+                tag = "eval/loss" if key == "eval_loss" else f"train/{key}"
+                self._tensorboard.add_scalar(tag, float(value), metrics.step)
+
+    def close(self) -> None:
+        """Write out what TensorBoard still holds; nothing can be written afterwards."""
+        self._file.close()
+        self._tensorboard.close()
+
+    def _keep_until(self, resume_step: int | None) -> None:
+        """Rewrite the file without later steps and without a half-written line, in one go."""
+        kept = [] if resume_step is None or not self.path.exists() else read_metrics(self.path)
+        kept = [row for row in kept if resume_step is not None and row["step"] <= resume_step]
+        partial = self.path.with_name(f".{METRICS_FILE}.partial")
+        with partial.open("w", encoding="utf-8") as file:
+            file.writelines(json.dumps(row) + "\n" for row in kept)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(self.path)
+
+
+def read_metrics(path: str | Path) -> list[dict[str, Any]]:
+    """Rows of a metrics file, fields by their names in `StepMetrics`; numbers that were not finite are None.
+
+    A last line that was cut off, by a kill or because a run is writing it now, is left out.
+
+    Raises:
+        DataError: the file cannot be read, or another line is not a step.
+    """
+    try:
+        lines = Path(path).read_bytes().splitlines(keepends=True)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror})") from error
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            if number == len(lines) and not line.endswith(b"\n"):
+                break
+            raise DataError(f"{path}:{number}: is not valid JSON ({error}); remove the line") from error
+        if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+            raise DataError(f"{path}:{number}: field 'step': must be a whole number; remove the line")
+        rows.append(row)
+    return rows

@@ -1,0 +1,1 @@
+"""What a model costs: parameters and floating-point operations in closed form."""

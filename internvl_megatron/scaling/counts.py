@@ -1,0 +1,146 @@
+"""Parameters and floating-point operations of a model, in closed form, by part.
+
+Letters follow the spec: H, F, L of the vision encoder (width, feed-forward width, layers), D, G, M of the language model
+(width, feed-forward width, layers), V its vocabulary.
+"""
+
+from dataclasses import dataclass
+
+from internvl_megatron.config.schema import LanguageConfig, ModelConfig, VisionConfig
+from internvl_megatron.model.language import padded_vocab_size
+
+BACKWARD_AND_FORWARD = 3
+"""A training step's matrix products over those of its forward pass: one more for inputs, one more for weights."""
+
+_PIXEL_CHANNELS = 3
+
+
+@dataclass(frozen=True)
+class PartCounts:
+    """A number for each part of the model."""
+
+    vision: int
+    projector: int
+    language: int
+
+    @property
+    def total(self) -> int:
+        """All three parts."""
+        return self.vision + self.projector + self.language
+
+
+def parameter_counts(model: ModelConfig, padded_vocab: bool = False) -> PartCounts:
+    """Parameters of each part; input embedding and output layer are two tables.
+
+    Args:
+        model: sizes.
+        padded_vocab: count the rows the tables really have in memory instead of the real vocabulary.
+    """
+    vocab_rows = padded_vocab_size(model.language.vocab_size) if padded_vocab else model.language.vocab_size
+    return PartCounts(
+        vision=_vision_parameters(model.vision),
+        projector=_projector_parameters(model),
+        language=_language_parameters(model.language, vocab_rows),
+    )
+
+
+def forward_flops(model: ModelConfig, num_tokens: int, num_tiles: int, attention_pairs: int) -> PartCounts:
+    """FLOPs of the matrix products of one forward pass, 2 per multiply-add.
+
+    Counted: linear layers, the patch embedding, attention scores and weighted sums. Attention in the language model is
+    causal and counted as half of all pairs; in the vision encoder every token of a tile sees every other, class token
+    included. The output layer counts the real vocabulary. Not counted: padding tokens, norms, activations, rotary
+    embedding, softmax, loss, and the same for every layout.
+
+    Args:
+        model: sizes.
+        num_tokens: tokens through the language model, image tokens included, padding not.
+        num_tiles: tiles through the vision encoder.
+        attention_pairs: sum over all samples of their length squared (`StepAgreement.attention_pairs`).
+    """
+    return PartCounts(
+        vision=num_tiles * _tile_flops(model.vision),
+        projector=2 * num_tiles * model.vision.tokens_per_tile * _projector_weights(model),
+        language=_language_flops(model.language, num_tokens, attention_pairs),
+    )
+
+
+def step_flops(model: ModelConfig, num_tokens: int, num_tiles: int, attention_pairs: int) -> PartCounts:
+    """FLOPs of one training step over all ranks: forward and backward, 3 times `forward_flops`.
+
+    This is the work the model needs ("model FLOPs"), with the vision encoder counted: what is computed a second time
+    to save memory, padding and dummy tiles are not in it. Arguments as there; all numbers of the global batch.
+    """
+    forward = forward_flops(model, num_tokens, num_tiles, attention_pairs)
+    return PartCounts(
+        vision=BACKWARD_AND_FORWARD * forward.vision,
+        projector=BACKWARD_AND_FORWARD * forward.projector,
+        language=BACKWARD_AND_FORWARD * forward.language,
+    )
+
+
+def _patch_values(vision: VisionConfig) -> int:
+    """Input values of one patch."""
+    return _PIXEL_CHANNELS * vision.patch_pixels**2
+
+
+def _vision_layer_weights(vision: VisionConfig) -> int:
+    """Entries of a layer's weight matrices: q, k, v, output projection, two of the MLP."""
+    return 4 * vision.hidden_size**2 + 2 * vision.hidden_size * vision.ffn_hidden_size
+
+
+def _vision_parameters(vision: VisionConfig) -> int:
+    width = vision.hidden_size
+    class_and_positions = width * (1 + 1 + vision.patches_per_side**2)
+    patch_embedding = (_patch_values(vision) + 1) * width
+    norm = 2 * width if vision.norm == "layer_norm" else width
+    qkv_bias = 3 * width if vision.qkv_bias else 0
+    qk_norms = 2 * width if vision.qk_norm else 0
+    other_biases = width + vision.ffn_hidden_size + width  # output projection, fc1, fc2
+    layer_scales = 2 * width
+    layer = _vision_layer_weights(vision) + qkv_bias + qk_norms + other_biases + 2 * norm + layer_scales
+    return class_and_positions + patch_embedding + vision.num_layers * layer
+
+
+def _tile_flops(vision: VisionConfig) -> int:
+    """Forward FLOPs of one tile through the vision encoder."""
+    patches = vision.patches_per_side**2
+    tokens = patches + 1
+    attention = 4 * tokens**2 * vision.hidden_size  # scores and weighted sum
+    layer = 2 * tokens * _vision_layer_weights(vision) + attention
+    return 2 * patches * _patch_values(vision) * vision.hidden_size + vision.num_layers * layer
+
+
+def _projector_weights(model: ModelConfig) -> int:
+    """Entries of the projector's two matrices."""
+    shuffled = model.vision.hidden_size * model.vision.shuffle_factor**2
+    return (shuffled + model.language.hidden_size) * model.language.hidden_size
+
+
+def _projector_parameters(model: ModelConfig) -> int:
+    norm = 2 * model.vision.hidden_size * model.vision.shuffle_factor**2
+    return norm + _projector_weights(model) + 2 * model.language.hidden_size
+
+
+def _qkv_rows(language: LanguageConfig) -> int:
+    return (language.num_heads + 2 * language.num_kv_heads) * language.head_size
+
+
+def _language_layer_weights(language: LanguageConfig) -> int:
+    """Entries of a layer's weight matrices: q, k, v, output projection, three of the gated MLP."""
+    attention = (_qkv_rows(language) + language.num_heads * language.head_size) * language.hidden_size
+    return attention + 3 * language.hidden_size * language.ffn_hidden_size
+
+
+def _language_parameters(language: LanguageConfig, vocab_rows: int) -> int:
+    qkv_bias = _qkv_rows(language) if language.qkv_bias else 0
+    layer = _language_layer_weights(language) + qkv_bias + 2 * language.hidden_size
+    tables = 2 * vocab_rows * language.hidden_size
+    return tables + language.num_layers * layer + language.hidden_size
+
+
+def _language_flops(language: LanguageConfig, num_tokens: int, attention_pairs: int) -> int:
+    # Scores and weighted sum take 4 * heads * head size for a pair; causal attention looks at half of the pairs.
+    attention = 2 * attention_pairs * language.num_heads * language.head_size
+    layer = 2 * num_tokens * _language_layer_weights(language) + attention
+    return language.num_layers * layer + 2 * num_tokens * language.hidden_size * language.vocab_size

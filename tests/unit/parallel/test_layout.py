@@ -1,0 +1,85 @@
+"""The rank grid, alone and against Megatron Core's groups."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+
+from internvl_megatron.parallel.layout import Layout
+from internvl_megatron.ranks import RankInfo
+from tests.support.layouts import LAYOUTS, Ranks
+
+FOUR_RANKS = ["TP2xPP2", "TP2xDP2", "PP2xDP2"]
+
+
+@pytest.mark.parametrize("layout", [Layout(1, 1, 1), Layout(2, 3, 4), Layout(4, 2, 2), Layout(1, 4, 2)])
+def test_coordinates_and_ranks_are_inverse(layout: Layout) -> None:
+    for rank in range(layout.world_size):
+        assert layout.rank(layout.tensor_index(rank), layout.replica(rank), layout.stage(rank)) == rank
+    replicas = [layout.replica_ranks(replica) for replica in range(layout.data_size)]
+    assert sorted(rank for replica in replicas for rank in replica) == list(range(layout.world_size))
+    assert all(replica == sorted(replica) and layout.stage(replica[0]) == 0 for replica in replicas)
+
+
+def groups_of_rank(info: RankInfo, ranks: Ranks) -> dict[str, list[int]]:
+    """Global ranks of every group of this rank, as Megatron Core and torch say."""
+    from megatron.core import parallel_state
+
+    from internvl_megatron.device import open_device
+    from internvl_megatron.parallel.groups import make_groups
+    from internvl_megatron.ranks import joined
+
+    device = open_device("cpu")
+    with joined(info, device, 60):
+        groups = make_groups(ranks.layout, device, 60)
+        found = {
+            "tensor": parallel_state.get_tensor_model_parallel_group(),
+            "pipeline": parallel_state.get_pipeline_model_parallel_group(),
+            "data": parallel_state.get_data_parallel_group(),
+            "language tensor": groups.language.tp,
+            "language pipeline": groups.language.pp,
+            "language data": groups.language.dp_cp,
+            "vision tensor": groups.vision.tp,
+            "vision pipeline": groups.vision.pp,
+            "vision data": groups.vision.dp_cp,
+            "host replica": groups.host_replica,
+            "host data": groups.host_data,
+            "tiles": groups.tiles,
+            "embeddings": groups.embeddings,
+            "gradients": groups.gradients,
+        }
+        exchange = [groups.tiles, groups.embeddings, groups.gradients, groups.vision.dp_cp, dist.group.WORLD]
+        assert len({id(group) for group in exchange}) == len(exchange), "each kind of message has a group of its own"
+        leader = [groups.replica_leader]
+        return {name: dist.get_process_group_ranks(group) for name, group in found.items()} | {"leader": leader}
+
+
+@pytest.mark.parallel
+@pytest.mark.parametrize("name", FOUR_RANKS)
+def test_groups_are_those_of_megatron_core(run_ranks: Callable[..., list[Any]], name: str) -> None:
+    ranks = LAYOUTS[name]
+    layout = ranks.layout
+    everyone = list(range(4))
+    for rank, found in enumerate(run_ranks(groups_of_rank, 4, ranks)):
+        tensor, replica, stage = layout.tensor_index(rank), layout.replica(rank), layout.stage(rank)
+        of_tensor = [layout.rank(index, replica, stage) for index in range(layout.tensor_size)]
+        of_pipeline = [layout.rank(tensor, replica, index) for index in range(layout.pipeline_size)]
+        of_data = [layout.rank(tensor, index, stage) for index in range(layout.data_size)]
+        assert found == {
+            "tensor": of_tensor,
+            "pipeline": of_pipeline,
+            "data": of_data,
+            "language tensor": of_tensor,
+            "language pipeline": of_pipeline,
+            "language data": of_data,
+            "vision tensor": [rank],
+            "vision pipeline": [rank],
+            "vision data": everyone,
+            "host replica": layout.replica_ranks(replica),
+            "host data": of_data,
+            "tiles": everyone,
+            "embeddings": everyone,
+            "gradients": everyone,
+            "leader": [layout.replica_ranks(replica)[0]],
+        }
