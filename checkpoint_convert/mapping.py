@@ -33,7 +33,7 @@ def from_huggingface(tensors: Mapping[str, Tensor], model: ModelConfig) -> Itera
     """Full (unsharded) parameters under our names.
 
     Raises:
-        CheckpointError: tensors are missing, left over, or of the wrong shape.
+        CheckpointError: tensors are missing, left over, or do not fit together (`Model.load_full` compares shapes).
     """
     entries = mapping(model)
     expected = {name for entry in entries for name in entry.hf_names}
@@ -44,7 +44,13 @@ def from_huggingface(tensors: Mapping[str, Tensor], model: ModelConfig) -> Itera
             f"{len(surplus)} are unknown ({', '.join(surplus[:3])}). Choose the recipe of the checkpoint's size."
         )
     for entry in entries:
-        yield entry.name, entry.transform.join([tensors[name] for name in entry.hf_names])
+        parts = [tensors[name] for name in entry.hf_names]
+        try:
+            whole = entry.transform.join(parts)
+        except RuntimeError as error:
+            shapes = ", ".join(f"{name} {tuple(part.shape)}" for name, part in zip(entry.hf_names, parts, strict=True))
+            raise CheckpointError(f"{entry.name} cannot be made of {shapes} ({error})") from error
+        yield entry.name, whole
 
 
 def to_huggingface(parameters: Mapping[str, Tensor], model: ModelConfig) -> Iterator[tuple[str, Tensor]]:

@@ -13,6 +13,7 @@ import os
 import signal
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -76,15 +77,21 @@ def launch(target: Callable[..., Any] | str, num_ranks: int, *args: Any) -> list
     with tempfile.TemporaryDirectory(prefix="internvl-ranks-") as folder:
         store = f"file://{Path(folder) / 'store'}"
         ranks, readers = [], []
+        # Nobody writes to it: its end closes with this process, however that ends.
+        launcher_alive, keep_open = context.Pipe(duplex=False)
         for rank in range(num_ranks):
             reader, writer = context.Pipe(duplex=False)
             info = RankInfo(rank, num_ranks, rank, num_ranks, store)
-            process = context.Process(target=_run_rank, args=(writer, target, info, args), name=f"rank{rank}")
+            process = context.Process(
+                target=_run_rank, args=(writer, launcher_alive, target, info, args), name=f"rank{rank}"
+            )
             process.start()
             writer.close()
             ranks.append(process)
             readers.append(reader)
-        return _Watch(ranks, readers).until_done()
+        launcher_alive.close()
+        with keep_open:
+            return _Watch(ranks, readers).until_done()
 
 
 class _Watch:
@@ -155,10 +162,18 @@ class _Watch:
             process.join()
 
 
-def _run_rank(writer: Connection, target: Callable[..., Any] | str, info: RankInfo, args: tuple[Any, ...]) -> None:
+def _run_rank(
+    writer: Connection,
+    launcher_alive: Connection,
+    target: Callable[..., Any] | str,
+    info: RankInfo,
+    args: tuple[Any, ...],
+) -> None:
     """Body of a rank's process."""
-    # If the launcher or the fork server dies, however it dies, so does this rank.
+    # If the launcher or the fork server dies, however it dies, so does this rank. The server cannot stand for the
+    # launcher: it waits for its last child before it ends.
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    threading.Thread(target=_end_with_launcher, args=(launcher_alive,), daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal sends Ctrl-C to every process; the launcher decides
     try:
         writer.send(("result", _function(target)(info, *args)))
@@ -171,6 +186,11 @@ def _run_rank(writer: Connection, target: Callable[..., Any] | str, info: RankIn
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(0)  # destructors of process groups would wait for ranks that are gone
+
+
+def _end_with_launcher(launcher_alive: Connection) -> None:
+    multiprocessing.connection.wait([launcher_alive])
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _function(target: Callable[..., Any] | str) -> Callable[..., Any]:

@@ -207,6 +207,8 @@ class Trainer:
         """Write the step's metrics (rank 0)."""
         if self.metrics is None or not (self._due(self.config.log_every_steps) or eval_loss is not None):
             return
+        if eval_loss is not None:
+            log.info("step %d: loss %.4f, held-out loss %.4f", self.step, result.loss, eval_loss)
         agreement = result.agreement
         num_tiles = len(agreement.table)
         flops = step_flops(

@@ -72,7 +72,7 @@ class Amounts:
     """How much to make."""
 
     num_pictures: int = 3500
-    num_pairs: int = 900
+    num_pairs: int = 1200
     num_texts: int = 1300
     num_heldout_pictures: int = 300
     num_heldout_pairs: int = 150

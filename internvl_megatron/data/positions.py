@@ -1,4 +1,4 @@
-"""V2PE, variable visual position encoding (InternVL3 paper, sec. 2.1): image tokens advance by less than 1.
+"""V2PE, variable visual position encoding: image tokens advance by less than 1 (InternVL3 paper, sec. 2.1).
 
 Positions are kept as integers in units of 1/256, exact at any length, where bf16 and even fp32 would round.
 """

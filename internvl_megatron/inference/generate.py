@@ -168,8 +168,9 @@ class Generator:
             rotary=rotary_tables(positions, language.head_size, language.rope_theta),
         )
         token_ids = self.device.put(np.concatenate([sequence.token_ids for sequence in sequences]))
-        logits = self.model.language(token_ids[None], row, self._image_tokens(sequences, ends))
-        return logits[self.device.put(ends[1:] - 1), 0].argmax(dim=-1).tolist()
+        last = self.device.put(ends[1:] - 1)
+        logits = self.model.language(token_ids[None], row, self._image_tokens(sequences, ends), last)
+        return logits[:, 0].argmax(dim=-1).tolist()
 
     def _image_tokens(self, sequences: Sequence[_Sequence], ends: np.ndarray) -> ImageTokens | None:
         """Image embeddings of a row and their places in it; sequence j starts at ends[j]."""

@@ -8,8 +8,9 @@ Shapes: S tokens of a row, B batch (1 for packed rows), T tiles, N tokens of a t
 G local key/value heads, D head size.
 """
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import islice, pairwise
 
 import torch
 import torch.nn.functional as F
@@ -99,16 +100,19 @@ def _per_segment(query: Tensor, key: Tensor, value: Tensor, row: PackedRow) -> T
     repeats = query.shape[1] // key.shape[1]
     if repeats > 1:
         key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
-    heads_first = [tensor.transpose(0, 1).unsqueeze(0) for tensor in (query, key, value)]
-    outputs = []
-    last_real = row.segment_ends[-1] - row.num_padding_tokens
-    for start, end in pairwise(row.segment_ends):
-        if start >= last_real:
-            outputs.append(query.new_zeros(end - start, *query.shape[1:]))
-            continue
-        q, k, v = (tensor[:, :, start:end] for tensor in heads_first)
-        outputs.append(F.scaled_dot_product_attention(q, k, v, is_causal=True)[0].transpose(0, 1))
-    return torch.cat(outputs)
+    lengths = [end - start for start, end in pairwise(row.segment_ends)]
+    # One split, not a slice per segment: the backward pass of a slice fills a whole row with zeros.
+    heads_first = (tensor.transpose(0, 1).unsqueeze(0) for tensor in (query, key, value))
+    segments = zip(*(tensor.split(lengths, dim=2) for tensor in heads_first), strict=True)
+    outputs = [F.scaled_dot_product_attention(q, k, v, is_causal=True) for q, k, v in _real(segments, row)]
+    if row.num_padding_tokens:
+        outputs.append(query.new_zeros(1, query.shape[1], row.num_padding_tokens, query.shape[2]))
+    return torch.cat(outputs, dim=2)[0].transpose(0, 1)
+
+
+def _real[T](segments: Iterable[T], row: PackedRow) -> Iterator[T]:
+    """All segments but padding, which is the last one where there is any."""
+    return islice(segments, len(row.segment_ends) - 1 - (row.num_padding_tokens > 0))
 
 
 def _flash_attention(query: Tensor, key: Tensor, value: Tensor, row: PackedRow) -> Tensor:

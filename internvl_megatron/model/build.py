@@ -11,6 +11,7 @@ from torch import Tensor
 
 from internvl_megatron.config.schema import RunConfig
 from internvl_megatron.device import Device
+from internvl_megatron.errors import CheckpointError
 from internvl_megatron.model.language import LanguageModel, language_transformer_config
 from internvl_megatron.model.vision import VisionTower, vision_transformer_config
 from internvl_megatron.parallel.groups import Groups
@@ -42,9 +43,19 @@ class Model:
 
     @torch.no_grad()
     def load_full(self, name: str, parameter: torch.nn.Parameter, full: Tensor) -> None:
-        """Fill a parameter with this rank's part of a full tensor."""
-        shard = _local_shard(name, full, parameter, self.tensor_group(name))
-        assert shard.shape == parameter.shape, f"{name}: {tuple(shard.shape)} does not fit {tuple(parameter.shape)}"
+        """Fill a parameter with this rank's part of a full tensor.
+
+        Raises:
+            CheckpointError: the tensor has another shape than the parameter over all ranks.
+        """
+        group = self.tensor_group(name)
+        wanted = _full_shape(parameter, group.size())
+        if tuple(full.shape) != wanted:
+            raise CheckpointError(
+                f"{name}: the weights have shape {tuple(full.shape)}, the model {wanted}. Choose the recipe of the "
+                "checkpoint's size."
+            )
+        shard = _local_shard(name, full, parameter, group)
         parameter.copy_(shard.to(parameter.dtype))
 
 

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from megatron.core.models.gpt import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
@@ -95,9 +96,19 @@ class LanguageModel(GPTModel):
                 pg_collection=groups,
             )
         self.language = language
+        if self.post_process:
+            # Under sequence parallelism the output layer would gather the row itself; here the row is gathered before
+            # it, so that only the positions that are asked for are multiplied with the vocabulary.
+            self.gather_before_output = self.output_layer.sequence_parallel
+            self.output_layer.sequence_parallel = False
+            self.output_layer.allreduce_dgrad = groups.tp.size() > 1
 
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        self, token_ids: Tensor, row: PackedRow, images: ImageTokens | None = None
+        self,
+        token_ids: Tensor,
+        row: PackedRow,
+        images: ImageTokens | None = None,
+        output_positions: Tensor | None = None,
     ) -> Tensor:
         """Run this stage on one packed row.
 
@@ -105,9 +116,10 @@ class LanguageModel(GPTModel):
             token_ids: int64 [1, S], the whole row on every rank.
             row: segments and rotary tables of the row.
             images: embeddings that replace this slice's image tokens; first stage only.
+            output_positions: int64 [n], positions whose logits are wanted; None = all S.
 
         Returns:
-            Last stage: logits [S, 1, V'] of this rank's part of the vocabulary, padding columns at -inf.
+            Last stage: logits [n, 1, V'] of this rank's part of the vocabulary, padding columns at -inf.
             Other stages: hidden states [S', 1, D] for the next one.
         """
         decoder_input: Any = None
@@ -122,9 +134,17 @@ class LanguageModel(GPTModel):
             decoder_input=decoder_input,
             packed_seq_params=row,
             output_processor=self._logits,
+            output_processor_context=output_positions,
         )
 
-    def _logits(self, hidden_states: Tensor, **_kwargs: Any) -> Tensor:
+    def _logits(self, hidden_states: Tensor, context: Tensor | None, **_kwargs: Any) -> Tensor:
+        if self.gather_before_output:
+            # The output layer's backward sums the gradient over the tensor-parallel ranks: each keeps its slice of it.
+            hidden_states = gather_from_sequence_parallel_region(
+                hidden_states, tensor_parallel_output_grad=False, group=self.pg_collection.tp
+            )
+        if context is not None:
+            hidden_states = hidden_states.index_select(0, context)
         logits, _ = self.output_layer(hidden_states)
         first = self.pg_collection.tp.rank() * logits.shape[-1]
         num_real = self.language.vocab_size - first

@@ -15,9 +15,9 @@ def weighted_loss(
     """Sum over tokens of weight times cross entropy, an fp32 scalar.
 
     Args:
-        logits: [S, 1, V'], this rank's part of the vocabulary.
-        targets: int64 [S], the token each position predicts; anything below 0 carries no loss.
-        weights: fp32 [S], 0 where there is no target.
+        logits: [n, 1, V'], this rank's part of the vocabulary, of the positions that predict something.
+        targets: int64 [n], the token each of them predicts; anything below 0 is read as token 0 and needs weight 0.
+        weights: fp32 [n].
         tensor_group: group over which the vocabulary is split.
     """
     losses = vocab_parallel_cross_entropy(logits.float(), targets.clamp(min=0)[:, None], tp_group=tensor_group)

@@ -14,33 +14,37 @@ from internvl_megatron.model.rotary import rotary_tables
 
 @dataclass(frozen=True)
 class DeviceRow:
-    """A row on the device. S tokens."""
+    """A row on the device. S tokens, n of them with a target."""
 
     token_ids: Tensor
     """int64 [1, S]."""
-    targets: Tensor
-    """int64 [S], -100 where nothing is predicted."""
-    weights: Tensor
-    """fp32 [S]."""
     packed: PackedRow
     """Segments and rotary tables for attention."""
+    target_positions: Tensor
+    """int64 [n], places in the row whose next token is predicted; the output layer runs on these alone."""
+    targets: Tensor
+    """int64 [n]."""
+    weights: Tensor
+    """fp32 [n]."""
 
 
 def device_row(row: Row, language: LanguageConfig, device: Device) -> DeviceRow:
     """Copy a row to the device; lengths stay on the host as well, so that nothing has to be read back."""
     ends = np.concatenate([[0], np.cumsum(row.segment_lengths)]).astype(np.int32)
-    positions = device.put(row.positions)
     on_device = device.put(ends)
     packed = PackedRow(
         cu_seqlens_q=on_device,
         cu_seqlens_kv=on_device,
         segment_ends=tuple(ends.tolist()),
         num_padding_tokens=len(row.token_ids) - row.num_tokens,
-        rotary=rotary_tables(positions, language.head_size, language.rope_theta),
+        rotary=rotary_tables(device.put(row.positions), language.head_size, language.rope_theta),
     )
+    # A row without any target keeps one position at weight 0: kernels do not take empty matrices.
+    supervised = np.flatnonzero(row.weights) if row.weights.any() else np.zeros(1, dtype=np.int64)
     return DeviceRow(
         token_ids=device.put(row.token_ids.astype(np.int64))[None],
-        targets=device.put(row.targets.astype(np.int64)),
-        weights=device.put(row.weights.astype(np.float32)),
         packed=packed,
+        target_positions=device.put(supervised),
+        targets=device.put(row.targets[supervised].astype(np.int64)),
+        weights=device.put(row.weights[supervised].astype(np.float32)),
     )

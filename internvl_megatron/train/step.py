@@ -175,7 +175,7 @@ class Step:
             number = next(numbers)
             row = device_row(agreement.rows[number], self.config.model.language, self.device)
             images = None if store is None else store.row(number, requires_grad=training)
-            output = language(row.token_ids, row.packed, self._image_tokens(images))
+            output = language(row.token_ids, row.packed, self._image_tokens(images), row.target_positions)
             return output, lambda logits: self._row_loss(logits, row, self._loss_scale(agreement, number))
 
         return schedule(

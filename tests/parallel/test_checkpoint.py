@@ -85,6 +85,17 @@ def test_other_layouts_continue(
     np.testing.assert_allclose(history, whole[SAVED_AT:], rtol=1e-5)
 
 
+def test_bf16_continues_from_its_fp32_main_parameters(
+    run_ranks: Callable[..., list[Any]], weights: dict[str, Tensors], tmp_path: Path
+) -> None:
+    """The weights in the modules are rounded; continuing from them instead would change the next steps."""
+    bf16 = Scenario(changes={"dtype": "bf16", "optimizer": ADAMW, "num_steps": STEPS})
+    layout = LAYOUTS["TP2+SP"]
+    run_ranks(_train, 2, layout, weights["300m"], tmp_path, 0, SAVED_AT, bf16)
+    whole = run_ranks(_train, 2, layout, weights["300m"], tmp_path, 0, STEPS, bf16)[0]
+    assert run_ranks(_train, 2, layout, None, tmp_path, SAVED_AT, STEPS, bf16)[0] == whole[SAVED_AT:]
+
+
 def test_a_checkpoint_of_another_model_is_refused(
     run_ranks: Callable[..., list[Any]], interrupted: tuple[Path, History]
 ) -> None:

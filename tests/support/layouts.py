@@ -1,111 +1,110 @@
-"""Run a piece of the trainer on several ranks of this machine."""
+"""Configurations for tests: layouts, and what is trained under them."""
 
-from dataclasses import replace
-
-import numpy as np
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from internvl_megatron.config.schema import DataConfig, ModelConfig, OptimizerConfig, ParallelConfig, RunConfig
-from internvl_megatron.data.images import ImageRef
-from internvl_megatron.data.packing import Row, SampleSource
+from internvl_megatron.data.step_rows import ImageKey
+from internvl_megatron.parallel.layout import Layout
+from tests.support.models import small_model
+from tests.support.rows import RowKind, StepData, random_step, without_targets
 
 
-def run_config(model: ModelConfig, **changes: object) -> RunConfig:
-    """A configuration for tests: fp32 on the CPU, SGD, rows of 64 tokens."""
+@dataclass(frozen=True)
+class Ranks:
+    """A layout on a number of ranks."""
+
+    num_ranks: int
+    tensor_size: int = 1
+    pipeline_size: int = 1
+    sequence_parallel: bool = False
+
+    @property
+    def layout(self) -> Layout:
+        data_size = self.num_ranks // (self.tensor_size * self.pipeline_size)
+        return Layout(self.tensor_size, self.pipeline_size, data_size)
+
+    def config(self, **changes: Any) -> ParallelConfig:
+        """This layout as a configuration; two tiles at a time through the vision encoder, so that there are chunks."""
+        sizes = {name: getattr(self, name) for name in ("tensor_size", "pipeline_size", "sequence_parallel")}
+        return ParallelConfig(**{"vision_chunk_tiles": 2, **sizes, **changes})
+
+
+LAYOUTS = {
+    "1": Ranks(1),
+    "TP2": Ranks(2, tensor_size=2),
+    "TP2+SP": Ranks(2, tensor_size=2, sequence_parallel=True),
+    "PP2": Ranks(2, pipeline_size=2),
+    "DP2": Ranks(2),
+    "TP2xPP2": Ranks(4, tensor_size=2, pipeline_size=2),
+    "TP2+SPxPP2": Ranks(4, tensor_size=2, pipeline_size=2, sequence_parallel=True),
+    "TP2xDP2": Ranks(4, tensor_size=2),
+    "PP2xDP2": Ranks(4, pipeline_size=2),
+}
+
+SGD = OptimizerConfig(
+    name="sgd", learning_rate=0.1, weight_decay=0.0, warmup_ratio=0.0, schedule="constant", clip_grad_norm=1.0
+)
+# A large eps: where a gradient is rounding noise, Adam would otherwise turn it into whole steps.
+ADAMW = OptimizerConfig(
+    name="adamw",
+    learning_rate=0.01,
+    min_learning_rate=0.001,
+    warmup_ratio=0.4,
+    weight_decay=0.1,
+    beta2=0.95,
+    eps=1e-3,
+    clip_grad_norm=1.0,
+    vision_learning_rate_scale=0.5,
+)
+
+
+def run_config(model: ModelConfig, **changes: Any) -> RunConfig:
+    """A configuration for tests: fp32 on the CPU, SGD, four rows of 64 tokens a step, five steps."""
     base = RunConfig(
         name="test",
         model=model,
-        data=DataConfig(tokens_per_row=64, tiles_per_row=8),
-        optimizer=OptimizerConfig(name="sgd", learning_rate=0.1, weight_decay=0.0, warmup_ratio=0.0, clip_grad_norm=1.0),
+        data=DataConfig(tokens_per_row=64, tiles_per_row=16),
+        optimizer=SGD,
         dtype="fp32",
         device="cpu",
         num_steps=5,
         rows_per_step=4,
     )
-    return replace(base, **changes)  # pyright: ignore[reportArgumentType]
+    return replace(base, **changes)
 
 
-def parallel(tensor: int = 1, pipeline: int = 1, sequence: bool = False, **changes: object) -> ParallelConfig:
-    """Short for a layout."""
-    return ParallelConfig(
-        tensor_size=tensor, pipeline_size=pipeline, sequence_parallel=sequence, vision_chunk_tiles=2, **changes
-    )  # pyright: ignore[reportArgumentType]
+@dataclass(frozen=True)
+class Scenario:
+    """Something to train, under any layout."""
 
+    family: str = "300m"
+    rows: RowKind = "mixed"
+    weight_exponent: float = 0.5
+    has_targets: bool = True
+    broken: frozenset[ImageKey] = frozenset()
+    """Images, by (row over all replicas, image), that cannot be decoded in any step."""
+    overflow_in: str | None = None
+    """Parameter whose gradient becomes infinite on the last rank that holds it, in step 0 only."""
+    drop_path_rate: float = 0.0
+    changes: dict[str, Any] = field(default_factory=dict)
+    """Changes to the run configuration."""
+    parallel_changes: dict[str, Any] = field(default_factory=dict)
+    seed: int = 5
 
-class MemoryRows:
-    """Stands in for `StepRows` with tiles from memory instead of image files."""
+    def config(self, ranks: Ranks) -> RunConfig:
+        model = small_model(self.family)
+        model = replace(model, vision=replace(model.vision, drop_path_rate=self.drop_path_rate))
+        return run_config(model, parallel=ranks.config(**self.parallel_changes), **self.changes)
 
-    def __init__(self, rows: list[Row], tiles: dict[tuple[int, int], np.ndarray], rank: int, replica_size: int) -> None:
-        from internvl_megatron.data.step_rows import DecodedTiles, assign_images
-
-        self.rows = rows
-        self.image_owner = assign_images(rows, replica_size)
-        owned = {key: value for key, value in tiles.items() if self.image_owner[key[0]][key[1]] == rank}
-        self._decoded = DecodedTiles(owned)
-
-    def tiles(self) -> object:
-        """This rank's tiles."""
-        return self._decoded
-
-
-def random_rows(
-    model: ModelConfig, num_rows: int, seed: int, tokens_per_row: int = 64, with_images: bool = True
-) -> tuple[list[Row], dict[tuple[int, int], np.ndarray]]:
-    """Packed rows of random samples with fractional positions and square weights, and their tiles.
-
-    Rows differ in what they hold: text only, one image, several images of several tiles, padding or none.
-    """
-    from tests.support.models import IMAGE_TOKEN
-
-    rng = np.random.default_rng(seed)
-    per_tile, pixels = model.vision.tokens_per_tile, model.vision.tile_pixels
-    rows, tiles = [], {}
-    for row in range(num_rows):
-        token_ids, targets = np.zeros(tokens_per_row, np.int32), np.full(tokens_per_row, -100, np.int32)
-        weights, positions = np.zeros(tokens_per_row, np.float32), np.zeros(tokens_per_row, np.int32)
-        lengths, images, starts, tile_starts, at = [], [], [], [], 0
-        while at < tokens_per_row - 12:
-            room = tokens_per_row - at
-            counts = rng.integers(1, 3, size=rng.integers(0, 3)).tolist() if with_images and row % 4 != 3 else []
-            while sum(counts) * per_tile + 6 > room:
-                counts.pop()
-            text = int(rng.integers(6, min(16, room - sum(counts) * per_tile) + 1))
-            ids = rng.integers(8, model.language.vocab_size, size=text).tolist()
-            steps = [256] * text
-            for count in counts:
-                place = int(rng.integers(1, 3))
-                starts.append(at + place)
-                tile_starts += [at + place + per_tile * tile for tile in range(count)]
-                ids[place:place] = [IMAGE_TOKEN] * (per_tile * count)
-                steps[place:place] = [int(rng.choice([256, 64, 16]))] * (per_tile * count)
-                # later images of the sample come in front of this one: keep the list in order of tokens
-                images.append(ImageRef(path=f"{row}/{len(images)}", grid=(count, 1), num_tiles=count, jpeg_seed=None))
-                if len(counts) > 1:
-                    break
-            length = len(ids)
-            span = slice(at, at + length)
-            token_ids[span] = ids
-            positions[span] = np.cumsum([0, *steps[:-1]])
-            answer = int(rng.integers(2, 5))
-            targets[at + length - 1 - answer : at + length - 1] = ids[length - answer :]
-            weights[at + length - 1 - answer : at + length - 1] = answer**-0.5
-            lengths.append(length)
-            at += length
-        if at < tokens_per_row:
-            lengths.append(tokens_per_row - at)
-        for index, image in enumerate(images):
-            tiles[row, index] = rng.integers(0, 256, (image.num_tiles, 3, pixels, pixels), dtype=np.uint8)
-        num_samples = len(lengths) - (at < tokens_per_row)
-        rows.append(
-            Row(
-                token_ids=token_ids,
-                targets=targets,
-                weights=weights,
-                positions=positions,
-                segment_lengths=np.array(lengths, np.int32),
-                sources=tuple(SampleSource(0, index, index) for index in range(num_samples)),
-                images=tuple(images),
-                image_starts=np.array(starts, np.int32),
-                tile_starts=np.array(tile_starts, np.int32),
-            )
+    def data(self, config: RunConfig, step: int) -> StepData:
+        """Rows of a step over all replicas."""
+        data = random_step(
+            config.model,
+            config.rows_per_step,
+            self.seed + step,
+            config.data.tokens_per_row,
+            self.rows,
+            self.weight_exponent,
         )
-    return rows, tiles
+        return data if self.has_targets else without_targets(data)

@@ -1,15 +1,16 @@
 """Small models of both families, as ours and as transformers' reference."""
 
+from typing import Any
+
 import torch
 
 from internvl_megatron.config.schema import LanguageConfig, ModelConfig, VisionConfig
-
-IMAGE_TOKEN = 7
+from tests.support.rows import IMAGE_TOKEN
 
 
 def small_model(family: str = "300m", **language: int) -> ModelConfig:
     """A model small enough for CPU tests, with every feature of its family ("300m" or "6b")."""
-    features = (
+    features: dict[str, Any] = (
         {"norm": "layer_norm", "qkv_bias": True, "qk_norm": False}
         if family == "300m"
         else {"norm": "rms_norm", "qkv_bias": False, "qk_norm": True}
@@ -17,7 +18,13 @@ def small_model(family: str = "300m", **language: int) -> ModelConfig:
     vision = VisionConfig(
         hidden_size=40, num_layers=2, num_heads=5, ffn_hidden_size=80, tile_pixels=28, patch_pixels=7, **features
     )
-    sizes = {"hidden_size": 64, "num_layers": 4, "num_heads": 4, "num_kv_heads": 2, "head_size": 16} | language
+    sizes: dict[str, Any] = {
+        "hidden_size": 64,
+        "num_layers": 4,
+        "num_heads": 4,
+        "num_kv_heads": 2,
+        "head_size": 16,
+    } | language
     return ModelConfig(vision=vision, language=LanguageConfig(ffn_hidden_size=96, vocab_size=150, **sizes))
 
 

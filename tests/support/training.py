@@ -1,90 +1,154 @@
 """Bodies of test ranks: train a few steps and return what happened."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+from torch.utils.hooks import RemovableHandle
 
 from internvl_megatron.config.schema import RunConfig
-from internvl_megatron.ranks import RankInfo
+from internvl_megatron.device import Device, open_device
+from internvl_megatron.model.build import Model, build_model
+from internvl_megatron.parallel.groups import Groups, make_groups
+from internvl_megatron.parallel.layout import Layout
+from internvl_megatron.ranks import RankInfo, joined
+from internvl_megatron.train.step import Step
+from tests.support.layouts import Ranks, Scenario
+from tests.support.rows import MemoryRows
+
+Tensors = dict[str, np.ndarray]
 
 
 @dataclass
 class Trained:
-    """Losses and norms of every step; full gradients of the first step under layout-free names; final parameters."""
+    """What happened in every step; gradients of the first step and final parameters under layout-free names."""
 
-    losses: list[float]
-    grad_norms: list[float]
-    gradients: dict[str, np.ndarray]
-    parameters: dict[str, np.ndarray]
+    losses: list[float] = field(default_factory=list)
+    grad_norms: list[float] = field(default_factory=list)
+    updated: list[bool] = field(default_factory=list)
+    failed_images: list[int] = field(default_factory=list)
+    vision_calls: list[list[int]] = field(default_factory=list)
+    """Tiles of every call of the vision tower, by step; dummy tiles counted."""
+    gradients: Tensors = field(default_factory=dict)
+    """As the optimizer saw them: reduced and clipped. SGD only: the distributed optimizer has shards of them."""
+    after_first_step: Tensors = field(default_factory=dict)
+    parameters: Tensors = field(default_factory=dict)
+    evaluation: float = 0.0
+    """Loss of the first step's rows under the final parameters, without drop path."""
 
 
-def train_steps(info: RankInfo, config: RunConfig, weights: dict[str, np.ndarray] | None, rows_seed: int) -> Trained:
-    """Train `config.num_steps` steps on random rows; every rank returns its shards (merged by `merge`)."""
-    from internvl_megatron.device import open_device
-    from internvl_megatron.model.build import build_model
-    from internvl_megatron.parallel.groups import make_groups
-    from internvl_megatron.parallel.layout import Layout
-    from internvl_megatron.ranks import joined
-    from internvl_megatron.train.step import Step
-    from tests.support.layouts import MemoryRows, random_rows
+def train_scenarios(
+    info: RankInfo, ranks: Ranks, scenarios: dict[str, Scenario], weights: dict[str, Tensors]
+) -> dict[str, Trained]:
+    """Train one scenario after the other under one layout; every rank returns its shards (see `merge`).
 
+    Args:
+        info: this rank.
+        ranks: the layout.
+        scenarios: what to train.
+        weights: full starting parameters by family.
+    """
     torch.set_num_threads(1)
     device = open_device("cpu")
-    sizes = config.parallel
     with joined(info, device, 60):
-        layout = Layout(
-            sizes.tensor_size, sizes.pipeline_size, info.world_size // sizes.tensor_size // sizes.pipeline_size
-        )
-        groups = make_groups(layout, device, 60)
-        model = build_model(config, groups, device)
-        if weights is not None:
-            for name, parameter in model.named_parameters():
-                model.load_full(name, parameter, torch.from_numpy(weights[name]))
-        step = Step(config, model, groups, device)
-        result = Trained([], [], {}, {})
-        replica = layout.replica(info.rank)
-        place = layout.replica_ranks(replica).index(info.rank)
-        for number in range(config.num_steps):
-            rows, tiles = random_rows(config.model, config.rows_per_step, rows_seed + number)
-            mine = range(replica, config.rows_per_step, layout.data_size)
-            own_tiles = {(mine.index(row), image): value for (row, image), value in tiles.items() if row in mine}
-            batch = MemoryRows([rows[row] for row in mine], own_tiles, place, len(layout.replica_ranks(replica)))
-            outcome = step.run(batch, number)  # pyright: ignore[reportArgumentType]
-            result.losses.append(outcome.loss)
-            result.grad_norms.append(outcome.grad_norm)
-            if number == 0:
-                # SGD without sharding: main_grad holds the whole reduced (and, in fp32, clipped) gradient
-                result.gradients = {name: p.main_grad.clone().numpy() for name, p in model.named_parameters()}
-        result.parameters = {name: p.detach().clone().numpy() for name, p in model.named_parameters()}
-        return result
+        groups = make_groups(ranks.layout, device, 60)
+        return {
+            name: _train(scenario, scenario.config(ranks), weights[scenario.family], groups, device)
+            for name, scenario in scenarios.items()
+        }
 
 
-def merge(shards: list[Trained], config: RunConfig, what: str) -> dict[str, np.ndarray]:
-    """Full tensors from all ranks' shards, by name (first replica)."""
-    from internvl_megatron.parallel.layout import Layout
+def make_step(
+    config: RunConfig, weights: Mapping[str, np.ndarray] | None, groups: Groups, device: Device
+) -> tuple[Step, Model]:
+    """A step around a model, with the given full parameters if there are any."""
+    model = build_model(config, groups, device)
+    if weights is not None:
+        for name, parameter in model.named_parameters():
+            model.load_full(name, parameter, torch.from_numpy(weights[name]))
+    return Step(config, model, groups, device), model
 
-    sizes = config.parallel
-    layout = Layout(sizes.tensor_size, sizes.pipeline_size, len(shards) // sizes.tensor_size // sizes.pipeline_size)
-    full: dict[str, np.ndarray] = {}
-    for stage in range(layout.pipeline_size):
-        ranks = [layout.rank(tensor, 0, stage) for tensor in range(layout.tensor_size)]
-        for name in getattr(shards[ranks[0]], what):
-            full[name] = join(name, [getattr(shards[rank], what)[name] for rank in ranks])
+
+def replica_rows(scenario: Scenario, config: RunConfig, step: int, layout: Layout, rank: int) -> MemoryRows:
+    """A rank's share of a step: row i belongs to replica i modulo the number of replicas."""
+    replica = layout.replica(rank)
+    ranks = layout.replica_ranks(replica)
+    own = range(replica, config.rows_per_step, layout.data_size)
+    return MemoryRows(scenario.data(config, step), own, ranks.index(rank), len(ranks), scenario.broken)
+
+
+def _train(
+    scenario: Scenario, config: RunConfig, weights: Mapping[str, np.ndarray], groups: Groups, device: Device
+) -> Trained:
+    step, model = make_step(config, weights, groups, device)
+    result = Trained()
+    calls: list[int] = []
+    model.vision.register_forward_pre_hook(lambda _module, inputs: calls.append(len(inputs[0])))
+    overflow = _overflow(scenario, model, groups)
+    for number in range(config.num_steps):
+        batch = replica_rows(scenario, config, number, groups.layout, groups.rank)
+        outcome = step.run(batch, number)  # pyright: ignore[reportArgumentType]
+        result.losses.append(outcome.loss)
+        result.grad_norms.append(outcome.grad_norm)
+        result.updated.append(outcome.updated)
+        result.failed_images.append(outcome.agreement.num_failed_images)
+        result.vision_calls.append(calls.copy())
+        calls.clear()
+        if number == 0:
+            if config.optimizer.name == "sgd":
+                result.gradients = {
+                    name: _array(parameter.main_grad)  # pyright: ignore[reportAttributeAccessIssue]
+                    for name, parameter in model.named_parameters()
+                }
+            if overflow is not None:
+                overflow.remove()
+            result.after_first_step = _parameters(model)
+    result.parameters = _parameters(model)
+    batch = replica_rows(scenario, config, 0, groups.layout, groups.rank)
+    result.evaluation = step.evaluate(batch)  # pyright: ignore[reportArgumentType]
+    return result
+
+
+def _overflow(scenario: Scenario, model: Model, groups: Groups) -> RemovableHandle | None:
+    parameter = dict(model.named_parameters()).get(scenario.overflow_in or "")
+    if parameter is None or groups.rank != groups.layout.world_size - 1:
+        return None
+    return parameter.register_hook(lambda gradient: gradient + float("inf"))
+
+
+def _parameters(model: Model) -> Tensors:
+    return {name: _array(parameter) for name, parameter in model.named_parameters()}
+
+
+def _array(tensor: torch.Tensor) -> np.ndarray:
+    return tensor.detach().float().clone().numpy()
+
+
+def merge(shards: list[Tensors], layout: Layout) -> Tensors:
+    """Full tensors from the shards of all ranks, by name; replicas must hold the same."""
+    full: Tensors = {}
+    for replica in range(layout.data_size):
+        for stage in range(layout.pipeline_size):
+            ranks = [layout.rank(tensor, replica, stage) for tensor in range(layout.tensor_size)]
+            for name in shards[ranks[0]]:
+                tensor = join(name, [shards[rank][name] for rank in ranks])
+                if name in full:
+                    np.testing.assert_array_equal(tensor, full[name], err_msg=f"{name} differs between copies")
+                full[name] = tensor
     return full
 
 
 def join(name: str, parts: list[np.ndarray]) -> np.ndarray:
     """Shards of a tensor, joined along the axis its name says (independent of the code under test)."""
-    if not name.startswith("language.") or len(parts) == 1:
-        return parts[0]
-    if name.endswith("linear_fc1.weight"):
-        halves = [np.split(part, 2) for part in parts]
-        return np.concatenate([*(half[0] for half in halves), *(half[1] for half in halves)])
-    if "linear_qkv" in name or "word_embeddings" in name or "output_layer" in name:
-        return np.concatenate(parts)
-    if name.endswith(("linear_proj.weight", "linear_fc2.weight")):
-        return np.concatenate(parts, axis=1)
+    if name.startswith("language.") and len(parts) > 1:
+        if name.endswith("linear_fc1.weight"):
+            halves = [np.split(part, 2) for part in parts]
+            return np.concatenate([*(half[0] for half in halves), *(half[1] for half in halves)])
+        if "linear_qkv" in name or "word_embeddings" in name or "output_layer" in name:
+            return np.concatenate(parts)
+        if name.endswith(("linear_proj.weight", "linear_fc2.weight")):
+            return np.concatenate(parts, axis=1)
     for part in parts[1:]:
         np.testing.assert_array_equal(part, parts[0], err_msg=f"{name} differs between tensor-parallel ranks")
     return parts[0]

@@ -15,7 +15,7 @@ def test_overrides_are_read_by_type() -> None:
     texts = [
         "num_steps=7",
         "optimizer.learning_rate=2e-5",
-        "parallel.sequence_parallel=false",
+        "parallel.sequence_parallel=true",
         "data.eval_meta=null",
         "data.meta=a=b.json",
         "loss.weighting=token",
@@ -25,7 +25,7 @@ def test_overrides_are_read_by_type() -> None:
     ]
     config = apply_overrides(demo_digits(), texts)
     assert (config.num_steps, config.optimizer.learning_rate) == (7, 2e-5)
-    assert (config.parallel.sequence_parallel, config.data.eval_meta, config.data.meta) == (False, None, "a=b.json")
+    assert (config.parallel.sequence_parallel, config.data.eval_meta, config.data.meta) == (True, None, "a=b.json")
     assert (config.loss.weighting, config.parallel.vision_window_rows) == ("token", 2)
     assert (config.model.vision.drop_path_rate, config.optimizer.clip_grad_norm) == (0.1, None)
 
@@ -112,9 +112,9 @@ def test_vocabulary_padding_does_not_depend_on_the_layout() -> None:
         (["rows_per_step=3"], 8, "rows_per_step=3 must be a multiple of the 2 replicas"),
         (["parallel.pipeline_size=3"], 6, "pipeline_size=3 must divide model.language.num_layers=4"),
         (["parallel.tensor_size=3"], 6, "tensor_size=3 must divide model.language.num_heads=4"),
-        (["parallel.tensor_size=1"], 2, "sequence_parallel=true needs"),
+        (["parallel.tensor_size=1", "parallel.sequence_parallel=true"], 2, "sequence_parallel=true needs"),
         (["data.tokens_per_row=1791"], 4, "must be a multiple of parallel.tensor_size=2"),
-        (["data.tiles_per_row=3"], 4, "set it to at least 4"),
+        (["data.tiles_per_row=3"], 4, "set it to at least 7"),
         (["data.v2pe=fixed", "data.v2pe_numerator=3"], 4, "v2pe_numerator=3 must be one of"),
         (["data.eval_meta=null"], 4, "eval_every_steps is set but data.eval_meta is not"),
         (["num_steps=0"], 4, "num_steps=0 must be greater than 0"),

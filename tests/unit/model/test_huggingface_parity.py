@@ -10,6 +10,7 @@ import torch
 
 from checkpoint_convert.mapping import from_huggingface, to_huggingface
 from internvl_megatron.errors import CheckpointError
+from internvl_megatron.launcher import RankFailedError
 from tests.support.forward import logits_of_rows, on_one_rank
 from tests.support.layouts import run_config
 from tests.support.models import huggingface_model, small_model
@@ -117,9 +118,18 @@ def test_tensors_that_do_not_fit_are_named(change: str) -> None:
         dict(from_huggingface(tensors, model))
 
 
-def test_a_tensor_of_the_wrong_shape_is_an_error() -> None:
+def test_tensors_of_another_size_are_named() -> None:
     model = small_model()
     tensors = dict(huggingface_model(model).state_dict())
-    tensors["model.language_model.norm.weight"] = torch.ones(65)
-    with pytest.raises(CheckpointError, match=r"model\.language_model\.norm\.weight"):
+    tensors["model.language_model.layers.1.mlp.gate_proj.weight"] = torch.zeros(96, 32)
+    with pytest.raises(CheckpointError, match=r"layers\.1\.mlp\.linear_fc1\.weight cannot be made of .*\(96, 32\)"):
         dict(from_huggingface(tensors, model))
+
+
+def test_weights_of_another_size_are_refused(run_ranks: Callable[..., list[Any]]) -> None:
+    model = small_model()
+    weights = our_tensors(huggingface_model(model).state_dict(), model)
+    weights["vision.class_embedding"] = np.zeros(3, np.float32)
+    with pytest.raises(RankFailedError, match=r"vision\.class_embedding: the weights have shape \(3,\)") as failed:
+        run_ranks(on_one_rank, 1, run_config(model), weights, logits_of_rows, None)
+    assert failed.value.failures[0].is_user_error

@@ -1,0 +1,86 @@
+"""On a GPU: fast kernels against plain fp32 ones. Marked `gpu`; each skips, saying so, where there is none."""
+
+import importlib.util
+
+import pytest
+import torch
+from megatron.core.transformer.enums import AttnMaskType
+from torch import Tensor
+
+from internvl_megatron.device import AttentionKernel, open_device
+from internvl_megatron.model.attention import PackedAttention, PackedRow
+from internvl_megatron.model.rotary import rotary_tables, rotate
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no GPU"),
+]
+
+LENGTHS = (300, 17, 1, 700, 6)
+HEADS, KV_HEADS, HEAD_SIZE = 8, 2, 64
+
+
+def _attend(kernel: AttentionKernel, dtype: torch.dtype) -> list[Tensor]:
+    """Output and gradients of query, key and value, all fp32."""
+    generator = torch.Generator().manual_seed(0)
+    total = sum(LENGTHS)
+    device = open_device("cuda")
+    sizes = (HEADS, KV_HEADS, KV_HEADS)
+    inputs = [
+        device.put(torch.randn(total, 1, heads, HEAD_SIZE, generator=generator)).to(dtype).requires_grad_()
+        for heads in sizes
+    ]
+    ends = torch.tensor([0, *LENGTHS]).cumsum(0)
+    on_device = device.put(ends.to(torch.int32))
+    row = PackedRow(
+        cu_seqlens_q=on_device,
+        cu_seqlens_kv=on_device,
+        segment_ends=tuple(ends.tolist()),
+        rotary=rotary_tables(device.put(torch.arange(total, dtype=torch.int32) * 64), HEAD_SIZE, 1e6),
+    )
+    attention = PackedAttention(None, 1, AttnMaskType.causal, "self", kernel)  # type: ignore[arg-type]
+    output = attention(*inputs, None, packed_seq_params=row)
+    output.backward(device.put(torch.randn(output.shape, generator=generator)).to(dtype))
+    gradients = [tensor.grad for tensor in inputs if tensor.grad is not None]
+    return [tensor.float() for tensor in (output.detach(), *gradients)]
+
+
+@pytest.mark.parametrize("kernel", ["flash_attn", "torch_varlen"])
+def test_packed_kernels_equal_one_call_per_segment(kernel: AttentionKernel) -> None:
+    module = {"flash_attn": "flash_attn", "torch_varlen": "torch.nn.attention.varlen"}[kernel]
+    if importlib.util.find_spec(module) is None:
+        pytest.skip(f"{module} is not installed")
+    for fast, exact in zip(_attend(kernel, torch.bfloat16), _attend("sdpa", torch.float32), strict=True):
+        assert (fast - exact).norm() / exact.norm() < 0.02
+
+
+def test_rotation_equals_the_cpu() -> None:
+    device = open_device("cuda")
+    positions = torch.arange(0, 40000 * 256, 4099, dtype=torch.int32)
+    x = torch.randn(len(positions), 1, 2, HEAD_SIZE, generator=torch.Generator().manual_seed(1))
+    on_gpu = rotate(device.put(x), rotary_tables(device.put(positions), HEAD_SIZE, 1e6)).cpu()
+    # An angle of 40000 rad in fp32 is good to 2e-3.
+    torch.testing.assert_close(on_gpu, rotate(x, rotary_tables(positions, HEAD_SIZE, 1e6)), atol=1e-2, rtol=0)
+
+
+def test_transformer_engine_equals_torch() -> None:
+    if importlib.util.find_spec("transformer_engine") is None:
+        pytest.skip("Transformer Engine is not installed")
+    import transformer_engine.pytorch as te  # pyright: ignore[reportMissingImports]
+
+    generator = torch.Generator().manual_seed(2)
+    device = open_device("cuda")
+    fused = te.LayerNormLinear(256, 512, params_dtype=torch.float32, device="cuda")
+    norm, linear = torch.nn.LayerNorm(256, eps=1e-5).to("cuda"), torch.nn.Linear(256, 512).to("cuda")
+    with torch.no_grad():
+        linear.weight.copy_(fused.weight)
+        linear.bias.copy_(fused.bias)
+    x = device.put(torch.randn(128, 256, generator=generator))
+    results = []
+    for module in (fused, torch.nn.Sequential(norm, linear)):
+        leaf = x.clone().requires_grad_()
+        output = module(leaf)
+        output.square().mean().backward()
+        results.append((output.detach(), leaf.grad))
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=2e-2, atol=1e-4)

@@ -1,0 +1,62 @@
+"""What is trained under which layouts."""
+
+from internvl_megatron.config.schema import LossConfig
+from tests.support.layouts import ADAMW, LAYOUTS, Scenario
+
+_TWO_STEPS = {"num_steps": 2}
+_DROP_PATH = 0.5
+
+SCENARIOS = {
+    "300m": Scenario(),
+    "6b": Scenario(family="6b"),
+    "adamw": Scenario(changes={"optimizer": ADAMW}),
+    "micro_batch": Scenario(changes={"loss": LossConfig(normalize="micro_batch"), **_TWO_STEPS}),
+    "token_weights": Scenario(weight_exponent=0.0, changes=_TWO_STEPS),
+    "sample_weights": Scenario(weight_exponent=1.0, changes=_TWO_STEPS),
+    # How the vision side does its work must not matter.
+    "window": Scenario(parallel_changes={"vision_window_rows": 1}, changes=_TWO_STEPS),
+    "uneven_window": Scenario(parallel_changes={"vision_window_rows": 3}, changes=_TWO_STEPS),
+    "recompute": Scenario(parallel_changes={"vision_recompute": True}, changes=_TWO_STEPS),
+    "small_chunks": Scenario(parallel_changes={"vision_chunk_tiles": 1}, changes=_TWO_STEPS),
+    "large_chunks": Scenario(parallel_changes={"vision_chunk_tiles": 16}, changes=_TWO_STEPS),
+    # Steps with little or nothing in them, and steps that go wrong.
+    "text": Scenario(rows="text", changes=_TWO_STEPS),
+    "one_tile": Scenario(rows="one_tile", changes=_TWO_STEPS),
+    "no_targets": Scenario(has_targets=False, changes=_TWO_STEPS),
+    "broken_image": Scenario(broken=frozenset({(0, 0), (3, 0)}), changes=_TWO_STEPS),
+    "language_overflow": Scenario(overflow_in="language.decoder.layers.3.mlp.linear_fc2.weight", changes=_TWO_STEPS),
+    "vision_overflow": Scenario(overflow_in="vision.encoder.layers.0.mlp.linear_fc1.weight", changes=_TWO_STEPS),
+    "adamw_overflow": Scenario(
+        overflow_in="vision.encoder.layers.0.mlp.linear_fc1.weight", changes={"optimizer": ADAMW, **_TWO_STEPS}
+    ),
+    # Drop path has no counterpart in the reference: layouts are compared with each other.
+    "drop_path": Scenario(drop_path_rate=_DROP_PATH, changes=_TWO_STEPS),
+    "drop_path_off": Scenario(drop_path_rate=_DROP_PATH, changes={"num_steps": 0}),
+    # bf16 weights and activations, fp32 main parameters and gradients; compared with fp32, loosely.
+    "bf16": Scenario(changes={"dtype": "bf16", "optimizer": ADAMW}),
+    "drop_path_otherwise": Scenario(
+        drop_path_rate=_DROP_PATH,
+        parallel_changes={"vision_recompute": True, "vision_window_rows": 1, "vision_chunk_tiles": 1},
+        changes=_TWO_STEPS,
+    ),
+}
+
+LAYOUTS_OF = {name: ["TP2xPP2"] for name in SCENARIOS} | {
+    "300m": list(LAYOUTS),
+    "6b": ["1", "TP2+SP", "TP2xPP2", "TP2+SPxPP2"],
+    "adamw": ["1", "DP2", "TP2xPP2", "TP2xDP2"],
+    "bf16": ["1", "TP2+SPxPP2", "PP2xDP2"],
+    "micro_batch": ["1", "DP2", "TP2xPP2"],
+    "sample_weights": ["1"],
+    "window": ["DP2", "TP2xPP2"],
+    "large_chunks": ["1"],
+    "text": ["1", "TP2xPP2"],
+    "one_tile": ["DP2", "TP2xPP2"],
+    "no_targets": ["1", "TP2xPP2"],
+    "broken_image": ["DP2", "TP2xPP2"],
+    "vision_overflow": ["1", "TP2xPP2"],
+    "adamw_overflow": ["DP2"],
+    "drop_path_off": ["1", "TP2xPP2"],
+    "drop_path": ["1", "DP2", "TP2xPP2", "TP2xDP2"],
+}
+"""Layouts each scenario is trained under."""

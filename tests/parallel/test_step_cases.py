@@ -1,0 +1,107 @@
+"""Steps with little or nothing in them, steps that go wrong, and draws that must not depend on the layout."""
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+from tests.parallel.conftest import TrainedBy
+from tests.parallel.scenarios import LAYOUTS_OF
+from tests.support.layouts import LAYOUTS
+from tests.support.training import Tensors, Trained, merge
+
+pytestmark = pytest.mark.parallel
+
+
+@pytest.mark.parametrize("layout", LAYOUTS_OF["text"])
+def test_a_step_without_images_never_calls_the_vision_tower(trained: TrainedBy, layout: str) -> None:
+    assert all(found.vision_calls == [[], []] for found in trained(layout, "text"))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS_OF["one_tile"])
+def test_one_rank_encodes_a_lone_tile_and_all_ranks_run_the_same_chunks(trained: TrainedBy, layout: str) -> None:
+    # A rank without tiles encodes one black dummy: the sizes are the same, the gradients of test_training_* tell them apart.
+    assert all(found.vision_calls == [[1], [1]] for found in trained(layout, "one_tile"))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS_OF["300m"])
+def test_tiles_are_shared_out_evenly(trained: TrainedBy, layout: str) -> None:
+    calls = [found.vision_calls[0] for found in trained(layout, "300m")]
+    assert len({len(chunks) for chunks in calls}) == 1, f"every rank runs the same number of chunks: {calls}"
+    assert max(map(sum, calls)) - min(map(sum, calls)) <= 1, f"loads differ by one tile at most: {calls}"
+    assert all(tiles <= 2 for chunks in calls for tiles in chunks), f"chunks hold two tiles at most: {calls}"
+
+
+@pytest.mark.parametrize("layout", LAYOUTS_OF["no_targets"])
+def test_without_targets_the_loss_is_zero_and_nothing_changes(
+    trained: TrainedBy, weights: dict[str, Tensors], layout: str
+) -> None:
+    ranks = trained(layout, "no_targets")
+    for found in ranks:
+        assert (found.losses, found.grad_norms, found.updated) == ([0.0, 0.0], [0.0, 0.0], [False, False])
+    expect_equal(merge([found.parameters for found in ranks], LAYOUTS[layout].layout), weights["300m"])
+
+
+OVERFLOWS = [
+    (layout, scenario)
+    for scenario in ("language_overflow", "vision_overflow", "adamw_overflow")
+    for layout in LAYOUTS_OF[scenario]
+]
+
+
+@pytest.mark.parametrize(("layout", "scenario"), OVERFLOWS)
+def test_a_gradient_that_is_not_finite_on_one_rank_updates_neither_side(
+    trained: TrainedBy, weights: dict[str, Tensors], layout: str, scenario: str
+) -> None:
+    ranks = trained(layout, scenario)
+    for found in ranks:
+        assert not math.isfinite(found.grad_norms[0]), "every rank sees the overflow of the last"
+        assert found.updated == [False, True], "the step is left out and the next one is not"
+    after = merge([found.after_first_step for found in ranks], LAYOUTS[layout].layout)
+    expect_equal(after, weights["300m"])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS_OF["broken_image"])
+def test_broken_images_are_counted_on_every_rank(trained: TrainedBy, layout: str) -> None:
+    for found in trained(layout, "broken_image"):
+        assert found.failed_images == [2, 1], "two rows have a first image in step 0, one of them in step 1"
+
+
+@pytest.mark.parametrize("layout", LAYOUTS_OF["drop_path"])
+def test_drop_path_draws_do_not_depend_on_the_layout(trained: TrainedBy, layout: str) -> None:
+    for found in trained(layout, "drop_path"):
+        np.testing.assert_allclose(found.losses, trained("1", "drop_path")[0].losses, rtol=1e-5)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS_OF["drop_path_otherwise"])
+def test_drop_path_draws_do_not_depend_on_windows_chunks_and_recomputation(trained: TrainedBy, layout: str) -> None:
+    for found in trained(layout, "drop_path_otherwise"):
+        np.testing.assert_allclose(found.losses, trained("1", "drop_path")[0].losses, rtol=1e-5)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS_OF["drop_path_off"])
+def test_evaluation_has_no_drop_path(
+    trained: TrainedBy, reference: Callable[[str, str], Trained], layout: str
+) -> None:
+    wanted = reference(layout, "drop_path_off").evaluation  # transformers' model has no drop path at all
+    for found in trained(layout, "drop_path_off"):
+        np.testing.assert_allclose(found.evaluation, wanted, rtol=1e-5)
+
+
+def test_drop_path_drops(trained: TrainedBy) -> None:
+    assert abs(trained("1", "drop_path")[0].losses[0] - trained("1", "300m")[0].losses[0]) > 1e-4
+
+
+@pytest.mark.parametrize("layout", LAYOUTS_OF["bf16"])
+def test_bf16_stays_near_fp32(trained: TrainedBy, layout: str) -> None:
+    wanted = trained("1", "adamw")[0]
+    for found in trained(layout, "bf16"):
+        assert found.losses != wanted.losses, "bf16 was not used"
+        np.testing.assert_allclose(found.losses, wanted.losses, rtol=0.01)
+        np.testing.assert_allclose(found.grad_norms, wanted.grad_norms, rtol=0.05)
+
+
+def expect_equal(found: Tensors, wanted: Tensors) -> None:
+    for name, tensor in wanted.items():
+        np.testing.assert_array_equal(found[name], tensor, err_msg=name)
