@@ -1,16 +1,21 @@
 """Command line: `internvl-megatron` = `python -m internvl_megatron`."""
 
 import argparse
+import os
 import sys
-from collections.abc import Sequence
+import traceback
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import get_args
 
 from internvl_megatron.config.overrides import apply_overrides
 from internvl_megatron.config.plan import plan
 from internvl_megatron.config.recipes import RECIPES, find_recipe
+from internvl_megatron.config.schema import RunConfig
 from internvl_megatron.device import DeviceName
 from internvl_megatron.errors import UserError
+from internvl_megatron.metrics import RunSummary
+from internvl_megatron.ranks import RankInfo
 
 TRAIN_RANK = "internvl_megatron.trainer:train_rank"
 ANSWER_PROMPTS = "internvl_megatron.inference.run:answer_prompts"
@@ -85,7 +90,7 @@ def _train(options: argparse.Namespace) -> int:
         plan(config, info.world_size)
         from internvl_megatron.trainer import train_rank
 
-        summary = train_rank(info, config)
+        summary = _joined(train_rank, info, config)
         if info.rank != 0:
             return 0
     else:
@@ -93,11 +98,26 @@ def _train(options: argparse.Namespace) -> int:
         if num_ranks < 1:
             raise UserError(f"--nproc {num_ranks}: start at least one rank")
         plan(config, num_ranks)  # a wrong layout is said at once, not by every rank
-        summary = launch(TRAIN_RANK, num_ranks, config)[0]
+        summary = launch(TRAIN_RANK, num_ranks, config, device=config.device)[0]
     loss = "" if summary.loss is None else f", loss {summary.loss:.4f}"
     held_out = "" if summary.eval_loss is None else f", held-out loss {summary.eval_loss:.4f}"
     print(f"{config.name}: step {summary.step} of {config.num_steps}{loss}{held_out}; see {config.folder}")
     return 0
+
+
+def _joined(train_rank: Callable[..., RunSummary], info: RankInfo, config: RunConfig) -> RunSummary:
+    """Run as one rank of a world somebody else made; a failure ends this process at once.
+
+    Its process groups must not be taken down in order: that would wait for ranks that are gone.
+    """
+    try:
+        return train_rank(info, config)
+    except BaseException as error:
+        is_user_error = isinstance(error, UserError)
+        text = f"{error}\n" if is_user_error else traceback.format_exc()
+        sys.stderr.write(f"internvl-megatron: rank {info.rank}: {text}")
+        sys.stderr.flush()
+        os._exit(EXIT_USER_ERROR if is_user_error else EXIT_FAILED)
 
 
 def _generate(options: argparse.Namespace) -> int:
@@ -105,7 +125,8 @@ def _generate(options: argparse.Namespace) -> int:
     from internvl_megatron.launcher import launch
 
     prompt = Prompt(options.question, tuple(options.image))
-    answers = launch(ANSWER_PROMPTS, 1, options.run_folder, [prompt], options.max_new_tokens, options.device)[0]
+    arguments = (options.run_folder, [prompt], options.max_new_tokens, options.device)
+    answers = launch(ANSWER_PROMPTS, 1, *arguments, device=options.device)[0]
     print(answers[0])
     return 0
 

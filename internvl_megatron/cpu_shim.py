@@ -42,6 +42,8 @@ def install() -> None:
         return
     setattr(torch, "_internvl_cpu_shim", True)
     cuda: dict[str, Any] = {
+        "is_available": lambda: False,  # there may be a GPU that this process was told not to use
+        "device_count": lambda: 0,
         "current_device": lambda: "cpu",
         "synchronize": lambda *_a, **_k: None,
         "empty_cache": lambda: None,

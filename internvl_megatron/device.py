@@ -8,8 +8,10 @@ Core, which addresses its accelerator by name in many places, runs on the CPU.
 import importlib.util
 import os
 import resource
+import sys
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from internvl_megatron.errors import ConfigError
@@ -21,6 +23,9 @@ if TYPE_CHECKING:
 AttentionKernel = Literal["flash_attn", "torch_varlen", "sdpa"]
 DeviceName = Literal["auto", "cpu", "cuda"]
 """What a user can ask for."""
+
+GPU_PACKAGES = ("transformer_engine", "apex", "flash_attn")
+"""Optional packages whose kernels run on GPUs only."""
 
 # Dense bf16 tensor-core peak in FLOP/s by a part of the device name (vendor data sheets, without sparsity).
 PEAK_BF16_FLOPS = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "B200": 2250e12, "A100": 312e12}
@@ -107,8 +112,11 @@ def open_device(preference: DeviceName = "auto", local_rank: int = 0) -> Device:
     if preference == "cpu" or (preference == "auto" and count == 0):
         from internvl_megatron import cpu_shim
 
+        hide_gpu_packages()
         cpu_shim.install()
         return Device(kind="cpu", index=0, attention="sdpa")
+    if count == 1 and "SLURM_STEP_GPUS" in os.environ:
+        local_rank = 0  # --gpus-per-task=1 shows every task one GPU
     if local_rank >= count:
         raise ConfigError(
             f"device: local rank {local_rank} needs GPU number {local_rank}, but this machine shows {count}. "
@@ -116,6 +124,27 @@ def open_device(preference: DeviceName = "auto", local_rank: int = 0) -> Device:
         )
     torch.cuda.set_device(local_rank)
     return Device(kind="cuda", index=local_rank, attention=packed_attention_kernel())
+
+
+def uses_gpu(preference: DeviceName) -> bool:
+    """Whether processes of this machine will use a GPU. Asks the file system, not the driver: a process that has asked
+    the driver can no longer fork processes that use a GPU."""
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") == ""
+    return preference != "cpu" and not hidden and Path("/dev/nvidiactl").exists()
+
+
+def hide_gpu_packages() -> None:
+    """Make packages with GPU-only kernels unimportable in this process; call before Megatron Core is imported.
+
+    Megatron Core takes Transformer Engine's and Apex's optimizers wherever they are installed, on a CPU too.
+    """
+    for name in GPU_PACKAGES:
+        if sys.modules.get(name) is not None:
+            raise ConfigError(
+                f"device=cpu, but {name}, whose kernels need a GPU, is imported already: start with --nproc instead of "
+                "torchrun, or hide the GPUs (CUDA_VISIBLE_DEVICES=)"
+            )
+        sys.modules[name] = None  # pyright: ignore[reportArgumentType] - Python's way to forbid an import
 
 
 def describe_machine() -> list[tuple[str, str]]:
@@ -147,8 +176,10 @@ def packed_attention_kernel() -> AttentionKernel:
     return "sdpa"
 
 
-def _measured_matmul_flops(device: Device, dtype: "torch.dtype", size: int = 768, seconds: float = 0.2) -> float:
+def _measured_matmul_flops(device: Device, dtype: "torch.dtype", seconds: float = 0.2) -> float:
     import torch
+
+    size = 8192 if device.kind == "cuda" else 768  # large enough to fill the device, small enough to take no time
 
     matrix = torch.ones(size, size, dtype=dtype, device=device.torch_device)
     torch.mm(matrix, matrix)

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from internvl_megatron.device import describe_machine
 
 REQUIRED = (
-    "torch", "megatron-core", "transformers", "tokenizers", "safetensors", "sentencepiece", "numpy", "pillow",
-    "tensorboard", "zarr", "psutil", "triton",
+    "torch", "megatron-core", "transformers", "safetensors", "sentencepiece", "numpy", "pillow",
+    "tensorboard", "tqdm", "zarr", "psutil", "triton",
 )  # fmt: skip
 
 

@@ -1,7 +1,7 @@
 """Local ranks: start N processes, watch them, and end all of them when one fails.
 
-Ranks are forked from a server process that has torch and Megatron Core imported already (0.5 s for 4 ranks instead of a
-minute of imports) and find each other through a file, so runs on one machine cannot clash over ports.
+CPU ranks are forked from a server process that has torch and Megatron Core imported already (0.5 s for 4 ranks instead of
+a minute of imports). Ranks find each other through a file, so runs on one machine cannot clash over ports.
 """
 
 import contextlib
@@ -22,6 +22,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from internvl_megatron.device import DeviceName, uses_gpu
 from internvl_megatron.errors import UserError
 from internvl_megatron.ranks import RankInfo
 
@@ -61,8 +62,11 @@ class InterruptedRunError(RuntimeError):
     """The run was interrupted by the user (Ctrl-C or SIGTERM) and has ended in order."""
 
 
-def launch(target: Callable[..., Any] | str, num_ranks: int, *args: Any) -> list[Any]:
+def launch(target: Callable[..., Any] | str, num_ranks: int, *args: Any, device: DeviceName = "auto") -> list[Any]:
     """Run `target(rank_info, *args)` in `num_ranks` processes and return their results by rank.
+
+    `device` is what the ranks will open: CPU ranks are forked from a server that has torch and Megatron Core imported
+    already, GPU ranks start as fresh interpreters, because those imports ask the driver and would spoil a fork.
 
     The target may be given as "module:function": then this process need not import what only the ranks use.
 
@@ -72,8 +76,11 @@ def launch(target: Callable[..., Any] | str, num_ranks: int, *args: Any) -> list
         RankFailedError: a rank raised or was killed; the others have been killed.
         InterruptedRunError: the run was interrupted and every rank ended by itself.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["internvl_megatron.preload"])
+    if uses_gpu(device):
+        context = multiprocessing.get_context("spawn")
+    else:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["internvl_megatron.preload"])
     with tempfile.TemporaryDirectory(prefix="internvl-ranks-") as folder:
         store = f"file://{Path(folder) / 'store'}"
         ranks, readers = [], []

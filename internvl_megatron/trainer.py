@@ -36,12 +36,15 @@ from internvl_megatron.train.step import Step, StepResult
 
 log = logging.getLogger(__name__)
 
+FIXED_SETTINGS = ("rows_per_step", "seed", "data.seed", "optimizer.name", "dtype")
+"""Settings besides the model's that a run keeps for life: its data order and its optimizer state depend on them."""
+
 
 def train_rank(info: RankInfo, config: RunConfig) -> RunSummary:
     """Body of one rank: join the world, build the run, train."""
     configure_logging(info.rank)
     tqdm.set_lock(threading.RLock())  # its default lock is shared between processes and would outlive a killed rank
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // info.local_world_size))
+    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // info.local_world_size))
     device = open_device(config.device, info.local_rank)
     with joined(info, device, config.parallel.collective_timeout_seconds):
         trainer = Trainer(info, config, device)
@@ -58,7 +61,15 @@ class Trainer:
         self.config = config
         self.plan = plan(config, info.world_size)
         self.device = device
-        self.root = Path(config.folder)
+        log.info(
+            "%s: %s, %d rows a step and replica, %d layers a stage, vocabulary padded to %d",
+            config.name,
+            self.plan.layout,
+            self.plan.rows_per_replica,
+            self.plan.layers_per_stage,
+            self.plan.padded_vocab_size,
+        )
+        self.root = _writable(Path(config.folder))
         self.is_main = info.rank == 0
         self.groups = make_groups(self.plan.layout, device, config.parallel.collective_timeout_seconds)
         self.model = build_model(config, self.groups, device)
@@ -92,7 +103,9 @@ class Trainer:
         )
         while self.step < config.num_steps and not interrupted:
             start = time.perf_counter()
-            result = self.trainer_step.run(self.loader.next_step(), self.step, self._stop_requested)
+            batch = self.loader.next_step()
+            skipped = sum(self.loader.skipped().values()) if self.is_leader else 0
+            result = self.trainer_step.run(batch, self.step, skipped, self._stop_requested)
             seconds = time.perf_counter() - start
             self.step += 1
             self.num_tokens += result.agreement.num_tokens
@@ -164,9 +177,7 @@ class Trainer:
         """A run can change its layout and its length, but not its model or its data."""
         before = from_json(self.root / CONFIG_FILE)
         changed = changed_fields(before, self.config)
-        refused = [
-            name for name in changed if name.startswith("model.") or name in ("rows_per_step", "seed", "data.seed")
-        ]
+        refused = [name for name in changed if name.startswith("model.") or name in FIXED_SETTINGS]
         if refused:
             raise ConfigError(
                 f"{self.root} holds a run with other settings of {', '.join(refused)}: set them back, or choose another "
@@ -177,7 +188,6 @@ class Trainer:
 
     def _write_config(self) -> None:
         if self.is_main:
-            self.root.mkdir(parents=True, exist_ok=True)
             temporary = self.root / f"{CONFIG_FILE}.writing"
             temporary.write_text(to_json(self.config) + "\n")
             temporary.replace(self.root / CONFIG_FILE)
@@ -233,7 +243,7 @@ class Trainer:
                 model_tflops_per_second_per_rank=flops_per_second / self.plan.layout.world_size / 1e12,
                 mfu=flops_per_second / self.peak_flops,
                 peak_memory_bytes=self.device.peak_memory_bytes(),
-                num_skipped_samples=sum(self.loader.skipped().values()),
+                num_skipped_samples=agreement.num_skipped_samples,
                 num_failed_images=agreement.num_failed_images,
                 eval_loss=eval_loss,
             )
@@ -247,6 +257,23 @@ class Trainer:
 
     def _request_stop(self, _signal: int, _frame: object) -> None:
         self._stop_requested = True
+
+
+def _writable(folder: Path) -> Path:
+    """The run's folder, made before anything expensive.
+
+    Raises:
+        ConfigError: it cannot be made or written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"folder={folder}: cannot be made ({error.strerror}); choose another (folder=PATH)"
+        ) from error
+    if not os.access(folder, os.W_OK):
+        raise ConfigError(f"folder={folder}: is not writable; choose another (folder=PATH)")
+    return folder
 
 
 def sample_settings(config: RunConfig) -> SampleSettings:

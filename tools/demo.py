@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         run(apply_overrides(demo_digits(), options.overrides), options.fresh)
-    except (UserError, RankFailedError) as error:
+    except (UserError, RankFailedError, OSError) as error:
         print(f"demo: {error}", file=sys.stderr)
         return 1
     except (InterruptedRunError, KeyboardInterrupt):
@@ -57,10 +57,10 @@ def run(config: RunConfig, fresh: bool) -> None:
         print(
             f"training {config.name}: {NUM_RANKS} ranks, {config.num_steps} steps; Ctrl-C stops in order", flush=True
         )
-        launch(TRAIN_RANK, NUM_RANKS, config)
+        launch(TRAIN_RANK, NUM_RANKS, config, device="cpu")
     print("answering held-out questions, each asked alone, at delta 1", flush=True)
     answers = folder / "answers.jsonl"
-    scores = launch(ANSWER_QUESTIONS, 1, folder, data / "heldout_questions.jsonl", answers, "cpu")[0]
+    scores = launch(ANSWER_QUESTIONS, 1, folder, data / "heldout_questions.jsonl", answers, "cpu", device="cpu")[0]
     print(format_table(scores))
     loss_curve(folder / METRICS_FILE, folder / "loss.png")
     contact_sheet(answers, data, folder / "answers.png")

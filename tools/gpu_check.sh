@@ -20,9 +20,11 @@ if [ -d .gpu ]; then
   export PYTHONPATH="$site${PYTHONPATH:+:$PYTHONPATH}"
 fi
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" HF_HUB_OFFLINE=1
+# NVML answers whether there is a GPU without starting CUDA in processes that only ask.
+export PYTORCH_NVML_BASED_CUDA_CHECK=1
 export ONEDNN_MAX_CPU_ISA=${ONEDNN_MAX_CPU_ISA:-AVX512_CORE_BF16}
 
 "$python" -m internvl_megatron doctor | tee "$out/gpu_check_${stamp}_environment.txt"
 # exit code 5: no test is marked `gpu`, or none could run
-timeout 200 "$python" -m pytest tests -q -m gpu -p no:cacheprovider || [ $? -eq 5 ]
+timeout 200 "$python" -m pytest tests/gpu -q -m gpu -p no:cacheprovider || [ $? -eq 5 ]
 timeout 320 "$python" -m tools.gpu_check --output "$out/gpu_check_${stamp}.json" "$@"

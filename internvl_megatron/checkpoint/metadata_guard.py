@@ -1,10 +1,14 @@
-"""Refuses checkpoints whose metadata would run code.
+"""Refuses checkpoints that would run code.
 
 torch's distributed checkpoints keep their table of contents in a pickle, which torch reads without restrictions. Before
-torch sees it, it is read here by an unpickler that knows only the plain data classes such a table consists of.
+torch sees it, it is read here by an unpickler that knows only the plain data classes such a table consists of. Objects
+that are not tensors are pickles inside the data files; while they are loaded, torch is held to its own plain-data reader.
 """
 
+import os
 import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from internvl_megatron.errors import CheckpointError
@@ -30,6 +34,7 @@ ALLOWED_CLASSES = {
     "builtins": {"set", "frozenset", "list", "dict", "tuple", "int"},
 }
 METADATA_FILE = ".metadata"
+_FORCE_PLAIN = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 
 
 class _PlainUnpickler(pickle.Unpickler):
@@ -41,6 +46,20 @@ class _PlainUnpickler(pickle.Unpickler):
 
 
 _DTYPES = ("float32", "float64", "float16", "bfloat16", "int8", "uint8", "int16", "int32", "int64", "bool", "strided")
+
+
+@contextmanager
+def plain_data_only() -> Iterator[None]:
+    """Inside the block `torch.load` reads plain data only, even where torch's checkpoint reader asks for more."""
+    before = os.environ.get(_FORCE_PLAIN)
+    os.environ[_FORCE_PLAIN] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[_FORCE_PLAIN]
+        else:
+            os.environ[_FORCE_PLAIN] = before
 
 
 def check_metadata(folder: Path) -> None:

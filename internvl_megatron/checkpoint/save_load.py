@@ -9,6 +9,7 @@ import json
 import shutil
 import types
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.state_dict_saver import save as save_with_torch
 
 from internvl_megatron.checkpoint import folders
-from internvl_megatron.checkpoint.metadata_guard import check_metadata
+from internvl_megatron.checkpoint.metadata_guard import check_metadata, plain_data_only
 from internvl_megatron.errors import CheckpointError
 from internvl_megatron.model.build import Model
 from internvl_megatron.parallel.groups import Groups
@@ -41,7 +42,9 @@ MAX_REASON_CHARACTERS = 400
 """Of torch's messages, which list every missing tensor of every rank."""
 
 # torch's CheckpointException derives from BaseException.
-_LOAD_ERRORS = (OSError, RuntimeError, ValueError, KeyError, EOFError, CheckpointingException, CheckpointException)
+_LOAD_ERRORS = (
+    OSError, RuntimeError, ValueError, KeyError, EOFError, UnpicklingError, CheckpointingException, CheckpointException,
+)  # fmt: skip
 
 
 class InProcessSave(TorchDistSaveShardedStrategy):
@@ -168,7 +171,8 @@ def _optimizer_state(optimizer: JointOptimizer, model_state: dict[str, Any], is_
 def _load(folder: Path, state: dict[str, Any]) -> dict[str, Any]:
     check_metadata(folder)
     try:
-        loaded = dist_checkpointing.load(state, str(folder))
+        with plain_data_only():
+            loaded = dist_checkpointing.load(state, str(folder))
     except _LOAD_ERRORS as error:
         reason = str(error)[:MAX_REASON_CHARACTERS]
         raise CheckpointError(
@@ -188,20 +192,19 @@ def _apply_model(loaded: dict[str, Any], model: Model) -> None:
 def _create_state(optimizer: MegatronOptimizer) -> None:
     """Allocate Adam's state, which torch does in the first step, and which must be there to be loaded into.
 
-    With torch's AdamW each parameter's state has a step count, which Megatron Core's formats keep elsewhere: its
-    setter must leave it alone (one format has no such entry, the other an outdated one).
+    With torch's AdamW (no Transformer Engine, no Apex) each parameter's state has a step count, which Megatron Core's
+    formats keep elsewhere: its setter must leave it alone (one format has no such entry, the other an outdated one).
     """
     for part in _distributed_parts(optimizer):
         inner = part.optimizer
         for group in inner.param_groups:
             for parameter in group["params"]:
                 if not inner.state[parameter]:
-                    inner.state[parameter] |= {
-                        "step": torch.zeros((), dtype=torch.float32),
-                        "exp_avg": torch.zeros_like(parameter),
-                        "exp_avg_sq": torch.zeros_like(parameter),
-                    }
-        part._set_main_param_and_optimizer_states = types.MethodType(_set_states_but_step, part)
+                    inner.state[parameter] |= {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+                    if isinstance(inner, torch.optim.AdamW):
+                        inner.state[parameter]["step"] = torch.zeros((), dtype=torch.float32)
+        if isinstance(inner, torch.optim.AdamW):
+            part._set_main_param_and_optimizer_states = types.MethodType(_set_states_but_step, part)
 
 
 def _set_states_but_step(self: Any, model_param: torch.nn.Parameter, tensors: dict[str, torch.Tensor]) -> None:

@@ -1,5 +1,6 @@
 """Checks a configuration as a whole and derives the numbers that follow from it. Pure: no torch, no files."""
 
+import math
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
@@ -16,6 +17,10 @@ MAY_BE_ZERO = {
 }  # fmt: skip
 
 
+SHARES = {"drop_path_rate", "warmup_ratio", "beta1", "beta2"}
+LARGEST_SEED = 2**32 - 1
+
+
 def padded_vocab_size(vocab_size: int) -> int:
     """Rows of the embedding table and of the output layer."""
     return -(-vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
@@ -28,7 +33,6 @@ class RunPlan:
     layout: Layout
     rows_per_replica: int
     """Micro-batches of one replica in a step."""
-    eval_rows_per_replica: int
     layers_per_stage: int
     padded_vocab_size: int
 
@@ -39,7 +43,8 @@ def plan(config: RunConfig, world_size: int) -> RunPlan:
     Raises:
         ConfigError: with one line per problem, each naming the field, its value and what to set.
     """
-    problems = [*_numbers(config, ""), *_model(config), *_data(config), *_layout(config, world_size)]
+    # Numbers first: the other checks divide by them.
+    problems = _numbers(config, "") or [*_model(config), *_data(config), *_layout(config, world_size)]
     if problems:
         raise ConfigError("\n".join(f"config: {problem}" for problem in problems))
     parallel = config.parallel
@@ -47,14 +52,13 @@ def plan(config: RunConfig, world_size: int) -> RunPlan:
     return RunPlan(
         layout=Layout(parallel.tensor_size, parallel.pipeline_size, data_size),
         rows_per_replica=config.rows_per_step // data_size,
-        eval_rows_per_replica=config.eval_rows // data_size,
         layers_per_stage=config.model.language.num_layers // parallel.pipeline_size,
         padded_vocab_size=padded_vocab_size(config.model.language.vocab_size),
     )
 
 
 def _numbers(section: Any, path: str) -> list[str]:
-    """Numbers are positive unless zero means something; none is negative."""
+    """Numbers are finite, positive unless zero means something, and below 1 where they are shares; none is negative."""
     problems = []
     for field in fields(section):
         value, name = getattr(section, field.name), f"{path}{field.name}"
@@ -62,8 +66,14 @@ def _numbers(section: Any, path: str) -> list[str]:
             problems += _numbers(value, f"{name}.")
         elif isinstance(value, bool) or not isinstance(value, int | float):
             continue
+        elif not math.isfinite(value):
+            problems.append(f"{name}={value} must be a finite number")
         elif value < 0 or (value == 0 and field.name not in MAY_BE_ZERO):
             problems.append(f"{name}={value} must be {'at least 0' if value < 0 else 'greater than 0'}")
+        elif field.name in SHARES and value >= 1:
+            problems.append(f"{name}={value} must be below 1")
+        elif field.name == "seed" and value > LARGEST_SEED:
+            problems.append(f"{name}={value} must be at most {LARGEST_SEED}")
     return problems
 
 
@@ -81,7 +91,14 @@ def _model(config: RunConfig) -> list[str]:
 
 def _data(config: RunConfig) -> list[str]:
     data, vision = config.data, config.model.vision
-    problems = []
+    problems = [
+        f"data.{name} is not set: give {what} (data.{name}=PATH)"
+        for name, what in (
+            ("meta", "InternVL's meta JSON of the training data"),
+            ("tokenizer", "a tokenizer's folder"),
+        )
+        if not getattr(data, name)
+    ]
     if data.max_tiles < data.min_tiles:
         problems.append(f"data.max_tiles={data.max_tiles} is below data.min_tiles={data.min_tiles}")
     largest = data.max_tiles + (1 if data.use_thumbnail and data.max_tiles > 1 else 0)
@@ -105,8 +122,6 @@ def _data(config: RunConfig) -> list[str]:
 def _layout(config: RunConfig, world_size: int) -> list[str]:
     parallel, language, data = config.parallel, config.model.language, config.data
     tensor, pipeline = parallel.tensor_size, parallel.pipeline_size
-    if tensor < 1 or pipeline < 1:
-        return []  # already named by _numbers
     problems = []
     if world_size % (tensor * pipeline):
         problems.append(
@@ -115,9 +130,14 @@ def _layout(config: RunConfig, world_size: int) -> list[str]:
             f"{tensor * pipeline} ranks (--nproc)"
         )
     data_size = max(1, world_size // (tensor * pipeline))
-    for name, rows in (("rows_per_step", config.rows_per_step), ("eval_rows", config.eval_rows)):
-        if rows % data_size:
-            problems.append(f"{name}={rows} must be a multiple of the {data_size} replicas")
+    shared = {"rows_per_step": config.rows_per_step}
+    if config.eval_every_steps is not None:
+        shared["eval_rows"] = config.eval_rows
+    problems += [
+        f"{name}={rows} must be a multiple of the {data_size} replicas"
+        for name, rows in shared.items()
+        if rows % data_size
+    ]
     if language.num_layers % pipeline:
         problems.append(
             f"parallel.pipeline_size={pipeline} must divide model.language.num_layers={language.num_layers}"

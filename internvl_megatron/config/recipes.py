@@ -63,6 +63,9 @@ def internvl3_1b_sft() -> RunConfig:
         name="internvl3_1b_sft",
         model=INTERNVL3_1B,
         data=DataConfig(tokens_per_row=16384, tiles_per_row=48),
+        # A tile's activations in InternViT-300M are about 1 GB: they are computed again in backward, as upstream does,
+        # and only a few rows' images are encoded at a time.
+        parallel=ParallelConfig(vision_recompute=True, vision_window_rows=4),
         optimizer=OptimizerConfig(learning_rate=8e-5),
         checkpoint=CheckpointConfig(save_every_steps=500),
         folder="runs/internvl3_1b_sft",

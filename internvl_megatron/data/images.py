@@ -19,8 +19,8 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 """Formats that are opened. Left out on purpose: those that hand the file to another program, like EPS."""
 
 _IMAGE_ERRORS = (
-    OSError, ValueError, SyntaxError, EOFError, IndexError, KeyError, TypeError, OverflowError,
-    struct.error, zlib.error, Image.DecompressionBombError,
+    OSError, ValueError, SyntaxError, EOFError, IndexError, KeyError, TypeError, ArithmeticError, RuntimeError,
+    AttributeError, struct.error, zlib.error, Image.DecompressionBombError,
 )  # fmt: skip
 """What Pillow's format readers raise on missing, damaged or hostile files."""
 
@@ -35,6 +35,8 @@ class ImageRef:
     """Tiles, thumbnail counted."""
     jpeg_seed: int | None
     """Seed of the JPEG augmentation; None = off."""
+    where: str = ""
+    """`file:line` of the record it belongs to, for messages."""
 
 
 @contextmanager
@@ -66,7 +68,10 @@ def image_size(path: str) -> tuple[int, int]:
 
 def decode_tiles(image: ImageRef, tile_pixels: int, use_thumbnail: bool) -> np.ndarray:
     """Decode an image and cut it: uint8 [image.num_tiles, 3, tile_pixels, tile_pixels]. Raises `DataError`."""
-    with _open_image(image.path) as opened:
-        tiles = cut_tiles(opened, image.grid, tile_pixels, use_thumbnail, image.jpeg_seed)
+    try:
+        with _open_image(image.path) as opened:
+            tiles = cut_tiles(opened, image.grid, tile_pixels, use_thumbnail, image.jpeg_seed)
+    except DataError as error:
+        raise DataError(f"{image.where}: field 'image': {error}" if image.where else str(error)) from error
     assert len(tiles) == image.num_tiles, f"{image.path}: {len(tiles)} tiles, {image.num_tiles} were promised"
     return tiles

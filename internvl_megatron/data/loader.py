@@ -20,7 +20,9 @@ Broadcast = Callable[[bytes | None], bytes]
 """Sends the leader's bytes to all ranks of the replica: the leader passes them, the others None; all get them back."""
 
 _ROWS, _ERROR = b"R", b"E"
-"""First byte of a message: rows follow, or the text of an error the leader met."""
+"""First byte of a message: rows follow, or an error the leader met: its kind and its text."""
+
+_USER_ERROR, _INTERNAL_ERROR = b"U", b"I"
 
 _State = dict[str, Any]
 
@@ -166,7 +168,9 @@ class ReplicaLoader:
         message, state, error = self._take_made() if self._maker is not None else (None, None, None)
         received = self._broadcast(message)
         if received[:1] == _ERROR:
-            return _Ahead(error or DataError(f"the leader of this replica failed: {received[1:].decode()}"), None)
+            # The leader raises its own error; the others must not pass an internal one off as the user's.
+            kind = DataError if received[1:2] == _USER_ERROR else RuntimeError
+            return _Ahead(error or kind(f"the leader of this replica failed: {received[2:].decode()}"), None)
         rows = rows_from_bytes(received[1:])
         return _Ahead(StepRows(rows, self._settings, self._rank, self._size, self._workers), state)
 
@@ -177,6 +181,7 @@ class ReplicaLoader:
         # An error must reach the other ranks too: they wait for a message.
         error = made.exception()
         if error is not None:
-            return _ERROR + f"{type(error).__name__}: {error}".encode(errors="replace"), None, error
+            kind, text = (_USER_ERROR, str(error)) if isinstance(error, DataError) else (_INTERNAL_ERROR, repr(error))
+            return _ERROR + kind + text.encode(errors="replace"), None, error
         self._made.append(self._maker.submit(self._make))
         return made.result().message, made.result().state, None

@@ -129,11 +129,6 @@ class Row:
         """Tokens of samples, padding not counted."""
         return int(self.sample_bounds[-1])
 
-    @property
-    def fill_ratio(self) -> float:
-        """Share of the row that is not padding."""
-        return self.num_tokens / len(self.token_ids)
-
     def without_samples_of_images(self, failed: set[int]) -> "Row":
         """The row with no loss on the samples that own the given images (indices into `images`), else unchanged.
 

@@ -163,7 +163,8 @@ def render_sample(record: Record, settings: SampleSettings, tokenizer: Tokenizer
     if tiles > settings.data.tiles_per_row:
         raise SampleError(
             "tiles",
-            f"{record.where}: {tiles} tiles are over tiles_per_row {settings.data.tiles_per_row}; lower max_tiles",
+            f"{record.where}: {tiles} tiles are over tiles_per_row {settings.data.tiles_per_row}; raise it, or lower "
+            "max_tiles (or the data set's max_dynamic_patch)",
         )
     context_tokens = [image.num_tiles * settings.tokens_per_tile for image in images]
     try:
@@ -171,6 +172,7 @@ def render_sample(record: Record, settings: SampleSettings, tokenizer: Tokenizer
     except DataError as error:
         raise SampleError("record", f"{record.where}: field 'conversations': {error}") from error
     tokens = _fit(tokens, context_tokens, record.where, settings.data)
+    _check_image_tokens(tokens, context_tokens, tokenizer, record.where)
     length = len(tokens.token_ids)
     positions = v2pe_numerators(length, tokens.image_starts.tolist(), context_tokens, strides)
     return Sample(tokens.token_ids, tokens.labels, positions, images, tokens.image_starts)
@@ -192,8 +194,18 @@ def _plan_images(
         rng = image_rng(index)
         strides.append(draw_stride(rng) if data.v2pe == "random" else data.v2pe_numerator)
         jpeg_seed = int(rng.integers(2**63)) if record.augment else None
-        images.append(ImageRef(path, grid, num_tiles(grid, data.use_thumbnail), jpeg_seed))
+        images.append(ImageRef(path, grid, num_tiles(grid, data.use_thumbnail), jpeg_seed, record.where))
     return tuple(images), strides
+
+
+def _check_image_tokens(
+    tokens: TokenizedConversation, context_tokens: list[int], tokenizer: Tokenizer, where: str
+) -> None:
+    """The places where embeddings will be put are exactly the places of image tokens in the text."""
+    places = np.flatnonzero(tokens.token_ids == tokenizer.image_context_id)
+    starts = zip(tokens.image_starts.tolist(), context_tokens, strict=True)
+    planned = np.concatenate([np.empty(0, np.int64), *(np.arange(start, start + count) for start, count in starts)])
+    assert np.array_equal(places, planned), f"{where}: {len(planned)} image tokens planned, {len(places)} in the text"
 
 
 def _fit(

@@ -1,5 +1,6 @@
 """The rows of one step together with their images, decoded by the ranks of a replica, each image by one of them."""
 
+import logging
 from collections.abc import Sequence
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass, field
@@ -10,6 +11,8 @@ from internvl_megatron.data.images import ImageRef, decode_tiles
 from internvl_megatron.data.packing import Row
 from internvl_megatron.data.records import SampleSettings
 from internvl_megatron.errors import DataError
+
+log = logging.getLogger(__name__)
 
 ImageKey = tuple[int, int]
 """(index of the row in the step, index of the image in the row)."""
@@ -88,6 +91,7 @@ class StepRows:
                     if self._settings.data.on_bad_sample == "stop":
                         raise
                     decoded.failed[key] = str(error)
+                    log.warning("left out: %s", error)
             self._futures.clear()
             self._decoded = decoded
         return self._decoded

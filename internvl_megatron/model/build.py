@@ -82,6 +82,9 @@ def build_model(config: RunConfig, groups: Groups, device: Device) -> Model:
             stage_layers=config.model.language.num_layers // config.parallel.pipeline_size,
         ),
     )
+    model.language.to(
+        device.torch_device
+    )  # torch's norms are made on the CPU; Megatron Core's layers are there already
     _initialize(model, config)
     return model
 

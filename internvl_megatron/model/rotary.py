@@ -5,6 +5,7 @@ travel as int32 numerators, because bf16 cannot hold 1000 + 1/256 and fp32 stops
 """
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -29,14 +30,20 @@ def rotary_tables(numerators: Tensor, head_size: int, theta: float) -> RotaryTab
         head_size: d, the size of an attention head.
         theta: base of the rotary frequencies.
     """
-    exponents = torch.arange(0, head_size, 2, dtype=torch.float32, device=numerators.device) / head_size
-    frequencies = 1.0 / theta**exponents
+    frequencies = _frequencies(head_size, theta, numerators.device)
     # Whole and fractional part apart: each is exact in fp32, their sum would not be beyond position 65535.
     whole = torch.div(numerators, POSITION_UNITS, rounding_mode="floor").float()
     fraction = torch.remainder(numerators, POSITION_UNITS).float() / POSITION_UNITS
     angles = torch.outer(whole, frequencies) + torch.outer(fraction, frequencies)
     angles = angles[:, None, None, :]
     return RotaryTables(cos=angles.cos(), sin=angles.sin())
+
+
+@cache
+def _frequencies(head_size: int, theta: float, device: torch.device) -> Tensor:
+    """theta^(-2i/d), fp32 [d / 2]; always computed on the CPU, whose powers are exact to the last bit but one."""
+    exponents = torch.arange(0, head_size, 2, dtype=torch.float32, device=torch.device("cpu")) / head_size
+    return (1.0 / theta**exponents).to(device)
 
 
 def rotate(x: Tensor, tables: RotaryTables) -> Tensor:

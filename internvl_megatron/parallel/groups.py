@@ -39,16 +39,6 @@ class Groups:
     """Small host messages between the ranks at the same place of every replica."""
 
     @property
-    def replica_leader(self) -> int:
-        """Global rank of the rank that reads and packs this replica's samples."""
-        return self.layout.replica_ranks(self.layout.replica(self.rank))[0]
-
-    @property
-    def is_first_stage(self) -> bool:
-        """Whether this rank holds the token embedding."""
-        return self.layout.stage(self.rank) == 0
-
-    @property
     def is_last_stage(self) -> bool:
         """Whether this rank computes the loss."""
         return self.layout.stage(self.rank) == self.layout.pipeline_size - 1

@@ -33,16 +33,30 @@ class StepAgreement:
     """Tokens of all replicas, padding not counted."""
     num_samples: int
     num_supervised_tokens: int
+    """Tokens that carry loss."""
     num_failed_images: int
+    num_skipped_samples: int
+    """Samples all leaders have left out since the run began."""
     attention_pairs: int
     """Sum over all samples of length squared: what the quadratic part of attention costs."""
     stop_requested: bool
     """Some rank was asked to stop after this step."""
 
 
-def agree(batch: StepRows, groups: Groups, tiles_per_row: int, stop_requested: bool = False) -> StepAgreement:
-    """Exchange what the replicas must know of each other; collective over all ranks."""
-    rows, num_failed = _without_failed_samples(batch, groups)
+def agree(
+    batch: StepRows, groups: Groups, tiles_per_row: int, num_skipped_samples: int = 0, stop_requested: bool = False
+) -> StepAgreement:
+    """Exchange what all ranks must know of each other; collective.
+
+    Args:
+        batch: this replica's rows and this rank's tiles.
+        groups: process groups.
+        tiles_per_row: tile budget of a row; numbers tiles in a way that does not depend on the layout.
+        num_skipped_samples: samples this replica's leader has left out; 0 on the other ranks.
+        stop_requested: this rank was asked to stop after the step. One rank is enough for all to stop.
+    """
+    own = _agree_in_replica(batch, groups, num_skipped_samples, stop_requested)
+    rows = own.rows
     layout = groups.layout
     replica = layout.replica(groups.rank)
     ranks = layout.replica_ranks(replica)
@@ -61,9 +75,10 @@ def agree(batch: StepRows, groups: Groups, tiles_per_row: int, stop_requested: b
         sum(row.num_tokens for row in rows),
         sum(row.num_samples for row in rows),
         sum(int((row.weights > 0).sum()) for row in rows),
-        num_failed,
+        own.num_failed_images,
+        own.num_skipped_samples,
         sum(int((row.segment_lengths[: row.num_samples].astype(np.int64) ** 2).sum()) for row in rows),
-        int(stop_requested),
+        int(own.stop_requested),
     ]
     message = np.concatenate([totals, weights.view(np.int64), np.array(tiles, dtype=np.int64).ravel()])
     gathered = gather_integers(message, groups.host_data)
@@ -77,8 +92,9 @@ def agree(batch: StepRows, groups: Groups, tiles_per_row: int, stop_requested: b
         num_samples=sums[1],
         num_supervised_tokens=sums[2],
         num_failed_images=sums[3],
-        attention_pairs=sums[4],
-        stop_requested=sums[5] > 0,
+        num_skipped_samples=sums[4],
+        attention_pairs=sums[5],
+        stop_requested=sums[6] > 0,
     )
 
 
@@ -95,21 +111,33 @@ def decoded_tiles(batch: StepRows, tile_pixels: int, rows: range) -> np.ndarray:
     return np.concatenate(parts)
 
 
-def _without_failed_samples(batch: StepRows, groups: Groups) -> tuple[list[Row], int]:
-    """Rows without loss on samples with an image that any rank of the replica failed to decode, and how many."""
-    counts = [len(row.images) for row in batch.rows]
-    first = np.concatenate([[0], np.cumsum(counts)])
-    flags = torch.zeros(int(first[-1]), dtype=torch.uint8)
+@dataclass(frozen=True)
+class _ReplicaAgreement:
+    """What the ranks of one replica know together."""
+
+    rows: list[Row]
+    """Without loss on samples with an image that some rank failed to decode."""
+    num_failed_images: int
+    num_skipped_samples: int
+    stop_requested: bool
+
+
+def _agree_in_replica(
+    batch: StepRows, groups: Groups, num_skipped_samples: int, stop_requested: bool
+) -> _ReplicaAgreement:
+    """Put together what each rank of the replica may know alone: broken images, skipped samples, a request to stop."""
+    first = np.concatenate([[0], np.cumsum([len(row.images) for row in batch.rows])])
+    known = torch.zeros(2 + int(first[-1]), dtype=torch.int64)
+    known[0], known[1] = int(stop_requested), num_skipped_samples
     for row, image in batch.tiles().failed:
-        flags[int(first[row]) + image] = 1
-    if len(flags):
-        dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=groups.host_replica)
-    failed = flags.numpy()
+        known[2 + int(first[row]) + image] = 1
+    dist.all_reduce(known, op=dist.ReduceOp.MAX, group=groups.host_replica)
+    failed = known[2:].numpy()
     rows = [
         row.without_samples_of_images(set(np.flatnonzero(failed[first[index] : first[index + 1]]).tolist()))
         for index, row in enumerate(batch.rows)
     ]
-    return rows, int(failed.sum())
+    return _ReplicaAgreement(rows, int(failed.sum()), int(known[1]), bool(known[0]))
 
 
 def _image_of_tiles(row: Row) -> list[int]:

@@ -84,15 +84,19 @@ class Step:
         )
         self._p2p = P2PCommunicator(groups.language.pp, model.language.config)
 
-    def run(self, batch: StepRows, step: int, stop_requested: bool = False) -> StepResult:
+    def run(
+        self, batch: StepRows, step: int, num_skipped_samples: int = 0, stop_requested: bool = False
+    ) -> StepResult:
         """Train on one global batch; collective over all ranks.
 
         Args:
             batch: this replica's rows and this rank's tiles.
             step: number of the step, from 0; sets the learning rate and the drop-path draws.
+            num_skipped_samples: samples this replica's leader has left out so far; 0 on the other ranks.
             stop_requested: this rank was asked to stop; shared with all ranks through the result.
         """
-        agreement = agree(batch, self.groups, self.config.data.tiles_per_row, stop_requested)
+        tiles_per_row = self.config.data.tiles_per_row
+        agreement = agree(batch, self.groups, tiles_per_row, num_skipped_samples, stop_requested)
         for module in (self.vision, self.language):
             module.train()
             module.zero_grad_buffer()

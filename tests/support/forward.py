@@ -23,7 +23,7 @@ def on_one_rank(
 ) -> Any:
     """`body(model, config, device, *args)` with a model on a world of one rank."""
     torch.set_num_threads(1)
-    device = open_device("cpu")
+    device = open_device(config.device)
     with joined(info, device, 60):
         groups = make_groups(Layout(1, 1, 1), device, 60)
         return body(loaded_model(config, weights, groups, device), config, device, *args)
@@ -42,7 +42,7 @@ def loaded_model(config: RunConfig, weights: Tensors | None, groups: Groups, dev
 @torch.no_grad()
 def logits_of_rows(model: Model, config: RunConfig, device: Device, data: StepData) -> list[np.ndarray]:
     """Logits [T, padded V] of every row."""
-    return [row_output(model, config, device, data, row).numpy() for row in range(len(data.rows))]
+    return [row_output(model, config, device, data, row).cpu().numpy() for row in range(len(data.rows))]
 
 
 def row_output(model: Model, config: RunConfig, device: Device, data: StepData, index: int) -> torch.Tensor:
@@ -51,7 +51,7 @@ def row_output(model: Model, config: RunConfig, device: Device, data: StepData, 
     on_device = device_row(row, config.model.language, device)
     images = None
     if row.images:
-        tiles = torch.from_numpy(np.concatenate([data.tiles[index, image] for image in range(len(row.images))]))
-        places = torch.from_numpy(np.flatnonzero(row.token_ids == IMAGE_TOKEN))
+        tiles = device.put(np.concatenate([data.tiles[index, image] for image in range(len(row.images))]))
+        places = device.put(np.flatnonzero(row.token_ids == IMAGE_TOKEN))
         images = ImageTokens(model.vision(tiles).flatten(0, 1), places)
     return model.language(on_device.token_ids, on_device.packed, images)[:, 0]

@@ -1,5 +1,6 @@
 """Which folders are checkpoints, and which metadata is refused."""
 
+import io
 import json
 import os
 import pickle
@@ -7,9 +8,10 @@ from collections import OrderedDict
 from pathlib import Path
 
 import pytest
+import torch
 
 from internvl_megatron.checkpoint import folders
-from internvl_megatron.checkpoint.metadata_guard import METADATA_FILE, check_metadata
+from internvl_megatron.checkpoint.metadata_guard import METADATA_FILE, check_metadata, plain_data_only
 from internvl_megatron.errors import CheckpointError
 
 
@@ -72,6 +74,16 @@ def test_metadata_that_would_run_code_is_refused(tmp_path: Path, monkeypatch: py
     (tmp_path / METADATA_FILE).write_bytes(pickle.dumps(OrderedDict(state=_RunsCode())))
     with pytest.raises(CheckpointError, match=r"names posix\.mkdir"):
         check_metadata(tmp_path)
+    assert not (tmp_path / "it-ran").exists()
+
+
+def test_objects_in_data_files_cannot_run_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    buffer = io.BytesIO()
+    torch.save({"state": _RunsCode()}, buffer)
+    buffer.seek(0)
+    with plain_data_only(), pytest.raises(pickle.UnpicklingError):
+        torch.load(buffer, weights_only=False)  # as torch's checkpoint reader asks for it
     assert not (tmp_path / "it-ran").exists()
 
 

@@ -98,7 +98,7 @@ def test_unknown_recipe_names_the_nearest() -> None:
 def test_plan_derives_the_layout() -> None:
     made = plan(apply_overrides(demo_digits(), ["rows_per_step=8", "eval_rows=4"]), world_size=8)
     assert str(made.layout) == "TP2 x PP2 x DP2"
-    assert (made.rows_per_replica, made.eval_rows_per_replica, made.layers_per_stage) == (4, 2, 2)
+    assert (made.rows_per_replica, made.layers_per_stage, made.padded_vocab_size) == (4, 2, 512)
 
 
 def test_vocabulary_padding_does_not_depend_on_the_layout() -> None:
@@ -117,6 +117,11 @@ def test_vocabulary_padding_does_not_depend_on_the_layout() -> None:
         (["data.tiles_per_row=3"], 4, "set it to at least 7"),
         (["data.v2pe=fixed", "data.v2pe_numerator=3"], 4, "v2pe_numerator=3 must be one of"),
         (["data.eval_meta=null"], 4, "eval_every_steps is set but data.eval_meta is not"),
+        (["model.vision.num_heads=0"], 4, "model.vision.num_heads=0 must be greater than 0"),
+        (["optimizer.learning_rate=nan"], 4, "learning_rate=nan must be a finite number"),
+        (["optimizer.beta2=1"], 4, "beta2=1.0 must be below 1"),
+        (["seed=99999999999999999999999"], 4, "must be at most"),
+        (["data.tokenizer="], 4, "data.tokenizer is not set"),
         (["num_steps=0"], 4, "num_steps=0 must be greater than 0"),
         (["optimizer.weight_decay=-1"], 4, "optimizer.weight_decay=-1.0 must be at least 0"),
         (["model.vision.hidden_size=126"], 4, "must be a multiple of model.vision.num_heads"),
@@ -129,5 +134,9 @@ def test_plan_refuses_what_cannot_work(overrides: list[str], world_size: int, me
 
 def test_plan_names_all_problems_at_once() -> None:
     with pytest.raises(ConfigError) as error:
-        plan(apply_overrides(demo_digits(), ["num_steps=0", "parallel.pipeline_size=3", "data.eval_meta=null"]), 6)
+        plan(apply_overrides(demo_digits(), ["data.meta=", "parallel.pipeline_size=3", "data.eval_meta=null"]), 6)
     assert len(str(error.value).splitlines()) == 3
+
+
+def test_plan_asks_for_rows_of_evaluation_only_where_there_is_one() -> None:
+    assert plan(apply_overrides(demo_digits(), ["rows_per_step=16", "eval_every_steps=null", "eval_rows=3"]), 64)

@@ -198,7 +198,7 @@ def test_an_error_of_the_leader_reaches_all_ranks_at_its_step(data_folder, open_
     assert count == other_count > 0
     assert "texts.jsonl:4: is not valid JSON" in message
     assert "stream.py" in trace and "next_row" in trace, "the traceback of the thread that failed"
-    assert other_message == f"the leader of this replica failed: SampleError: {message}"
+    assert other_message == f"the leader of this replica failed: {message}"
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])

@@ -111,7 +111,7 @@ def test_targets_stay_inside_their_sample(make_settings):
     assert row.positions.tolist() == [0, 256, 512, 768, 1024, 0, 256, 512, 768, 0, 0, 0]
     assert row.segment_lengths.tolist() == [5, 4, 3]
     assert row.sample_bounds.tolist() == [0, 5, 9]
-    assert (row.num_samples, row.num_tokens, row.fill_ratio) == (2, 9, 0.75)
+    assert (row.num_samples, row.num_tokens) == (2, 9)
     assert [array.dtype for array in (row.token_ids, row.targets, row.positions, row.segment_lengths)] == [
         np.int32
     ] * 4
@@ -123,7 +123,7 @@ def test_a_full_row_has_no_padding_segment_and_an_empty_row_is_all_padding(make_
         3,
     ]
     empty = row_of(tokens=8, make_settings=make_settings)
-    assert empty.segment_lengths.tolist() == [8] and empty.num_samples == 0 and empty.fill_ratio == 0
+    assert empty.segment_lengths.tolist() == [8] and empty.num_samples == empty.num_tokens == 0
     assert (empty.token_ids == PAD).all() and not empty.weights.any()
 
 

@@ -29,7 +29,7 @@ def render(data_folder, make_settings, small):
 def test_one_image(render, data_folder, talk, small):
     name = data_folder.image("wide.png", 90, 30)
     sample = render({**talk("what?", "seven"), "image": name})
-    assert sample.images == (ImageRef(str(data_folder.folder / name), (3, 1), 4, None),)
+    assert sample.images == (ImageRef(str(data_folder.folder / name), (3, 1), 4, None, "a.jsonl:7"),)
     assert sample.num_tiles == 4
     start = int(sample.image_starts[0])
     assert np.flatnonzero(sample.token_ids == small.image_context_id).tolist() == list(range(start, start + 16))

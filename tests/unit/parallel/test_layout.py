@@ -51,8 +51,7 @@ def groups_of_rank(info: RankInfo, ranks: Ranks) -> dict[str, list[int]]:
         }
         exchange = [groups.tiles, groups.embeddings, groups.gradients, groups.vision.dp_cp, dist.group.WORLD]
         assert len({id(group) for group in exchange}) == len(exchange), "each kind of message has a group of its own"
-        leader = [groups.replica_leader]
-        return {name: dist.get_process_group_ranks(group) for name, group in found.items()} | {"leader": leader}
+        return {name: dist.get_process_group_ranks(group) for name, group in found.items()}
 
 
 @pytest.mark.parallel
@@ -81,5 +80,4 @@ def test_groups_are_those_of_megatron_core(run_ranks: Callable[..., list[Any]], 
             "tiles": everyone,
             "embeddings": everyone,
             "gradients": everyone,
-            "leader": [layout.replica_ranks(replica)[0]],
         }
