@@ -11,6 +11,7 @@ G local key/value heads, D head size.
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice, pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -43,8 +44,10 @@ class PackedRow(PackedSeqParams):
         return max(end - start for start, end in pairwise(self.segment_ends))
 
 
-class PackedAttention(torch.nn.Module):
-    """Causal attention inside each segment of a packed row, rotary embedding included."""
+class CoreAttention(torch.nn.Module):
+    """What Megatron Core's `core_attention` slot passes to a constructor; the scale is always head_size ** -0.5."""
+
+    mask_type: AttnMaskType
 
     def __init__(
         self,
@@ -52,15 +55,23 @@ class PackedAttention(torch.nn.Module):
         layer_number: int,
         attn_mask_type: AttnMaskType,
         attention_type: str,
-        kernel: AttentionKernel,
         cp_comm_type: str | None = None,
         softmax_scale: float | None = None,
         pg_collection: ProcessGroupCollection | None = None,
     ) -> None:
         super().__init__()
         del config, layer_number, attention_type, cp_comm_type, pg_collection
-        assert attn_mask_type == AttnMaskType.causal, f"packed attention is causal, not {attn_mask_type}"
-        assert softmax_scale is None, "packed attention scales by head_size ** -0.5"
+        assert attn_mask_type == self.mask_type, f"{type(self).__name__} cannot do {attn_mask_type}"
+        assert softmax_scale is None, f"{type(self).__name__} has no scale of its own, not {softmax_scale}"
+
+
+class PackedAttention(CoreAttention):
+    """Causal attention inside each segment of a packed row, rotary embedding included."""
+
+    mask_type = AttnMaskType.causal
+
+    def __init__(self, *args: Any, kernel: AttentionKernel, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
         self.kernel: AttentionKernel = kernel
 
     def forward(
@@ -139,23 +150,10 @@ def _torch_varlen(query: Tensor, key: Tensor, value: Tensor, row: PackedRow) -> 
     return attended
 
 
-class TileAttention(torch.nn.Module):
+class TileAttention(CoreAttention):
     """Bidirectional attention inside each tile; tiles are the batch and never see each other."""
 
-    def __init__(
-        self,
-        config: TransformerConfig,
-        layer_number: int,
-        attn_mask_type: AttnMaskType,
-        attention_type: str,
-        cp_comm_type: str | None = None,
-        softmax_scale: float | None = None,
-        pg_collection: ProcessGroupCollection | None = None,
-    ) -> None:
-        super().__init__()
-        del config, layer_number, attention_type, cp_comm_type, pg_collection
-        assert attn_mask_type == AttnMaskType.no_mask, f"tiles have no mask, not {attn_mask_type}"
-        assert softmax_scale is None, "tile attention scales by head_size ** -0.5"
+    mask_type = AttnMaskType.no_mask
 
     def forward(
         self,

@@ -20,7 +20,7 @@ from internvl_megatron.config.plan import padded_vocab_size
 from internvl_megatron.config.schema import LanguageConfig, ModelConfig, ParallelConfig
 from internvl_megatron.device import AttentionKernel
 from internvl_megatron.model.attention import PackedRow
-from internvl_megatron.model.layer_specs import language_block
+from internvl_megatron.model.layer_specs import language_block, shared_settings
 
 
 def language_transformer_config(model: ModelConfig, parallel: ParallelConfig, dtype: torch.dtype) -> TransformerConfig:
@@ -39,23 +39,10 @@ def language_transformer_config(model: ModelConfig, parallel: ParallelConfig, dt
         gated_linear_unit=True,
         add_bias_linear=False,
         add_qkv_bias=language.qkv_bias,
-        hidden_dropout=0.0,
-        attention_dropout=0.0,
-        bias_activation_fusion=False,
-        bias_dropout_fusion=False,
-        gradient_accumulation_fusion=False,
-        masked_softmax_fusion=False,
-        persist_layer_norm=False,
-        perform_initialization=False,
-        use_cpu_initialization=False,
-        params_dtype=dtype,
-        bf16=dtype == torch.bfloat16,
-        pipeline_dtype=dtype,
+        **shared_settings(dtype),
         tensor_model_parallel_size=parallel.tensor_size,
         pipeline_model_parallel_size=parallel.pipeline_size,
         sequence_parallel=parallel.sequence_parallel,
-        # Losses are divided by their global weight before backward; nothing may divide them again.
-        calculate_per_token_loss=True,
         deallocate_pipeline_outputs=True,
     )
 

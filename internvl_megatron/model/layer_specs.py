@@ -18,6 +18,28 @@ from internvl_megatron.device import AttentionKernel
 from internvl_megatron.model.attention import PackedAttention
 
 
+def shared_settings(dtype: torch.dtype) -> dict[str, Any]:
+    """Settings of Megatron Core that are the same for both sides of the model."""
+    return {
+        "params_dtype": dtype,
+        "pipeline_dtype": dtype,
+        "bf16": dtype == torch.bfloat16,
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+        # Parameters are filled by `build`, the same way under every layout.
+        "perform_initialization": False,
+        "use_cpu_initialization": False,
+        # Losses are divided by their global weight before backward; nothing may divide them again.
+        "calculate_per_token_loss": True,
+        # Kernels of packages that may be absent.
+        "bias_activation_fusion": False,
+        "bias_dropout_fusion": False,
+        "gradient_accumulation_fusion": False,
+        "masked_softmax_fusion": False,
+        "persist_layer_norm": False,
+    }
+
+
 def plain_norm(config: TransformerConfig, hidden_size: int, eps: float) -> torch.nn.Module:
     """LayerNorm or RMSNorm of torch whose parameters Megatron Core treats correctly under sequence parallelism.
 

@@ -24,7 +24,12 @@ from torch import Tensor
 
 from internvl_megatron.config.schema import ModelConfig, VisionConfig
 from internvl_megatron.model.attention import TileAttention
-from internvl_megatron.model.layer_specs import ColumnParallelLinearWithoutBias, feed_forward, plain_norm
+from internvl_megatron.model.layer_specs import (
+    ColumnParallelLinearWithoutBias,
+    feed_forward,
+    plain_norm,
+    shared_settings,
+)
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -52,19 +57,7 @@ def vision_transformer_config(model: ModelConfig, dtype: torch.dtype, **parallel
         activation_func=F.gelu,
         gated_linear_unit=False,
         add_bias_linear=True,
-        hidden_dropout=0.0,
-        attention_dropout=0.0,
-        bias_activation_fusion=False,
-        bias_dropout_fusion=False,
-        gradient_accumulation_fusion=False,
-        masked_softmax_fusion=False,
-        persist_layer_norm=False,
-        perform_initialization=False,
-        use_cpu_initialization=False,
-        params_dtype=dtype,
-        bf16=dtype == torch.bfloat16,
-        pipeline_dtype=dtype,
-        calculate_per_token_loss=True,
+        **shared_settings(dtype),
         **parallel,
     )
 

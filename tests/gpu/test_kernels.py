@@ -38,7 +38,7 @@ def _attend(kernel: AttentionKernel, dtype: torch.dtype) -> list[Tensor]:
         segment_ends=tuple(ends.tolist()),
         rotary=rotary_tables(device.put(torch.arange(total, dtype=torch.int32) * 64), HEAD_SIZE, 1e6),
     )
-    attention = PackedAttention(None, 1, AttnMaskType.causal, "self", kernel)  # type: ignore[arg-type]
+    attention = PackedAttention(None, 1, AttnMaskType.causal, "self", kernel=kernel)  # type: ignore[arg-type]
     output = attention(*inputs, None, packed_seq_params=row)
     output.backward(device.put(torch.randn(output.shape, generator=generator)).to(dtype))
     gradients = [tensor.grad for tensor in inputs if tensor.grad is not None]
