@@ -27,7 +27,7 @@ from internvl_megatron.device import Device, open_device
 from internvl_megatron.errors import ConfigError
 from internvl_megatron.logs import configure_logging
 from internvl_megatron.metrics import MetricsWriter, RunSummary, StepMetrics
-from internvl_megatron.model.build import build_model, torch_dtype
+from internvl_megatron.model.build import build_model, check_copies_agree, torch_dtype
 from internvl_megatron.parallel.groups import make_groups
 from internvl_megatron.parallel.host import broadcast_bytes, sum_floats
 from internvl_megatron.ranks import RankInfo, joined
@@ -85,6 +85,7 @@ class Trainer:
         self.num_tokens = 0
         self.num_samples = 0
         self._resume()
+        check_copies_agree(self.model, self.groups)
         self._write_config()
         self.metrics = MetricsWriter(self.root, self.step or None) if self.is_main else None
         self.peak_flops = self._peak_flops()

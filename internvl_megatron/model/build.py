@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from torch import Tensor
@@ -15,6 +16,7 @@ from internvl_megatron.errors import CheckpointError
 from internvl_megatron.model.language import LanguageModel, language_transformer_config
 from internvl_megatron.model.vision import VisionTower, vision_transformer_config
 from internvl_megatron.parallel.groups import Groups
+from internvl_megatron.parallel.host import gather_integers
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,27 @@ def build_model(config: RunConfig, groups: Groups, device: Device) -> Model:
     )  # torch's norms are made on the CPU; Megatron Core's layers are there already
     _initialize(model, config)
     return model
+
+
+def check_copies_agree(model: Model, groups: Groups) -> None:
+    """Compare checksums of every parameter's copies; collective over all ranks.
+
+    Copies that differ at the start stay different: training goes on without a sign, and its result depends on which copy
+    is saved.
+
+    Raises:
+        RuntimeError: copies differ; names the first parameter.
+    """
+    for side, group in (("vision", groups.host_world), ("language", groups.host_data)):
+        named = [(name, parameter) for name, parameter in model.named_parameters() if name.startswith(side)]
+        sums = torch.stack([parameter.detach().double().sum() for _, parameter in named])
+        copies = gather_integers(sums.cpu().numpy().view(np.int64), group)
+        differing = np.flatnonzero((np.stack(copies) != copies[0]).any(axis=0))
+        if len(differing):
+            raise RuntimeError(
+                f"{named[int(differing[0])][0]} and {len(differing) - 1} more parameters differ between ranks that "
+                "should hold copies of them"
+            )
 
 
 def _initialize(model: Model, config: RunConfig) -> None:

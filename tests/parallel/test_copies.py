@@ -1,0 +1,43 @@
+"""Copies of a parameter that differ between ranks are found before training starts."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from internvl_megatron.device import open_device
+from internvl_megatron.launcher import RankFailedError
+from internvl_megatron.model.build import build_model, check_copies_agree
+from internvl_megatron.parallel.groups import make_groups
+from internvl_megatron.ranks import RankInfo, joined
+from tests.support.layouts import LAYOUTS, Ranks, run_config
+from tests.support.models import small_model
+
+pytestmark = pytest.mark.parallel
+
+
+def _check(info: RankInfo, ranks: Ranks, spoiled: str | None) -> None:
+    torch.set_num_threads(1)
+    device = open_device("cpu")
+    with joined(info, device, 60):
+        groups = make_groups(ranks.layout, device, 60)
+        model = build_model(run_config(small_model(), parallel=ranks.config()), groups, device)
+        if info.rank == info.world_size - 1 and spoiled is not None:
+            with torch.no_grad():
+                dict(model.named_parameters())[spoiled].view(-1)[0] += 1.0
+        check_copies_agree(model, groups)
+
+
+@pytest.mark.parametrize("layout", ["TP2xDP2", "TP2xPP2"])
+def test_fresh_models_agree_under_every_layout(run_ranks: Callable[..., list[Any]], layout: str) -> None:
+    run_ranks(_check, 4, LAYOUTS[layout], None)
+
+
+@pytest.mark.parametrize(
+    ("layout", "spoiled"),
+    [("TP2xPP2", "vision.projector.linear_2.bias"), ("TP2xDP2", "language.decoder.layers.2.mlp.linear_fc1.weight")],
+)
+def test_a_copy_that_differs_is_named(run_ranks: Callable[..., list[Any]], layout: str, spoiled: str) -> None:
+    with pytest.raises(RankFailedError, match=spoiled):
+        run_ranks(_check, 4, LAYOUTS[layout], spoiled)
