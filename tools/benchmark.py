@@ -169,7 +169,7 @@ def record(name: str, config: RunConfig, measured: dict[str, Any]) -> dict[str, 
         "dtype": config.dtype,
         "rows_per_step": config.rows_per_step,
         "tokens_per_row": config.data.tokens_per_row,
-        "cores": os.cpu_count(),
+        "cores": len(os.sched_getaffinity(0)),
         "versions": {package: version(package) for package in ("torch", "megatron-core")},
         **measured,
     }
