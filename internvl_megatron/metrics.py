@@ -30,6 +30,8 @@ class StepMetrics:
     image_tokens_per_second: float
     num_tiles: int
     num_samples: int
+    num_supervised_tokens: int
+    """Tokens that carry loss."""
     step_seconds: float
     """Wall time of the step."""
     mfu: float

@@ -31,7 +31,7 @@ from internvl_megatron.model.build import build_model, check_copies_agree, torch
 from internvl_megatron.parallel.groups import make_groups
 from internvl_megatron.parallel.host import broadcast_bytes, sum_floats
 from internvl_megatron.ranks import RankInfo, joined
-from internvl_megatron.scaling.counts import step_flops
+from internvl_megatron.scaling.counts import parameter_counts, step_flops
 from internvl_megatron.train.step import Step, StepResult
 
 log = logging.getLogger(__name__)
@@ -62,8 +62,9 @@ class Trainer:
         self.plan = plan(config, info.world_size)
         self.device = device
         log.info(
-            "%s: %s, %d rows a step and replica, %d layers a stage, vocabulary padded to %d",
+            "%s: %.1fM parameters, %s, %d rows a step and replica, %d layers a stage, vocabulary padded to %d",
             config.name,
+            parameter_counts(config.model).total / 1e6,
             self.plan.layout,
             self.plan.rows_per_replica,
             self.plan.layers_per_stage,
@@ -238,6 +239,7 @@ class Trainer:
                 updated=result.updated,
                 num_tiles=num_tiles,
                 num_samples=agreement.num_samples,
+                num_supervised_tokens=agreement.num_supervised_tokens,
                 step_seconds=seconds,
                 tokens_per_second=agreement.num_tokens / seconds,
                 image_tokens_per_second=num_tiles * self.config.model.vision.tokens_per_tile / seconds,

@@ -111,6 +111,7 @@ def test_metrics_are_complete(whole: Path) -> None:
     assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
     assert all(row["loss"] > 0 and row["grad_norm"] > 0 and row["mfu"] > 0 for row in rows)
     assert sum(row["num_tiles"] for row in rows) > 0
+    assert all(0 < row["num_supervised_tokens"] < 2 * 512 for row in rows)
     assert [row["step"] for row in rows if row["eval_loss"] is not None] == [3, 6]
     assert list((whole / "tensorboard").iterdir())
     assert json.loads((whole / "config.json").read_text())["num_steps"] == STEPS

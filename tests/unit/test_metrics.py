@@ -19,6 +19,7 @@ ONE = StepMetrics(
     image_tokens_per_second=800.0,
     num_tiles=12,
     num_samples=9,
+    num_supervised_tokens=120,
     step_seconds=0.5,
     mfu=0.4,
     model_tflops_per_second_per_rank=0.02,
