@@ -19,7 +19,7 @@ from internvl_megatron.errors import ConfigError
 
 
 def demo_digits() -> RunConfig:
-    """The README's demo: a 1.7M-parameter InternVL3 learns to read real handwritten digits on four CPU ranks."""
+    """The README's demo: a 1.8M-parameter InternVL3 learns to read real handwritten digits on four CPU ranks."""
     vision = VisionConfig(
         hidden_size=128, num_layers=4, num_heads=4, ffn_hidden_size=512, tile_pixels=28, patch_pixels=7
     )
