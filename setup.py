@@ -31,6 +31,8 @@ CORE = [
     "transformers>=5.23,<6",
     "safetensors>=0.6,<1",
     "sentencepiece>=0.2,<1",
+    # sentencepiece's own description of its models, which it imports without declaring it.
+    "protobuf>=5,<8",
     "numpy>=2,<3",
     "pillow>=11,<14",
     "tensorboard>=2.19,<3",
@@ -42,7 +44,8 @@ CORE = [
 ]
 EXTRAS = {
     "gpu": ["transformer-engine[pytorch]>=2.20,<3", "flash-attn>=2.8,<3", "nvidia-resiliency-ext>=0.4,<1"],
-    "dev": ["pytest>=9,<10", "ruff>=0.17,<0.18", "basedpyright>=1.40,<2", "pre-commit>=4,<5"],
+    # torchvision: transformers' processor of exported checkpoints needs it, the tests load one.
+    "dev": ["torchvision>=0.26", "pytest>=9,<10", "ruff>=0.17,<0.18", "basedpyright>=1.40,<2", "pre-commit>=4,<5"],
     "demo": ["scikit-learn>=1.6,<2", "matplotlib>=3.10,<4"],
 }
 

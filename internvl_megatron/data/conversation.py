@@ -50,7 +50,8 @@ def tokenize_conversation(
 ) -> TokenizedConversation:
     """Tokenize a conversation for training.
 
-    Every turn is tokenized separately. Trained on: the answers and the `<|im_end|>` after each. Not trained on: system
+    Every turn is tokenized separately; the token that starts a text, if the tokenizer has one (InternLM3), comes once,
+    before the first. Trained on: the answers and the `<|im_end|>` after each. Not trained on: system
     and human turns, the header of an answer, the newline after its `<|im_end|>`.
 
     Args:
@@ -65,8 +66,8 @@ def tokenize_conversation(
     """
     turns = _place_images(_with_system_turn(turns, system_prompt), len(context_tokens))
     images = iter(context_tokens)
-    ids: list[int] = []
-    labels: list[int] = []
+    ids = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+    labels = [IGNORED_LABEL] * len(ids)
     image_starts: list[int] = []
     for turn in turns:
         turn_ids, starts = _tokenize_turn(turn, images, tokenizer)

@@ -28,10 +28,10 @@ def eval_rows(meta_path: str, settings: SampleSettings, tokenizer: Tokenizer, nu
     for dataset in datasets:
         dataset.entry = replace(dataset.entry, data_augment=False)
     packs = _packs(datasets, fixed, tokenizer)
-    rows = [build_row(items, fixed, tokenizer.end_of_text_id) for items in islice(packs, num_rows)]
+    rows = [build_row(items, fixed, tokenizer.pad_id) for items in islice(packs, num_rows)]
     if num_rows and not rows:
         raise DataError(f"{meta_path}: gives no good sample to evaluate on")
-    return rows + [build_row([], fixed, tokenizer.end_of_text_id) for _ in range(num_rows - len(rows))]
+    return rows + [build_row([], fixed, tokenizer.pad_id) for _ in range(num_rows - len(rows))]
 
 
 def _packs(

@@ -76,7 +76,7 @@ class SampleStream:
             sample = self._render_or_skip(source)
             if sample is not None:
                 pack = self._packer.add((source, sample), len(sample.token_ids), sample.num_tiles)
-        return build_row(pack.items, self._settings, self._tokenizer.end_of_text_id)
+        return build_row(pack.items, self._settings, self._tokenizer.pad_id)
 
     def state_dict(self) -> dict[str, Any]:
         """Position of the stream, as JSON. Buffered samples are saved as references and made again on loading."""

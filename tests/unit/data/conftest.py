@@ -11,8 +11,8 @@ import pytest
 from PIL import Image
 
 from internvl_megatron.config.schema import DataConfig
+from internvl_megatron.data.fast_tokenizer import FastTokenizer, load_fast_tokenizer
 from internvl_megatron.data.records import SampleSettings
-from internvl_megatron.data.tokenizer import Tokenizer, load_tokenizer
 from internvl_megatron.data.tokenizer_build import find_dashscope_ranks, qwen2_5_tokenizer, train_small_tokenizer
 
 TEXTS = ["how many digits are there in the picture?", "there are three: seven, two and one.", "system user assistant"]
@@ -27,14 +27,14 @@ def qwen_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def qwen(qwen_folder: Path) -> Tokenizer:
-    return load_tokenizer(qwen_folder)
+def qwen(qwen_folder: Path) -> FastTokenizer:
+    return load_fast_tokenizer(qwen_folder)
 
 
 @pytest.fixture(scope="session")
-def small() -> Tokenizer:
+def small() -> FastTokenizer:
     """A tokenizer of a few hundred ids, quick to make."""
-    return Tokenizer(train_small_tokenizer(TEXTS, vocab_size=320), "small")
+    return FastTokenizer(train_small_tokenizer(TEXTS, vocab_size=320), "small")
 
 
 class DataFolder:

@@ -83,7 +83,7 @@ def test_typed_control_tokens_stay_text(qwen):
     result = tokenize_conversation(turns, [], qwen)
     ids = result.token_ids.tolist()
     assert ids.count(qwen.turn_start_id) == ids.count(qwen.turn_end_id) == 3
-    assert not {qwen.image_start_id, qwen.image_context_id, qwen.image_end_id, qwen.end_of_text_id} & set(ids)
+    assert not {qwen.image_start_id, qwen.image_context_id, qwen.image_end_id, qwen.pad_id} & set(ids)
     assert qwen.decode(ids).count(attack) == 3
     assert qwen.decode([i for i in result.labels.tolist() if i != -100]) == attack + "<|im_end|>"
 

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from internvl_megatron.data import tokenizer_build
-from internvl_megatron.data.tokenizer import CONTROL_TOKENS, INTERNVL_TOKENS, Tokenizer, load_tokenizer
+from internvl_megatron.data.fast_tokenizer import FastTokenizer
+from internvl_megatron.data.tokenizer import END_OF_TEXT, INTERNVL_TOKENS, TEMPLATE_TOKENS, load_tokenizer
 from internvl_megatron.data.tokenizer_build import find_dashscope_ranks, qwen2_5_tokenizer, train_small_tokenizer
 from internvl_megatron.errors import DataError
 
@@ -21,7 +22,7 @@ from internvl_megatron.errors import DataError
 def test_known_ids(qwen):
     assert len(qwen) == 151674
     assert qwen.encode("Hello world") == [9707, 1879]
-    assert (qwen.end_of_text_id, qwen.turn_start_id, qwen.turn_end_id) == (151643, 151644, 151645)
+    assert (qwen.pad_id, qwen.turn_start_id, qwen.turn_end_id) == (151643, 151644, 151645)
     assert (qwen.image_start_id, qwen.image_end_id, qwen.image_context_id) == (151665, 151666, 151667)
     assert qwen.encode("!") == [0]
 
@@ -64,8 +65,9 @@ def test_round_trip(qwen, small, text):
 
 def test_typed_control_tokens_are_text(qwen, small):
     for tokenizer in (qwen, small):
-        special = {tokenizer.hf_tokenizer.convert_tokens_to_ids(token) for token in CONTROL_TOKENS}
-        for token in CONTROL_TOKENS:
+        control = (END_OF_TEXT, *TEMPLATE_TOKENS)
+        special = {tokenizer.hf_tokenizer.convert_tokens_to_ids(token) for token in control}
+        for token in control:
             text = f"x{token}{token} y\n{token}"
             ids = tokenizer.encode(text)
             assert not special & set(ids), token
@@ -115,7 +117,7 @@ def test_folder_problems(tmp_path, qwen_folder):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda added: [a for a in added if a["content"] != "<IMG_CONTEXT>"], "no added token '<IMG_CONTEXT>'"),
+        (lambda added: [a for a in added if a["content"] != "<IMG_CONTEXT>"], "no token '<IMG_CONTEXT>'"),
         (lambda added: [{**a, "special": a["content"] != "<img>"} for a in added], "'<img>' is not marked as special"),
     ],
 )
@@ -125,9 +127,21 @@ def test_unfit_tokenizers_are_refused(tmp_path, small, damage, message):
     content = json.loads(file.read_text(encoding="utf-8"))
     content["added_tokens"] = damage(content["added_tokens"])
     file.write_text(json.dumps(content), encoding="utf-8")
-    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": "<|endoftext|>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     with pytest.raises(DataError, match=message):
         load_tokenizer(tmp_path)
+
+
+def test_rows_need_a_padding_token(tmp_path, small):
+    small.save(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    with pytest.raises(DataError, match="names no padding token; set pad_token"):
+        load_tokenizer(tmp_path)
+
+
+def test_qwens_texts_start_without_a_token(qwen, small):
+    assert qwen.bos_id is None and small.bos_id is None
 
 
 def test_small_tokenizer_is_saved_and_loaded(tmp_path, small):
@@ -139,7 +153,7 @@ def test_small_tokenizer_is_saved_and_loaded(tmp_path, small):
     assert len(small.encode("digits")) < len("digits"), "it has learnt merges"
     first = len(small) - 12
     names = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *INTERNVL_TOKENS]
-    assert loaded.hf_tokenizer.convert_tokens_to_ids(names) == list(range(first, first + 12))
+    assert [loaded.find(name) for name in names] == list(range(first, first + 12))
 
 
 def test_small_tokenizer_needs_room_for_bytes():
@@ -156,7 +170,7 @@ def test_the_tool_writes_the_folder(tmp_path, monkeypatch, capsys, small):
     monkeypatch.setattr(sys, "argv", ["tool", str(tmp_path / "out")])
     monkeypatch.setattr(tool, "qwen2_5_tokenizer", lambda ranks: small.hf_tokenizer)
     assert tool.main() == 0
-    assert isinstance(load_tokenizer(tmp_path / "out"), Tokenizer)
+    assert isinstance(load_tokenizer(tmp_path / "out"), FastTokenizer)
     shutil.rmtree(tmp_path / "out")
 
     def fail():

@@ -33,7 +33,7 @@ class Answers:
 def compare(info: RankInfo, family: str, prompts: list[Prompt], max_new_tokens: int, numerator: int) -> Answers:
     """Answer with the same random weights in both implementations, tiles of 28 pixels and 4 tokens."""
     from checkpoint_convert.mapping import from_huggingface
-    from internvl_megatron.data.tokenizer import Tokenizer
+    from internvl_megatron.data.fast_tokenizer import FastTokenizer
     from internvl_megatron.data.tokenizer_build import train_small_tokenizer
     from internvl_megatron.device import open_device
     from internvl_megatron.model.build import build_model
@@ -44,7 +44,7 @@ def compare(info: RankInfo, family: str, prompts: list[Prompt], max_new_tokens: 
 
     torch.set_num_threads(1)
     device = open_device("cpu")
-    tokenizer = Tokenizer(train_small_tokenizer(TEXTS, vocab_size=300), "small")
+    tokenizer = FastTokenizer(train_small_tokenizer(TEXTS, vocab_size=300), "small")
     sizes = small_model(family)
     sizes = replace(sizes, language=replace(sizes.language, vocab_size=len(tokenizer)))
     config = RunConfig(
