@@ -57,6 +57,11 @@ class Device:
 
         return torch.device("cuda", self.index) if self.kind == "cuda" else torch.device("cpu")
 
+    @property
+    def preferred_dtype(self) -> Literal["fp32", "bf16"]:
+        """Number format to compute in where nothing else is asked for; bf16 is slower than fp32 on CPUs."""
+        return "bf16" if self.kind == "cuda" else "fp32"
+
     def put(self, array: "np.ndarray | torch.Tensor") -> "torch.Tensor":
         """Copy a host array to the device without waiting for the copy."""
         import torch

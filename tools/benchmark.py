@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from internvl_megatron.config.models import INTERNVL3_1B
+from internvl_megatron.config.models import INTERNVL3
 from internvl_megatron.config.recipes import demo_digits
 from internvl_megatron.config.schema import DataConfig, ModelConfig, OptimizerConfig, ParallelConfig, RunConfig
 from internvl_megatron.data.images import ImageRef
@@ -151,7 +151,7 @@ def benchmark_config(model: str, device: str, dtype: str, num_steps: int) -> tup
     optimizer = OptimizerConfig(learning_rate=1e-5)
     config = RunConfig(
         name="benchmark_1b",
-        model=INTERNVL3_1B,
+        model=INTERNVL3["1B"],
         data=data,
         optimizer=optimizer,
         parallel=ParallelConfig(vision_recompute=True),

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeGuard, Union, get_args, get_origin, get_type_hints
 
-from internvl_megatron.config.schema import RunConfig
+from internvl_megatron.config.schema import ModelConfig, RunConfig
 from internvl_megatron.errors import ConfigError
 
 CONFIG_FILE = "config.json"
@@ -44,9 +44,18 @@ def from_json(path: Path) -> RunConfig:
         raw = json.loads(path.read_text())
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file; give the folder of a run") from None
-    except ValueError as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: not valid JSON ({error})") from error
     return _from_dict(RunConfig, raw, str(path))
+
+
+def model_from_json(raw: Any, where: str) -> ModelConfig:
+    """A model's sizes from parsed JSON; `where` names it in errors.
+
+    Raises:
+        ConfigError: unknown or missing fields, or values of the wrong type.
+    """
+    return _from_dict(ModelConfig, raw, where)
 
 
 def changed_fields(old: Any, new: Any, path: str = "") -> list[str]:
@@ -146,7 +155,10 @@ def _typed(value: Any, hint: Any, where: str) -> Any:
         if option is type(None) and value is None:
             return None
         if option is float and isinstance(value, int | float) and not isinstance(value, bool):
-            return float(value)
+            try:
+                return float(value)
+            except OverflowError:
+                break
         if option in (int, bool, str) and type(value) is option:
             return value
     raise ConfigError(f"{where}: {value!r} is not {_describe(options)}")

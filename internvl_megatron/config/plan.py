@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
-from internvl_megatron.config.schema import RunConfig
+from internvl_megatron.config.schema import ModelConfig, RunConfig
 from internvl_megatron.errors import ConfigError
 from internvl_megatron.parallel.layout import Layout
 
@@ -19,6 +19,8 @@ MAY_BE_ZERO = {
 
 SHARES = {"drop_path_rate", "warmup_ratio", "beta1", "beta2"}
 LARGEST_SEED = 2**32 - 1
+LARGEST_SIZE = 10**7
+MOST_LAYERS = 10**4
 
 
 def padded_vocab_size(vocab_size: int) -> int:
@@ -44,7 +46,7 @@ def plan(config: RunConfig, world_size: int) -> RunPlan:
         ConfigError: with one line per problem, each naming the field, its value and what to set.
     """
     # Numbers first: the other checks divide by them.
-    problems = _numbers(config, "") or [*_model(config), *_data(config), *_layout(config, world_size)]
+    problems = _numbers(config, "") or [*model_problems(config.model), *_data(config), *_layout(config, world_size)]
     if problems:
         raise ConfigError("\n".join(f"config: {problem}" for problem in problems))
     parallel = config.parallel
@@ -77,8 +79,17 @@ def _numbers(section: Any, path: str) -> list[str]:
     return problems
 
 
-def _model(config: RunConfig) -> list[str]:
-    vision, language = config.model.vision, config.model.language
+def model_problems(model: ModelConfig) -> list[str]:
+    """What is wrong with a model's sizes: numbers out of range, and sizes that do not go into each other."""
+    problems = _numbers(model, "model.")
+    vision, language = model.vision, model.language
+    for path, part in (("model.vision", vision), ("model.language", language)):
+        for name, value in vars(part).items():
+            largest = MOST_LAYERS if name == "num_layers" else LARGEST_SIZE
+            if type(value) is int and value > largest:
+                problems.append(f"{path}.{name} must be at most {largest}")
+    if problems:  # the checks below divide by these numbers
+        return problems
     checks = [
         (vision.hidden_size % vision.num_heads, "model.vision.hidden_size", "model.vision.num_heads"),
         (vision.tile_pixels % vision.patch_pixels, "model.vision.tile_pixels", "model.vision.patch_pixels"),

@@ -2,8 +2,9 @@
 
 import difflib
 from collections.abc import Callable
+from dataclasses import replace
 
-from internvl_megatron.config.models import INTERNVL3_1B
+from internvl_megatron.config.models import INTERNVL3
 from internvl_megatron.config.schema import (
     CheckpointConfig,
     DataConfig,
@@ -54,27 +55,83 @@ def demo_digits() -> RunConfig:
 
 
 def internvl3_1b_sft() -> RunConfig:
-    """InternVL3-1B, supervised fine-tuning on packed 16K rows.
+    """InternVL3-1B, supervised fine-tuning on packed 16K rows."""
+    return _sft("1B")
+
+
+def internvl3_2b_sft() -> RunConfig:
+    """InternVL3-2B, supervised fine-tuning."""
+    return _sft("2B")
+
+
+def internvl3_8b_sft() -> RunConfig:
+    """InternVL3-8B, supervised fine-tuning, TP2."""
+    return _sft("8B", drop_path_rate=0.1, tensor_size=2)
+
+
+def internvl3_9b_sft() -> RunConfig:
+    """InternVL3-9B (InternLM3), supervised fine-tuning, TP2; set model.language.vocab_size to the checkpoint's."""
+    return _sft("9B", drop_path_rate=0.1, tensor_size=2)
+
+
+def internvl3_14b_sft() -> RunConfig:
+    """InternVL3-14B, supervised fine-tuning, TP4."""
+    return _sft("14B", drop_path_rate=0.1, tensor_size=4)
+
+
+def internvl3_38b_sft() -> RunConfig:
+    """InternVL3-38B, supervised fine-tuning, TP8 x PP2."""
+    return _sft("38B", drop_path_rate=0.4, tensor_size=8, pipeline_size=2)
+
+
+def internvl3_78b_sft() -> RunConfig:
+    """InternVL3-78B, supervised fine-tuning, TP8 x PP4."""
+    return _sft("78B", drop_path_rate=0.4, tensor_size=8, pipeline_size=4)
+
+
+def _sft(size: str, drop_path_rate: float = 0.0, tensor_size: int = 1, pipeline_size: int = 1) -> RunConfig:
+    """Supervised fine-tuning of a released size on packed 16K rows.
 
     InternVL3's own hyper-parameters were never published. These are of InternVL3.5's SFT script (learning rate,
-    schedule, weight decay, clipping) with InternVL2.5's 16K rows and 48 tiles: proxies, not the original.
+    schedule, weight decay, clipping, drop path) with InternVL2.5's 16K rows and 48 tiles: proxies, not the original. The
+    layouts are starting points that were not measured.
     """
+    model = INTERNVL3[size]
+    name = f"internvl3_{size.lower()}_sft"
     return RunConfig(
-        name="internvl3_1b_sft",
-        model=INTERNVL3_1B,
+        name=name,
+        model=replace(model, vision=replace(model.vision, drop_path_rate=drop_path_rate)),
         data=DataConfig(tokens_per_row=16384, tiles_per_row=48),
         # A tile's activations in InternViT-300M are about 1 GB: they are computed again in backward, as upstream does,
         # and only a few rows' images are encoded at a time.
-        parallel=ParallelConfig(vision_recompute=True, vision_window_rows=4),
+        parallel=ParallelConfig(
+            tensor_size=tensor_size,
+            pipeline_size=pipeline_size,
+            sequence_parallel=tensor_size > 1,
+            vision_recompute=True,
+            vision_window_rows=4,
+        ),
         optimizer=OptimizerConfig(learning_rate=8e-5),
         checkpoint=CheckpointConfig(save_every_steps=500),
-        folder="runs/internvl3_1b_sft",
+        folder=f"runs/{name}",
         num_steps=8000,
         rows_per_step=512,
     )
 
 
-RECIPES: dict[str, Callable[[], RunConfig]] = {recipe.__name__: recipe for recipe in (demo_digits, internvl3_1b_sft)}
+RECIPES: dict[str, Callable[[], RunConfig]] = {
+    recipe.__name__: recipe
+    for recipe in (
+        demo_digits,
+        internvl3_1b_sft,
+        internvl3_2b_sft,
+        internvl3_8b_sft,
+        internvl3_9b_sft,
+        internvl3_14b_sft,
+        internvl3_38b_sft,
+        internvl3_78b_sft,
+    )
+}
 
 
 def find_recipe(name: str) -> RunConfig:

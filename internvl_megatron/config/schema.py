@@ -45,6 +45,9 @@ class VisionConfig:
 class LanguageConfig:
     """Qwen2-style decoder. `vocab_size` is the tokenizer's length; the padded table size is derived in `plan`."""
 
+    family: Literal["qwen2", "internlm"] = "qwen2"
+    """Whose model it is: decides the names and files of a converted checkpoint, nothing that is computed. InternVL3-9B is
+    `internlm`: InternLM3, stored by InternVL under InternLM2's names."""
     hidden_size: int
     num_layers: int
     num_heads: int

@@ -1,6 +1,5 @@
 """Build both sides of the model on this rank, and fill fresh parameters the same way under every layout."""
 
-import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +12,7 @@ from torch import Tensor
 from internvl_megatron.config.schema import RunConfig
 from internvl_megatron.device import Device
 from internvl_megatron.errors import CheckpointError
+from internvl_megatron.model.initial import fresh_parameter
 from internvl_megatron.model.language import LanguageModel, language_transformer_config
 from internvl_megatron.model.vision import VisionTower, vision_transformer_config
 from internvl_megatron.parallel.groups import Groups
@@ -66,8 +66,11 @@ def torch_dtype(name: str) -> torch.dtype:
     return {"fp32": torch.float32, "bf16": torch.bfloat16}[name]
 
 
-def build_model(config: RunConfig, groups: Groups, device: Device) -> Model:
-    """Create this rank's modules with freshly initialised parameters."""
+def build_model(config: RunConfig, groups: Groups, device: Device, initialize: bool = True) -> Model:
+    """Create this rank's modules with freshly initialised parameters.
+
+    Without `initialize` their values are undefined: for parameters that are about to be loaded, which is much faster.
+    """
     dtype = torch_dtype(config.dtype)
     # Sequence parallelism forks Megatron Core's random state around dropout, even at rate 0: it has to exist.
     model_parallel_cuda_manual_seed(config.seed, tp_rank=groups.language.tp.rank(), ep_rank=0, etp_rank=0)
@@ -87,7 +90,8 @@ def build_model(config: RunConfig, groups: Groups, device: Device) -> Model:
     model.language.to(
         device.torch_device
     )  # torch's norms are made on the CPU; Megatron Core's layers are there already
-    _initialize(model, config)
+    if initialize:
+        _initialize(model, config)
     return model
 
 
@@ -113,27 +117,10 @@ def check_copies_agree(model: Model, groups: Groups) -> None:
 
 
 def _initialize(model: Model, config: RunConfig) -> None:
-    """Fill every parameter from (seed, name) alone, so that all layouts start from the same weights.
-
-    Matrices and embeddings are normal with `init_std`, output projections of the language model's and the vision
-    encoder's residual branches included; norm weights are 1, biases 0, LayerScale its configured value.
-    """
+    """Fill every parameter from (seed, name) alone, so that all layouts start from the same weights."""
     for name, parameter in model.named_parameters():
         shape = _full_shape(parameter, model.tensor_group(name).size())
-        model.load_full(name, parameter, _fresh(name, shape, config))
-
-
-def _fresh(name: str, shape: tuple[int, ...], config: RunConfig) -> Tensor:
-    leaf, owner = name.rsplit(".", 1)[-1], name.rsplit(".", 2)[-2]
-    if leaf in ("ls1", "ls2"):
-        return torch.full(shape, config.model.vision.layer_scale_init)
-    if leaf == "bias":
-        return torch.zeros(shape)
-    if "norm" in owner:
-        return torch.ones(shape)
-    digest = hashlib.sha256(f"{config.seed}/{name}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-    return torch.randn(shape, generator=generator) * config.model.init_std
+        model.load_full(name, parameter, fresh_parameter(name, shape, config.model, config.seed))
 
 
 def _full_shape(parameter: torch.nn.Parameter, tensor_size: int) -> tuple[int, ...]:

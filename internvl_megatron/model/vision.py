@@ -30,6 +30,7 @@ from internvl_megatron.model.layer_specs import (
     plain_norm,
     shared_settings,
 )
+from internvl_megatron.model.position_table import interpolate_positions
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -205,16 +206,6 @@ def normalize_pixels(tiles: Tensor, dtype: torch.dtype) -> Tensor:
     mean = torch.tensor(IMAGENET_MEAN, device=tiles.device)[:, None, None]
     std = torch.tensor(IMAGENET_STD, device=tiles.device)[:, None, None]
     return ((tiles.float() / 255.0 - mean) / std).to(dtype)
-
-
-def interpolate_positions(table: Tensor, rows: int, columns: int) -> Tensor:
-    """Resize the patch part of a position table [1, 1 + P, C] to another grid (bicubic, fp32), the CLS entry kept."""
-    side = round((table.shape[1] - 1) ** 0.5)
-    if (rows, columns) == (side, side):
-        return table
-    grid = table[:, 1:].float().reshape(1, side, side, -1).permute(0, 3, 1, 2)
-    grid = F.interpolate(grid, size=(rows, columns), mode="bicubic", align_corners=False)
-    return torch.cat([table[:, :1].float(), grid.permute(0, 2, 3, 1).flatten(1, 2)], dim=1)
 
 
 def pixel_shuffle(features: Tensor, factor: int) -> Tensor:

@@ -8,11 +8,11 @@ from internvl_megatron.config.schema import LanguageConfig, ModelConfig, VisionC
 from tests.support.rows import IMAGE_TOKEN
 
 
-def small_model(family: str = "300m", **language: int) -> ModelConfig:
-    """A model small enough for CPU tests, with every feature of its family ("300m" or "6b")."""
+def small_model(vision_family: str = "300m", /, **language: Any) -> ModelConfig:
+    """A model small enough for CPU tests, with every feature of its vision family ("300m" or "6b")."""
     features: dict[str, Any] = (
         {"norm": "layer_norm", "qkv_bias": True, "qk_norm": False}
-        if family == "300m"
+        if vision_family == "300m"
         else {"norm": "rms_norm", "qkv_bias": False, "qk_norm": True}
     )
     vision = VisionConfig(
@@ -24,13 +24,21 @@ def small_model(family: str = "300m", **language: int) -> ModelConfig:
         "num_heads": 4,
         "num_kv_heads": 2,
         "head_size": 16,
-    } | language
-    return ModelConfig(vision=vision, language=LanguageConfig(ffn_hidden_size=96, vocab_size=150, **sizes))
+        "ffn_hidden_size": 96,
+        "vocab_size": 150,
+    }
+    return ModelConfig(vision=vision, language=LanguageConfig(**sizes | language))
 
 
-def huggingface_model(model: ModelConfig, seed: int = 0) -> torch.nn.Module:
+def huggingface_model(model: ModelConfig, seed: int = 0, fill: bool = True, image_token: int = IMAGE_TOKEN) -> Any:
     """transformers' InternVL with random weights (norms and LayerScale too, so that nothing hides behind ones)."""
-    from transformers import InternVLConfig, InternVLForConditionalGeneration, InternVLVisionConfig, Qwen2Config
+    from transformers import (
+        InternVLConfig,
+        InternVLForConditionalGeneration,
+        InternVLVisionConfig,
+        LlamaConfig,
+        Qwen2Config,
+    )
 
     vision, language = model.vision, model.language
     vision_config = InternVLVisionConfig(
@@ -47,7 +55,8 @@ def huggingface_model(model: ModelConfig, seed: int = 0) -> torch.nn.Module:
         layer_scale_init_value=vision.layer_scale_init,
         use_absolute_position_embeddings=True,
     )
-    text_config = Qwen2Config(
+    llama = {"head_dim": language.head_size, "attention_bias": language.qkv_bias}
+    text_config = (Qwen2Config if language.family == "qwen2" else LlamaConfig)(
         vocab_size=language.vocab_size,
         hidden_size=language.hidden_size,
         num_hidden_layers=language.num_layers,
@@ -58,11 +67,12 @@ def huggingface_model(model: ModelConfig, seed: int = 0) -> torch.nn.Module:
         rope_parameters={"rope_type": "default", "rope_theta": language.rope_theta},
         tie_word_embeddings=False,
         use_cache=False,
+        **(llama if language.family == "internlm" else {}),
     )
     config = InternVLConfig(
         vision_config=vision_config,
         text_config=text_config,
-        image_token_id=IMAGE_TOKEN,
+        image_token_id=image_token,
         image_seq_length=vision.tokens_per_tile,
         downsample_ratio=1 / vision.shuffle_factor,
         tie_word_embeddings=False,
@@ -70,6 +80,8 @@ def huggingface_model(model: ModelConfig, seed: int = 0) -> torch.nn.Module:
     config._attn_implementation = "eager"
     torch.manual_seed(seed)
     reference = InternVLForConditionalGeneration(config).eval()
+    if not fill:
+        return reference
     with torch.no_grad():
         for name, parameter in reference.named_parameters():
             spread = 0.2 if parameter.dim() == 1 or "embed" in name else parameter.shape[-1] ** -0.5

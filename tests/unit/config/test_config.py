@@ -90,6 +90,15 @@ def test_changed_fields() -> None:
     assert changed_fields(demo_digits(), changed) == ["optimizer.beta1", "num_steps"]
 
 
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_runs_in_its_own_layout(name: str) -> None:
+    config = apply_overrides(find_recipe(name), ["data.meta=m.json", "data.tokenizer=t"])
+    assert config.name == name
+    replica = config.parallel.tensor_size * config.parallel.pipeline_size
+    for num_replicas in (1, 2):
+        assert plan(config, replica * num_replicas).layout.data_size == num_replicas
+
+
 def test_unknown_recipe_names_the_nearest() -> None:
     with pytest.raises(ConfigError, match="did you mean 'demo_digits'"):
         find_recipe("demo_digit")

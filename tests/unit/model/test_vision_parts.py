@@ -5,7 +5,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from internvl_megatron.model.vision import interpolate_positions, normalize_pixels, pixel_shuffle
+from internvl_megatron.model.position_table import interpolate_positions
+from internvl_megatron.model.vision import normalize_pixels, pixel_shuffle
 
 
 def test_pixel_shuffle_is_version_2_of_internvl() -> None:

@@ -6,67 +6,33 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from internvl_megatron.config.schema import LanguageConfig, ModelConfig, VisionConfig
+from internvl_megatron.config.models import INTERNVL3
 from internvl_megatron.launcher import launch
 from internvl_megatron.model.language import padded_vocab_size
 from internvl_megatron.scaling.counts import forward_flops, parameter_counts, step_flops
 from tests.support.models import IMAGE_TOKEN, huggingface_model, small_model
 
-VIT_300M = VisionConfig(hidden_size=1024, num_layers=24, num_heads=16, ffn_hidden_size=4096)
-VIT_6B = VisionConfig(
-    hidden_size=3200,
-    num_layers=45,
-    num_heads=25,
-    ffn_hidden_size=12800,
-    norm="rms_norm",
-    qkv_bias=False,
-    qk_norm=True,
-)
-
-
-def released(vision, layers, hidden, heads, kv_heads, head, ffn):
-    """A released size: spec 1.2 and 1.4."""
-    language = LanguageConfig(
-        hidden_size=hidden,
-        num_layers=layers,
-        num_heads=heads,
-        num_kv_heads=kv_heads,
-        head_size=head,
-        ffn_hidden_size=ffn,
-        vocab_size=151674,
-    )
-    return ModelConfig(vision=vision, language=language)
-
-
-RELEASED = {
-    "1B": released(VIT_300M, 24, 896, 14, 2, 64, 4864),
-    "2B": released(VIT_300M, 28, 1536, 12, 2, 128, 8960),
-    "8B": released(VIT_300M, 28, 3584, 28, 4, 128, 18944),
-    "14B": released(VIT_300M, 48, 5120, 40, 8, 128, 13824),
-    "38B": released(VIT_6B, 64, 5120, 40, 8, 128, 27648),
-    "78B": released(VIT_6B, 80, 8192, 64, 8, 128, 29568),
-}
-
 
 @pytest.mark.parametrize(
     ("size", "billions"),
-    [("1B", 0.938), ("2B", 2.089), ("8B", 7.944), ("14B", 15.117), ("38B", 38.388), ("78B", 78.408)],
+    [("1B", 0.938), ("2B", 2.089), ("8B", 7.944), ("9B", 9.14), ("14B", 15.117), ("38B", 38.388), ("78B", 78.408)],
 )
 def test_published_totals(size, billions):
-    assert round(parameter_counts(RELEASED[size]).total / 1e9, 3) == billions
+    places = 2 if size == "9B" else 3  # published with fewer
+    assert round(parameter_counts(INTERNVL3[size]).total / 1e9, places) == billions
 
 
 def test_published_parts():
-    assert round(parameter_counts(RELEASED["8B"]).vision / 1e6, 2) == 304.01
-    assert round(parameter_counts(RELEASED["78B"]).vision / 1e9, 4) == 5.5365
-    assert round(parameter_counts(RELEASED["1B"]).language / 1e9, 3) == 0.630
-    assert round(parameter_counts(RELEASED["1B"]).projector / 1e6, 1) == 4.5
-    assert round(parameter_counts(RELEASED["78B"]).language / 1e9, 3) == 72.700
-    assert round(parameter_counts(RELEASED["78B"]).projector / 1e6, 1) == 172.0
+    assert round(parameter_counts(INTERNVL3["8B"]).vision / 1e6, 2) == 304.01
+    assert round(parameter_counts(INTERNVL3["78B"]).vision / 1e9, 4) == 5.5365
+    assert round(parameter_counts(INTERNVL3["1B"]).language / 1e9, 3) == 0.630
+    assert round(parameter_counts(INTERNVL3["1B"]).projector / 1e6, 1) == 4.5
+    assert round(parameter_counts(INTERNVL3["78B"]).language / 1e9, 3) == 72.700
+    assert round(parameter_counts(INTERNVL3["78B"]).projector / 1e6, 1) == 172.0
 
 
 def test_padded_tables_are_larger_by_the_padding_only():
-    model = RELEASED["8B"]
+    model = INTERNVL3["8B"]
     real, padded = parameter_counts(model), parameter_counts(model, padded_vocab=True)
     assert padded.language - real.language == 2 * (padded_vocab_size(151674) - 151674) * 3584
     assert (padded.vision, padded.projector) == (real.vision, real.projector)
@@ -123,7 +89,7 @@ def test_flops_equal_those_torch_counts(family):
 
 
 def test_step_is_three_forward_passes_and_scales_with_its_content():
-    model = RELEASED["1B"]
+    model = INTERNVL3["1B"]
     forward, step = forward_flops(model, 4096, 8, 4096**2), step_flops(model, 4096, 8, 4096**2)
     assert (step.vision, step.projector, step.language) == (
         3 * forward.vision,
@@ -139,12 +105,12 @@ def test_step_is_three_forward_passes_and_scales_with_its_content():
 
 def test_language_matches_the_rule_of_thumb():
     """6 FLOPs per parameter and token, the input embedding aside, when attention is negligible."""
-    model = RELEASED["8B"]
+    model = INTERNVL3["8B"]
     used = parameter_counts(model).language - model.language.vocab_size * model.language.hidden_size
     assert step_flops(model, 1000, 0, 0).language == pytest.approx(6 * used * 1000, rel=1e-4)
 
 
 def test_tokens_of_a_tile_follow_the_configuration():
-    smaller = replace(RELEASED["1B"], vision=replace(VIT_300M, tile_pixels=224))
+    smaller = replace(INTERNVL3["1B"], vision=replace(INTERNVL3["1B"].vision, tile_pixels=224))
     quarter = forward_flops(smaller, 0, 4, 0).projector
-    assert quarter == forward_flops(RELEASED["1B"], 0, 1, 0).projector
+    assert quarter == forward_flops(INTERNVL3["1B"], 0, 1, 0).projector
