@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from internvl_megatron.checkpoint import folders, save_load
+from internvl_megatron.checkpoint import folders, save_load, weights
 from internvl_megatron.config.overrides import CONFIG_FILE, changed_fields, from_json, to_json
 from internvl_megatron.config.plan import plan
 from internvl_megatron.config.schema import RunConfig
@@ -73,7 +73,9 @@ class Trainer:
         self.root = _writable(Path(config.folder))
         self.is_main = info.rank == 0
         self.groups = make_groups(self.plan.layout, device, config.parallel.collective_timeout_seconds)
-        self.model = build_model(config, self.groups, device)
+        checkpoints = folders.finished(self.root / folders.CHECKPOINTS)
+        starts_fresh = not checkpoints and config.checkpoint.load is None
+        self.model = build_model(config, self.groups, device, initialize=starts_fresh)
         self.trainer_step = Step(config, self.model, self.groups, device)
         self.tokenizer = open_tokenizer(config)
         self.settings = sample_settings(config)
@@ -85,7 +87,7 @@ class Trainer:
         self.step = 0
         self.num_tokens = 0
         self.num_samples = 0
-        self._resume()
+        self._resume(checkpoints)
         check_copies_agree(self.model, self.groups)
         self._write_config()
         self.metrics = MetricsWriter(self.root, self.step or None) if self.is_main else None
@@ -161,18 +163,20 @@ class Trainer:
     def _evaluate(self) -> float | None:
         return None if self.eval_batch is None else self.trainer_step.evaluate(self.eval_batch)
 
-    def _resume(self) -> None:
+    def _resume(self, checkpoints: list[Path]) -> None:
         """Continue from the newest checkpoint of this run, or start from the weights the configuration names."""
-        found = folders.finished(self.root / folders.CHECKPOINTS)
-        if found:
+        if checkpoints:
             self._check_same_run()
-            info, positions = save_load.load(found[-1], self.model, self.trainer_step.optimizer, self.groups)
+            info, positions = save_load.load(checkpoints[-1], self.model, self.trainer_step.optimizer, self.groups)
             self.loader.load_state_dict(positions)
             self.step, self.num_tokens, self.num_samples = info.step, info.num_tokens, info.num_samples
-            log.info("continuing from %s (step %d, written as %s)", found[-1], info.step, info.layout)
+            log.info("continuing from %s (step %d, written as %s)", checkpoints[-1], info.step, info.layout)
         elif self.config.checkpoint.load is not None:
-            save_load.load_weights(Path(self.config.checkpoint.load), self.model, self.groups)
+            source = Path(self.config.checkpoint.load)
+            save_load.load_weights(source, self.config.model, self.model, self.groups)
             self.trainer_step.optimizer.reload_parameters()
+            if self.is_main:
+                weights.copy_companions(source, self.root)
             log.info("starting from the weights of %s", self.config.checkpoint.load)
 
     def _check_same_run(self) -> None:

@@ -83,7 +83,7 @@ def read_info(folder: Path) -> CheckpointInfo:
         fields = json.loads(marker.read_text())
         version = fields.pop("format_version")
         info = CheckpointInfo(**fields)
-    except (ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{marker}: not a checkpoint marker ({error}); use another checkpoint") from error
     if version != FORMAT_VERSION:
         raise CheckpointError(f"{marker}: format version {version}, this program reads version {FORMAT_VERSION}")

@@ -29,8 +29,9 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.state_dict_saver import save as save_with_torch
 
-from internvl_megatron.checkpoint import folders
+from internvl_megatron.checkpoint import folders, weights
 from internvl_megatron.checkpoint.metadata_guard import check_metadata, plain_data_only
+from internvl_megatron.config.schema import ModelConfig
 from internvl_megatron.errors import CheckpointError
 from internvl_megatron.model.build import Model
 from internvl_megatron.parallel.groups import Groups
@@ -69,7 +70,7 @@ def save(
     root: Path,
     info: folders.CheckpointInfo,
     model: Model,
-    optimizer: JointOptimizer,
+    optimizer: JointOptimizer | None,
     groups: Groups,
     loader_state: dict[str, Any] | None,
     keep_last: int,
@@ -80,7 +81,7 @@ def save(
         root: folder of the run's checkpoints, on storage all ranks share.
         info: what the marker says.
         model: this rank's modules.
-        optimizer: both optimizers.
+        optimizer: both optimizers; None where `info` says that no optimizer state is saved.
         groups: process groups.
         loader_state: position of this replica's data streams, on its leader; None elsewhere.
         keep_last: finished checkpoints to keep.
@@ -95,6 +96,7 @@ def save(
     _wait_for_all(groups)
     state = _model_state(model, groups)
     if info.optimizer_state:
+        assert optimizer is not None, "the marker promises optimizer state, and there is no optimizer"
         state |= _optimizer_state(optimizer, state, is_loading=False)
     dist_checkpointing.save(state, str(folder), sharded_strategy=InProcessSave(), validate_access_integrity=True)
     if loader_state is not None:
@@ -108,15 +110,17 @@ def save(
     return folders.path_of(root, info.step)
 
 
-def load_weights(folder: Path, model: Model, groups: Groups) -> folders.CheckpointInfo:
-    """Load the weights alone, under any layout; collective.
+def load_weights(folder: Path, config: ModelConfig, model: Model, groups: Groups) -> None:
+    """Load the weights alone, from a run's checkpoint or a weights folder, under any layout; collective.
 
     Raises:
-        CheckpointError: the folder is no finished checkpoint, or does not fit the model.
+        CheckpointError: the folder is neither, or does not fit the model.
     """
-    info = folders.read_info(folder)
+    if weights.is_weights_folder(folder):
+        weights.load_into(folder, model, config)
+        return
+    folders.read_info(folder)
     _apply_model(_load(folder, _model_state(model, groups)), model)
-    return info
 
 
 def load(
@@ -143,6 +147,8 @@ def load(
             for name, side in _sides(optimizer).items():
                 side.load_state_dict(loaded[name])
                 _own_step_counts(side)
+    else:
+        optimizer.reload_parameters()
     return info, _loader_state(folder)
 
 

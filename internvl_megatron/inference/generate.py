@@ -105,6 +105,21 @@ class Generator:
             active = self._unfinished(active, max_new_tokens)
         return [self._text(sequence) for sequence in sequences]
 
+    @torch.no_grad()
+    def logits(self, prompt: Prompt, num_positions: int) -> np.ndarray:
+        """Scores of the next token after each of the last positions of a prompt, fp32 [positions, vocabulary].
+
+        For comparing models: ordinary positions (delta 1), the vocabulary without its padding.
+        """
+        self.model.vision.eval()
+        self.model.language.eval()
+        sequence = self._render(prompt, UNITS_PER_POSITION)
+        if sequence.images:
+            self._encode([sequence])
+        end = len(sequence.prompt_ids)
+        logits = self._row_logits([sequence], np.arange(max(0, end - num_positions), end))
+        return logits[:, : self.config.model.language.vocab_size].float().cpu().numpy()
+
     def _render(self, prompt: Prompt, v2pe_numerator: int) -> _Sequence:
         """Template, tiling and positions of a prompt; of its images only the headers are read."""
         images = [self._plan_image(path, len(prompt.images)) for path in prompt.images]
@@ -157,6 +172,11 @@ class Generator:
 
     def _next_tokens(self, sequences: Sequence[_Sequence]) -> list[int]:
         """The most likely next token of each sequence; padding of the vocabulary is at -inf and never is."""
+        last = np.cumsum([len(sequence.token_ids) for sequence in sequences]) - 1
+        return self._row_logits(sequences, last).argmax(dim=-1).tolist()
+
+    def _row_logits(self, sequences: Sequence[_Sequence], places: np.ndarray) -> Tensor:
+        """Logits [n, padded vocabulary] at n places of the row that the sequences make."""
         ends = np.cumsum([0] + [len(sequence.token_ids) for sequence in sequences])
         on_device = self.device.put(ends.astype(np.int32))
         language = self.config.model.language
@@ -168,9 +188,8 @@ class Generator:
             rotary=rotary_tables(positions, language.head_size, language.rope_theta),
         )
         token_ids = self.device.put(np.concatenate([sequence.token_ids for sequence in sequences]))
-        last = self.device.put(ends[1:] - 1)
-        logits = self.model.language(token_ids[None], row, self._image_tokens(sequences, ends), last)
-        return logits[:, 0].argmax(dim=-1).tolist()
+        images = self._image_tokens(sequences, ends)
+        return self.model.language(token_ids[None], row, images, self.device.put(places))[:, 0]
 
     def _image_tokens(self, sequences: Sequence[_Sequence], ends: np.ndarray) -> ImageTokens | None:
         """Image embeddings of a row and their places in it; sequence j starts at ends[j]."""

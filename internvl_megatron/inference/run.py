@@ -6,11 +6,13 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from internvl_megatron.checkpoint import folders, save_load
+import numpy as np
+
+from internvl_megatron.checkpoint import folders, save_load, weights
 from internvl_megatron.config.overrides import CONFIG_FILE, from_json
-from internvl_megatron.config.schema import ParallelConfig
+from internvl_megatron.config.schema import DataConfig, ParallelConfig, RunConfig
 from internvl_megatron.data.tokenizer import load_tokenizer
-from internvl_megatron.device import DeviceName, open_device
+from internvl_megatron.device import Device, DeviceName, open_device
 from internvl_megatron.errors import CheckpointError
 from internvl_megatron.inference.generate import Generator
 from internvl_megatron.inference.prompt import Prompt
@@ -31,24 +33,51 @@ def answer_prompts(
         return generator.answer(prompts, max_new_tokens)
 
 
+def prompt_logits(
+    info: RankInfo, folder: Path, prompt: Prompt, num_positions: int, device: DeviceName = "auto"
+) -> np.ndarray:
+    """Logits of a prompt's last positions (`Generator.logits`); the body of one rank."""
+    with open_generator(info, folder, device) as generator:
+        return generator.logits(prompt, num_positions)
+
+
 @contextmanager
-def open_generator(info: RankInfo, run_folder: Path, device_name: DeviceName) -> Iterator[Generator]:
-    """A generator around a run's newest checkpoint.
+def open_generator(info: RankInfo, folder: Path, device_name: DeviceName) -> Iterator[Generator]:
+    """A generator around a run's newest checkpoint, or around converted weights.
 
     Raises:
-        CheckpointError: the run has no finished checkpoint, or it is damaged.
+        CheckpointError: there is no finished checkpoint, or it is damaged.
         ConfigError: the run's saved configuration cannot be read.
     """
     configure_logging(info.rank)
     logging.getLogger("internvl_megatron").setLevel(logging.WARNING)
-    checkpoints = folders.finished(run_folder / folders.CHECKPOINTS)
-    if not checkpoints:
-        raise CheckpointError(f"{run_folder}: no finished checkpoint; train first, or give another run's folder")
-    config = replace(from_json(run_folder / CONFIG_FILE), parallel=ParallelConfig())
-    tokenizer = load_tokenizer(config.data.tokenizer)
     device = open_device(device_name, info.local_rank)
+    config, checkpoint = weights_to_load(folder, device)
+    tokenizer = load_tokenizer(config.data.tokenizer)
     with joined(info, device, TIMEOUT_SECONDS):
         groups = make_groups(Layout(1, 1, 1), device, TIMEOUT_SECONDS)
-        model = build_model(config, groups, device)
-        save_load.load_weights(checkpoints[-1], model, groups)
+        model = build_model(config, groups, device, initialize=False)
+        save_load.load_weights(checkpoint, config.model, model, groups)
         yield Generator(config, model, tokenizer, device)
+
+
+def weights_to_load(folder: Path, device: Device) -> tuple[RunConfig, Path]:
+    """The configuration for one rank, and the checkpoint, of a run (its newest), of a checkpoint of a run, or of
+    converted weights.
+
+    Raises:
+        CheckpointError: the folder is neither.
+        ConfigError: the run's saved configuration cannot be read.
+    """
+    if weights.is_weights_folder(folder):
+        data = DataConfig(tokenizer=str(folder / weights.COMPANIONS))
+        model = weights.read_model(folder)
+        return RunConfig(name=folder.name, model=model, data=data, dtype=device.preferred_dtype), folder
+    is_checkpoint = (folder / folders.MARKER).is_file()
+    run = folder.parent.parent if is_checkpoint else folder
+    checkpoints = [folder] if is_checkpoint else folders.finished(folder / folders.CHECKPOINTS)
+    if not checkpoints:
+        raise CheckpointError(
+            f"{folder}: no finished checkpoint; give the folder of a run that has one, or of converted weights"
+        )
+    return replace(from_json(run / CONFIG_FILE), parallel=ParallelConfig()), checkpoints[-1]
