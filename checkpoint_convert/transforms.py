@@ -1,5 +1,8 @@
 """The ways a Megatron parameter is made of Hugging Face tensors, each with its exact inverse.
 
+Nothing is computed: rows are placed, so every value survives bit for bit. Both directions also work on tensors without
+values (torch's meta device), which is how the shapes of the Hugging Face tensors are found.
+
 Shapes: G key/value heads, R query heads per key/value head, D head size, C input width (absent for biases).
 """
 
@@ -18,7 +21,7 @@ class Transform(Protocol):
         ...
 
     def split(self, whole: Tensor) -> list[Tensor]:
-        """The inverse of `join`."""
+        """The inverse of `join`; parts may be views of the whole."""
         ...
 
 
@@ -56,6 +59,21 @@ class GroupedQKV:
 
 
 @dataclass(frozen=True)
+class ThirdsQKV:
+    """One tensor of contiguous thirds q | k | v (InternViT, as many key/value heads as heads) to grouped rows."""
+
+    grouped: GroupedQKV
+
+    def join(self, parts: list[Tensor]) -> Tensor:
+        """[3 G D, C] in thirds to [3 G D, C] per head."""
+        return self.grouped.join(list(parts[0].chunk(3)))
+
+    def split(self, whole: Tensor) -> list[Tensor]:
+        """The inverse."""
+        return [torch.cat(self.grouped.split(whole))]
+
+
+@dataclass(frozen=True)
 class GateUp:
     """Gate and up projection stacked, gate first."""
 
@@ -65,7 +83,7 @@ class GateUp:
 
     def split(self, whole: Tensor) -> list[Tensor]:
         """[2 F, C] to gate and up."""
-        return [part.contiguous() for part in whole.chunk(2)]
+        return list(whole.chunk(2))
 
 
 @dataclass(frozen=True)
@@ -82,4 +100,4 @@ class PaddedVocab:
 
     def split(self, whole: Tensor) -> list[Tensor]:
         """[padded V, C] to [V, C]."""
-        return [whole[: self.vocab_size].contiguous()]
+        return [whole[: self.vocab_size]]

@@ -1,0 +1,117 @@
+"""From a Hugging Face checkpoint through training under two layouts back to one that transformers loads."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from internvl_megatron.config.recipes import demo_digits
+from internvl_megatron.data.tokenizer import load_tokenizer
+from tests.support.huggingface_folders import edit_json, load_tensors
+from tests.support.models import huggingface_model
+from tools.prepare_demo import Amounts, prepare
+
+pytestmark = pytest.mark.parallel
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A very small version of the demo's data."""
+    out = tmp_path_factory.mktemp("demo") / "data"
+    amounts = Amounts(
+        num_pictures=40, num_pairs=10, num_texts=10, num_heldout_pictures=4, num_heldout_pairs=4, num_heldout_texts=4,
+        questions_per_task=1,
+    )  # fmt: skip
+    prepare(out, amounts=amounts)
+    return out
+
+
+@pytest.fixture(scope="module")
+def weights(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo's model with random weights, saved by transformers and converted."""
+    root = tmp_path_factory.mktemp("weights")
+    tokenizer = load_tokenizer(data / "tokenizer")
+    model = demo_digits().model
+    model = replace(model, language=replace(model.language, vocab_size=len(tokenizer)))
+    reference = huggingface_model(model, image_token=tokenizer.image_context_id)
+    reference.save_pretrained(root / "source")
+    tokenizer.save(root / "source")
+    done = _run("checkpoint_convert", "hf-to-megatron", root / "source", root / "weights")
+    assert done.returncode == 0, done.stderr
+    return root / "weights"
+
+
+def _run(module: str, *arguments: Any) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", module, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+
+
+def _train(data: Path, weights: Path, run: Path, num_ranks: int, *settings: str) -> subprocess.CompletedProcess[str]:
+    vocab = json.loads((weights / "model.json").read_text())["model"]["language"]["vocab_size"]
+    return _run(
+        "internvl_megatron", "train", "demo_digits", f"data.meta={data / 'train_meta.json'}",
+        f"data.tokenizer={weights / 'huggingface'}", f"folder={run}", "num_steps=2", "checkpoint.save_every_steps=1",
+        "eval_every_steps=null", "data.eval_meta=null", "data.tokens_per_row=512", "data.tiles_per_row=32",
+        f"model.language.vocab_size={vocab}", f"checkpoint.load={weights}", *settings,
+        "--nproc", num_ranks,
+    )  # fmt: skip
+
+
+def _losses(run: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_train_from_converted_weights_and_export(data: Path, weights: Path, tmp_path: Path) -> None:
+    one, four = tmp_path / "one", tmp_path / "four"
+    single = ("parallel.tensor_size=1", "parallel.pipeline_size=1")
+    for run, num_ranks, settings in ((one, 1, single), (four, 4, ())):
+        done = _train(data, weights, run, num_ranks, *settings)
+        assert done.returncode == 0, done.stderr
+        assert f"starting from the weights of {weights}" in done.stderr
+    assert _losses(four) == pytest.approx(_losses(one), rel=1e-5), "both layouts start from the same weights"
+
+    done = _run("checkpoint_convert", "megatron-to-hf", four, tmp_path / "native", "--layout", "transformers")
+    assert done.returncode == 0, done.stderr
+    assert _run("checkpoint_convert", "check", four, tmp_path / "native").returncode == 0
+    differs = _run("checkpoint_convert", "check", four, weights)
+    assert differs.returncode == 1, "it was trained"
+
+    from transformers import InternVLForConditionalGeneration
+
+    loaded = InternVLForConditionalGeneration.from_pretrained(str(tmp_path / "native"), local_files_only=True)
+    stored = load_tensors(tmp_path / "native")
+    assert torch.equal(loaded.lm_head.weight, stored["language_model.lm_head.weight"])
+    assert loaded.config.image_token_id == load_tokenizer(weights / "huggingface").image_context_id
+
+    step = _run("checkpoint_convert", "inspect", four / "checkpoints" / "step-00000001")
+    assert "step 1, written as" in step.stdout, step.stderr
+
+
+def test_answer_from_converted_weights(weights: Path, data: Path) -> None:
+    picture = next((data / "images").rglob("*.png"))
+    done = _run(
+        "internvl_megatron", "generate", weights, "Read the number.", "--image", picture, "--max-new-tokens", 3
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_weights_of_another_model_are_refused(data: Path, weights: Path, tmp_path: Path) -> None:
+    done = _train(data, weights, tmp_path / "run", 1, "parallel.tensor_size=1", "parallel.pipeline_size=1",
+                  "model.language.rope_theta=10000")  # fmt: skip
+    assert done.returncode == 2
+    assert "holds another model than this run's" in done.stderr
+    assert "model.language.rope_theta=1000000.0" in done.stderr
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "model.json").write_bytes((weights / "model.json").read_bytes())
+    edit_json(broken / "model.json", model__language__num_layers="four")
+    done = _train(data, weights, tmp_path / "other", 1, "parallel.tensor_size=1", "parallel.pipeline_size=1",
+                  f"checkpoint.load={broken}")  # fmt: skip
+    assert done.returncode == 2
+    assert "model.json" in done.stderr
+    assert "Traceback" not in done.stderr
