@@ -50,9 +50,9 @@ def plan(config: RunConfig, world_size: int) -> RunPlan:
     if problems:
         raise ConfigError("\n".join(f"config: {problem}" for problem in problems))
     parallel = config.parallel
-    data_size = world_size // (parallel.tensor_size * parallel.pipeline_size)
+    data_size = world_size // _replica_size(config)
     return RunPlan(
-        layout=Layout(parallel.tensor_size, parallel.pipeline_size, data_size),
+        layout=Layout(parallel.tensor_size, parallel.pipeline_size, data_size, parallel.context_size),
         rows_per_replica=config.rows_per_step // data_size,
         layers_per_stage=config.model.language.num_layers // parallel.pipeline_size,
         padded_vocab_size=padded_vocab_size(config.model.language.vocab_size),
@@ -134,13 +134,16 @@ def _layout(config: RunConfig, world_size: int) -> list[str]:
     parallel, language, data = config.parallel, config.model.language, config.data
     tensor, pipeline = parallel.tensor_size, parallel.pipeline_size
     problems = []
-    if world_size % (tensor * pipeline):
+    replica_size, context = _replica_size(config), parallel.context_size
+    if world_size % replica_size:
+        parts = f"parallel.tensor_size={tensor} x parallel.pipeline_size={pipeline}"
+        if context > 1:
+            parts += f" x parallel.context_size={context}"
         problems.append(
-            f"parallel.tensor_size={tensor} x parallel.pipeline_size={pipeline} = {tensor * pipeline} ranks a replica, "
-            f"which does not divide the {world_size} ranks of this run: change them, or start a multiple of "
-            f"{tensor * pipeline} ranks (--nproc)"
+            f"{parts} = {replica_size} ranks a replica, which does not divide the {world_size} ranks of this run: change "
+            f"them, or start a multiple of {replica_size} ranks (--nproc)"
         )
-    data_size = max(1, world_size // (tensor * pipeline))
+    data_size = max(1, world_size // replica_size)
     shared = {"rows_per_step": config.rows_per_step}
     if config.eval_every_steps is not None:
         shared["eval_rows"] = config.eval_rows
@@ -170,8 +173,32 @@ def _layout(config: RunConfig, world_size: int) -> list[str]:
         )
     if parallel.sequence_parallel and tensor == 1:
         problems.append("parallel.sequence_parallel=true needs parallel.tensor_size > 1")
-    if data.tokens_per_row % tensor:
+    if data.tokens_per_row % (tensor * context):
+        size = f"parallel.tensor_size={tensor}"
+        if context > 1:
+            size += f" x parallel.context_size={context}"
+        problems.append(f"data.tokens_per_row={data.tokens_per_row} must be a multiple of {size}")
+    return problems + _context(config)
+
+
+def _context(config: RunConfig) -> list[str]:
+    """Context parallelism trades parts of the row for heads: both kinds of heads must go around."""
+    language, tensor, context = config.model.language, config.parallel.tensor_size, config.parallel.context_size
+    problems = []
+    if language.num_heads % (tensor * context):
         problems.append(
-            f"data.tokens_per_row={data.tokens_per_row} must be a multiple of parallel.tensor_size={tensor}"
+            f"parallel.tensor_size={tensor} x parallel.context_size={context} must divide "
+            f"model.language.num_heads={language.num_heads}"
+        )
+    local_kv_heads = max(1, language.num_kv_heads // tensor)
+    if local_kv_heads % context and context % local_kv_heads:
+        problems.append(
+            f"parallel.context_size={context} must divide the {local_kv_heads} key/value heads of a tensor-parallel rank "
+            f"(model.language.num_kv_heads={language.num_kv_heads}), or be a multiple of them"
         )
     return problems
+
+
+def _replica_size(config: RunConfig) -> int:
+    """Ranks of one copy of the language model."""
+    return config.parallel.tensor_size * config.parallel.pipeline_size * config.parallel.context_size

@@ -78,6 +78,10 @@ class ParallelConfig:
 
     tensor_size: int = 1
     pipeline_size: int = 1
+    context_size: int = 1
+    """Split every row into this many parts along the sequence (context parallelism). Attention trades parts for heads by
+    all-to-all (Ulysses), so the heads of a tensor-parallel rank must divide; key/value heads are repeated where they are
+    fewer."""
     sequence_parallel: bool = False
     """Split activations between tensor-parallel blocks along the sequence (Megatron SP); needs `tensor_size` > 1."""
     vision_window_rows: int | None = None

@@ -4,8 +4,8 @@ Megatron Core's own `DotProductAttention` materialises the scores of the whole r
 guesses positions of packed rows. Both modules here sit in its `core_attention` slot. The packed one applies the rotary
 embedding itself, so Megatron Core never sees positions.
 
-Shapes: S tokens of a row, B batch (1 for packed rows), T tiles, N tokens of a tile in the encoder, H local heads,
-G local key/value heads, D head size.
+Shapes: S tokens of a row, s = S / context size tokens of this rank's part, B batch (1 for packed rows), T tiles, N tokens of
+a tile in the encoder, H local heads, G local key/value heads, D head size.
 """
 
 from collections.abc import Iterable, Iterator
@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import all_to_all
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
@@ -60,13 +61,21 @@ class CoreAttention(torch.nn.Module):
         pg_collection: ProcessGroupCollection | None = None,
     ) -> None:
         super().__init__()
-        del config, layer_number, attention_type, cp_comm_type, pg_collection
+        del config, layer_number, attention_type, cp_comm_type
+        assert pg_collection is not None, "the layer passes its process groups on"
+        self.context_group = pg_collection.cp
         assert attn_mask_type == self.mask_type, f"{type(self).__name__} cannot do {attn_mask_type}"
         assert softmax_scale is None, f"{type(self).__name__} has no scale of its own, not {softmax_scale}"
 
 
 class PackedAttention(CoreAttention):
-    """Causal attention inside each segment of a packed row, rotary embedding included."""
+    """Causal attention inside each segment of a packed row, rotary embedding included.
+
+    Under context parallelism a rank has a part of the row for all heads. An all-to-all trades that for all of the row and a
+    part of the heads, attention runs as without, and another one trades back (DeepSpeed-Ulysses, arXiv 2309.14509). Positions
+    are applied before, each rank its own. Key/value heads that are fewer than ranks are repeated; autograd sums their
+    gradients.
+    """
 
     mask_type = AttnMaskType.causal
 
@@ -89,11 +98,11 @@ class PackedAttention(CoreAttention):
         """Attend.
 
         Args:
-            query: [S, 1, H, D]; key and value: [S, 1, G, D] with H a multiple of G.
-            packed_seq_params: the `PackedRow` these tokens are.
+            query: [s, 1, H, D]; key and value: [s, 1, G, D] with H a multiple of G.
+            packed_seq_params: the `PackedRow` these tokens are a part of.
 
         Returns:
-            [S, 1, H * D]; rows of padding tokens hold nothing meaningful.
+            [s, 1, H * D]; rows of padding tokens hold nothing meaningful.
         """
         row = packed_seq_params
         assert isinstance(row, PackedRow), f"packed attention needs a PackedRow, got {type(row).__name__}"
@@ -102,8 +111,43 @@ class PackedAttention(CoreAttention):
         if row.rotary is not None:
             query, key = rotate(query, row.rotary), rotate(key, row.rotary)
         query, key, value = query.squeeze(1), key.squeeze(1), value.squeeze(1)
+        if self.context_group.size() > 1:
+            query, key, value = trade_tokens_for_heads(query, key, value, self.context_group)
+        assert len(query) == row.segment_ends[-1], f"{len(query)} tokens in a row of {row.segment_ends[-1]}"
         attend = {"sdpa": _per_segment, "flash_attn": _flash_attention, "torch_varlen": _torch_varlen}[self.kernel]
-        return attend(query, key, value, row).reshape(query.shape[0], 1, -1)
+        attended = attend(query, key, value, row)
+        if self.context_group.size() > 1:
+            attended = trade_heads_for_tokens(attended, self.context_group)
+        return attended.reshape(len(attended), 1, -1)
+
+
+def trade_tokens_for_heads(
+    query: Tensor, key: Tensor, value: Tensor, group: torch.distributed.ProcessGroup
+) -> tuple[Tensor, Tensor, Tensor]:
+    """All heads of a part of the row to a part of the heads for all of the row, in one message.
+
+    Args:
+        query: [s, H, D]; key and value [s, G, D].
+        group: c ranks in the order of their parts; H a multiple of c, G a multiple or a divisor of it.
+
+    Returns:
+        [S, H / c, D], and key and value [S, max(G, c) / c, D].
+    """
+    size = group.size()
+    if key.shape[1] < size:
+        repeats = size // key.shape[1]
+        key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
+    parts = [tensor.unflatten(1, (size, -1)) for tensor in (query, key, value)]  # [s, c, heads / c, D]
+    sent = torch.cat(parts, dim=2).transpose(0, 1).contiguous()
+    received = all_to_all(group, sent).flatten(0, 1)
+    query, key, value = received.split([part.shape[2] for part in parts], dim=1)
+    return query, key, value
+
+
+def trade_heads_for_tokens(attended: Tensor, group: torch.distributed.ProcessGroup) -> Tensor:
+    """The way back: [S, H / c, D] to [s, H, D]."""
+    received = all_to_all(group, attended.unflatten(0, (group.size(), -1)).contiguous())  # [c, s, H / c, D]
+    return received.transpose(0, 1).flatten(1, 2)
 
 
 def _per_segment(query: Tensor, key: Tensor, value: Tensor, row: PackedRow) -> Tensor:

@@ -104,7 +104,7 @@ def check_copies_agree(model: Model, groups: Groups) -> None:
     Raises:
         RuntimeError: copies differ; names the first parameter.
     """
-    for side, group in (("vision", groups.host_world), ("language", groups.host_data)):
+    for side, group in (("vision", groups.host_world), ("language", groups.host_copies)):
         named = [(name, parameter) for name, parameter in model.named_parameters() if name.startswith(side)]
         sums = torch.stack([parameter.detach().double().sum() for _, parameter in named])
         copies = gather_integers(sums.cpu().numpy().view(np.int64), group)

@@ -1,7 +1,7 @@
 """The language model: Megatron Core's `GPTModel` as a Qwen2 decoder that takes image embeddings.
 
-Shapes: S tokens of a packed row, S' = S / tensor size under sequence parallelism (else S), D hidden size, V padded
-vocabulary, V' = V / tensor size.
+Shapes: S tokens of this rank's part of a packed row (all of it without context parallelism), S' = S / tensor size under
+sequence parallelism (else S), D hidden size, V padded vocabulary, V' = V / tensor size.
 """
 
 import logging
@@ -42,6 +42,7 @@ def language_transformer_config(model: ModelConfig, parallel: ParallelConfig, dt
         **shared_settings(dtype),
         tensor_model_parallel_size=parallel.tensor_size,
         pipeline_model_parallel_size=parallel.pipeline_size,
+        context_parallel_size=parallel.context_size,
         sequence_parallel=parallel.sequence_parallel,
         deallocate_pipeline_outputs=True,
     )
@@ -100,10 +101,10 @@ class LanguageModel(GPTModel):
         """Run this stage on one packed row.
 
         Args:
-            token_ids: int64 [1, S], the whole row on every rank.
-            row: segments and rotary tables of the row.
+            token_ids: int64 [1, S], this rank's part of the row.
+            row: segments of the whole row, rotary tables of this part.
             images: embeddings that replace this slice's image tokens; first stage only.
-            output_positions: int64 [n], positions whose logits are wanted; None = all S.
+            output_positions: int64 [n], places in this part whose logits are wanted; None = all S.
 
         Returns:
             Last stage: logits [n, 1, V'] of this rank's part of the vocabulary, padding columns at -inf.

@@ -151,11 +151,12 @@ class Exchange:
         them the whole gradient; each returns its share of it, so that none arrives twice.
         """
         layout = self.groups.layout
+        first, end = layout.row_slice(owner, self.tokens_per_row)
         if layout.tensor_size == 1 or not (self.sequence_parallel or for_gradients):
-            return 0, self.tokens_per_row
-        index, size = layout.tensor_index(owner), layout.tensor_size
-        # Shares may differ by a token: only sequence parallelism needs a row that divides evenly.
-        return self.tokens_per_row * index // size, self.tokens_per_row * (index + 1) // size
+            return first, end
+        index, size, length = layout.tensor_index(owner), layout.tensor_size, end - first
+        # Shares may differ by a token: only sequence parallelism needs a part that divides evenly.
+        return first + length * index // size, first + length * (index + 1) // size
 
     def _local(self, plan: TilePlan, tokens: np.ndarray) -> np.ndarray:
         """Places of tokens in this rank's flattened [e * K, D] embeddings."""

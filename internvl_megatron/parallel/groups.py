@@ -37,6 +37,8 @@ class Groups:
     """Small host messages inside one replica."""
     host_data: dist.ProcessGroup
     """Small host messages between the ranks at the same place of every replica."""
+    host_copies: dist.ProcessGroup
+    """Small host messages between the ranks that hold copies of the same language parameters."""
 
     @property
     def is_last_stage(self) -> bool:
@@ -51,6 +53,7 @@ def make_groups(layout: Layout, device: Device, timeout_seconds: int) -> Groups:
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=layout.tensor_size,
         pipeline_model_parallel_size=layout.pipeline_size,
+        context_parallel_size=layout.context_size,
         distributed_timeout_minutes=max(1, timeout_seconds // 60),
         create_gloo_process_groups=False,
     )
@@ -79,6 +82,7 @@ def make_groups(layout: Layout, device: Device, timeout_seconds: int) -> Groups:
         host_world=whole_world(device.host_backend),
         host_replica=host_group_of_mine(replicas),
         host_data=host_group_of_mine([list(peers) for peers in zip(*replicas, strict=True)]),
+        host_copies=host_group_of_mine(layout.copies()),
     )
 
 

@@ -17,19 +17,27 @@ class DeviceRow:
     """A row on the device. S tokens, n of them with a target."""
 
     token_ids: Tensor
-    """int64 [1, S]."""
+    """int64 [1, S], this rank's part of the row."""
     packed: PackedRow
-    """Segments and rotary tables for attention."""
+    """Segments of the whole row and rotary tables of this part, for attention."""
     target_positions: Tensor
-    """int64 [n], places in the row whose next token is predicted; the output layer runs on these alone."""
+    """int64 [n], places in this part whose next token is predicted; the output layer runs on these alone."""
     targets: Tensor
     """int64 [n]."""
     weights: Tensor
     """fp32 [n]."""
 
 
-def device_row(row: Row, language: LanguageConfig, device: Device) -> DeviceRow:
-    """Copy a row to the device; lengths stay on the host as well, so that nothing has to be read back."""
+def device_row(row: Row, language: LanguageConfig, device: Device, part: slice = slice(None)) -> DeviceRow:
+    """Copy a rank's part of a row to the device; lengths stay on the host as well, so that nothing has to be read back.
+
+    Args:
+        row: the whole row.
+        language: sizes.
+        device: where to.
+        part: places of this rank under context parallelism.
+    """
+    weights = row.weights[part]
     ends = np.concatenate([[0], np.cumsum(row.segment_lengths)]).astype(np.int32)
     on_device = device.put(ends)
     packed = PackedRow(
@@ -37,14 +45,14 @@ def device_row(row: Row, language: LanguageConfig, device: Device) -> DeviceRow:
         cu_seqlens_kv=on_device,
         segment_ends=tuple(ends.tolist()),
         num_padding_tokens=len(row.token_ids) - row.num_tokens,
-        rotary=rotary_tables(device.put(row.positions), language.head_size, language.rope_theta),
+        rotary=rotary_tables(device.put(row.positions[part]), language.head_size, language.rope_theta),
     )
-    # A row without any target keeps one position at weight 0: kernels do not take empty matrices.
-    supervised = np.flatnonzero(row.weights) if row.weights.any() else np.zeros(1, dtype=np.int64)
+    # A part without any target keeps one position at weight 0: kernels do not take empty matrices.
+    supervised = np.flatnonzero(weights) if weights.any() else np.zeros(1, dtype=np.int64)
     return DeviceRow(
-        token_ids=device.put(row.token_ids.astype(np.int64))[None],
+        token_ids=device.put(row.token_ids[part].astype(np.int64))[None],
         packed=packed,
         target_positions=device.put(supervised),
-        targets=device.put(row.targets[supervised].astype(np.int64)),
-        weights=device.put(row.weights[supervised].astype(np.float32)),
+        targets=device.put(row.targets[part][supervised].astype(np.int64)),
+        weights=device.put(weights[supervised].astype(np.float32)),
     )

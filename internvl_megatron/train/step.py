@@ -82,6 +82,7 @@ class Step:
             tokens_per_row=config.data.tokens_per_row,
             sequence_parallel=config.parallel.sequence_parallel,
         )
+        self._part = slice(*groups.layout.row_slice(groups.rank, config.data.tokens_per_row))
         self._p2p = P2PCommunicator(groups.language.pp, model.language.config)
 
     def run(
@@ -177,7 +178,7 @@ class Step:
             numbers: Iterator[int], language: DistributedDataParallel
         ) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]]:
             number = next(numbers)
-            row = device_row(agreement.rows[number], self.config.model.language, self.device)
+            row = device_row(agreement.rows[number], self.config.model.language, self.device, self._part)
             images = None if store is None else store.row(number, requires_grad=training)
             output = language(row.token_ids, row.packed, self._image_tokens(images), row.target_positions)
             return output, lambda logits: self._row_loss(logits, row, self._loss_scale(agreement, number))

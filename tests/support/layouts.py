@@ -18,15 +18,17 @@ class Ranks:
     tensor_size: int = 1
     pipeline_size: int = 1
     sequence_parallel: bool = False
+    context_size: int = 1
 
     @property
     def layout(self) -> Layout:
-        data_size = self.num_ranks // (self.tensor_size * self.pipeline_size)
-        return Layout(self.tensor_size, self.pipeline_size, data_size)
+        data_size = self.num_ranks // (self.tensor_size * self.pipeline_size * self.context_size)
+        return Layout(self.tensor_size, self.pipeline_size, data_size, self.context_size)
 
     def config(self, **changes: Any) -> ParallelConfig:
         """This layout as a configuration; two tiles at a time through the vision encoder, so that there are chunks."""
-        sizes = {name: getattr(self, name) for name in ("tensor_size", "pipeline_size", "sequence_parallel")}
+        names = ("tensor_size", "pipeline_size", "sequence_parallel", "context_size")
+        sizes = {name: getattr(self, name) for name in names}
         return ParallelConfig(**{"vision_chunk_tiles": 2, **sizes, **changes})
 
 
@@ -40,6 +42,12 @@ LAYOUTS = {
     "TP2+SPxPP2": Ranks(4, tensor_size=2, pipeline_size=2, sequence_parallel=True),
     "TP2xDP2": Ranks(4, tensor_size=2),
     "PP2xDP2": Ranks(4, pipeline_size=2),
+    "CP2": Ranks(2, context_size=2),
+    "CP4": Ranks(4, context_size=4),
+    "TP2xCP2": Ranks(4, tensor_size=2, context_size=2),
+    "TP2+SPxCP2": Ranks(4, tensor_size=2, context_size=2, sequence_parallel=True),
+    "CP2xPP2": Ranks(4, context_size=2, pipeline_size=2),
+    "CP2xDP2": Ranks(4, context_size=2),
 }
 
 SGD = OptimizerConfig(

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import product
 
 import numpy as np
 import torch
@@ -128,14 +129,13 @@ def _array(tensor: torch.Tensor) -> np.ndarray:
 def merge(shards: list[Tensors], layout: Layout) -> Tensors:
     """Full tensors from the shards of all ranks, by name; replicas must hold the same."""
     full: Tensors = {}
-    for replica in range(layout.data_size):
-        for stage in range(layout.pipeline_size):
-            ranks = [layout.rank(tensor, replica, stage) for tensor in range(layout.tensor_size)]
-            for name in shards[ranks[0]]:
-                tensor = join(name, [shards[rank][name] for rank in ranks])
-                if name in full:
-                    np.testing.assert_array_equal(tensor, full[name], err_msg=f"{name} differs between copies")
-                full[name] = tensor
+    for replica, context, stage in product(*map(range, (layout.data_size, layout.context_size, layout.pipeline_size))):
+        ranks = [layout.rank(tensor, replica, stage, context) for tensor in range(layout.tensor_size)]
+        for name in shards[ranks[0]]:
+            tensor = join(name, [shards[rank][name] for rank in ranks])
+            if name in full:
+                np.testing.assert_array_equal(tensor, full[name], err_msg=f"{name} differs between copies")
+            full[name] = tensor
     return full
 
 
