@@ -12,12 +12,16 @@ from internvl_megatron.parallel.layout import Layout
 from internvl_megatron.parallel.tile_plan import TilePlan, TileTable, plan_tiles
 
 PER_TILE, NUM_ROWS = 4, 3
-LAYOUTS = [Layout(1, 1, 1), Layout(2, 1, 1), Layout(1, 2, 2), Layout(2, 2, 2), Layout(4, 1, 2)]
+LAYOUTS = [
+    Layout(1, 1, 1), Layout(2, 1, 1), Layout(1, 2, 2), Layout(2, 2, 2), Layout(4, 1, 2),
+    Layout(1, 1, 1, 2), Layout(2, 1, 2, 2), Layout(1, 2, 2, 4), Layout(4, 2, 1, 2),
+]  # fmt: skip
 CASES = [
     (layout, sequence_parallel, tokens_per_row)
     for layout in LAYOUTS
     for sequence_parallel, tokens_per_row in ((False, 64), (True, 64), (False, 63))
     if layout.tensor_size > 1 or not sequence_parallel
+    if tokens_per_row % layout.context_size == 0
 ]
 
 
@@ -80,8 +84,9 @@ def test_first_stage_ranks_own_what_lies_in_their_slice(
     plan = random_plan(layout, tokens_per_row)
     for rank, one in enumerate(exchanges(layout, sequence_parallel, tokens_per_row)):
         owned = one.owned(plan)
-        share = tokens_per_row // layout.tensor_size if sequence_parallel else tokens_per_row
-        first = layout.tensor_index(rank) * share if sequence_parallel else 0
+        part = tokens_per_row // layout.context_size
+        share = part // layout.tensor_size if sequence_parallel else part
+        first = layout.context_index(rank) * part + (layout.tensor_index(rank) * share if sequence_parallel else 0)
         wanted = [
             (tile * PER_TILE + place, int(plan.table.row[tile]), int(plan.table.start[tile]) + place - first)
             for tile in range(plan.num_tiles)

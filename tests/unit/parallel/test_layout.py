@@ -10,13 +10,14 @@ from internvl_megatron.parallel.layout import Layout
 from internvl_megatron.ranks import RankInfo
 from tests.support.layouts import LAYOUTS, Ranks
 
-FOUR_RANKS = ["TP2xPP2", "TP2xDP2", "PP2xDP2"]
+FOUR_RANKS = ["TP2xPP2", "TP2xDP2", "PP2xDP2", "TP2xCP2", "CP2xPP2", "CP2xDP2"]
 
 
-@pytest.mark.parametrize("layout", [Layout(1, 1, 1), Layout(2, 3, 4), Layout(4, 2, 2), Layout(1, 4, 2)])
+@pytest.mark.parametrize("layout", [Layout(1, 1, 1), Layout(2, 3, 4), Layout(4, 2, 2), Layout(1, 4, 2), Layout(2, 2, 3, 4), Layout(1, 1, 2, 2)])
 def test_coordinates_and_ranks_are_inverse(layout: Layout) -> None:
     for rank in range(layout.world_size):
-        assert layout.rank(layout.tensor_index(rank), layout.replica(rank), layout.stage(rank)) == rank
+        place = layout.tensor_index(rank), layout.replica(rank), layout.stage(rank), layout.context_index(rank)
+        assert layout.rank(*place) == rank
     replicas = [layout.replica_ranks(replica) for replica in range(layout.data_size)]
     assert sorted(rank for replica in replicas for rank in replica) == list(range(layout.world_size))
     assert all(replica == sorted(replica) and layout.stage(replica[0]) == 0 for replica in replicas)
@@ -37,14 +38,17 @@ def groups_of_rank(info: RankInfo, ranks: Ranks) -> dict[str, list[int]]:
             "tensor": parallel_state.get_tensor_model_parallel_group(),
             "pipeline": parallel_state.get_pipeline_model_parallel_group(),
             "data": parallel_state.get_data_parallel_group(),
+            "context": parallel_state.get_context_parallel_group(),
             "language tensor": groups.language.tp,
             "language pipeline": groups.language.pp,
+            "language context": groups.language.cp,
             "language data": groups.language.dp_cp,
             "vision tensor": groups.vision.tp,
             "vision pipeline": groups.vision.pp,
             "vision data": groups.vision.dp_cp,
             "host replica": groups.host_replica,
             "host data": groups.host_data,
+            "host copies": groups.host_copies,
             "tiles": groups.tiles,
             "embeddings": groups.embeddings,
             "gradients": groups.gradients,
@@ -62,21 +66,31 @@ def test_groups_are_those_of_megatron_core(run_ranks: Callable[..., list[Any]], 
     everyone = list(range(4))
     for rank, found in enumerate(run_ranks(groups_of_rank, 4, ranks)):
         tensor, replica, stage = layout.tensor_index(rank), layout.replica(rank), layout.stage(rank)
-        of_tensor = [layout.rank(index, replica, stage) for index in range(layout.tensor_size)]
-        of_pipeline = [layout.rank(tensor, replica, index) for index in range(layout.pipeline_size)]
-        of_data = [layout.rank(tensor, index, stage) for index in range(layout.data_size)]
+        context = layout.context_index(rank)
+        of_tensor = [layout.rank(index, replica, stage, context) for index in range(layout.tensor_size)]
+        of_pipeline = [layout.rank(tensor, replica, index, context) for index in range(layout.pipeline_size)]
+        of_data = [layout.rank(tensor, index, stage, context) for index in range(layout.data_size)]
+        of_context = [layout.rank(tensor, replica, stage, index) for index in range(layout.context_size)]
+        copies = sorted(
+            layout.rank(tensor, index, stage, part)
+            for index in range(layout.data_size)
+            for part in range(layout.context_size)
+        )
         assert found == {
             "tensor": of_tensor,
             "pipeline": of_pipeline,
             "data": of_data,
+            "context": of_context,
             "language tensor": of_tensor,
             "language pipeline": of_pipeline,
-            "language data": of_data,
+            "language context": of_context,
+            "language data": copies,
             "vision tensor": [rank],
             "vision pipeline": [rank],
             "vision data": everyone,
             "host replica": layout.replica_ranks(replica),
             "host data": of_data,
+            "host copies": copies,
             "tiles": everyone,
             "embeddings": everyone,
             "gradients": everyone,
