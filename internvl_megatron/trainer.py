@@ -62,12 +62,12 @@ class Trainer:
         self.plan = plan(config, info.world_size)
         self.device = device
         log.info(
-            "%s: %.1fM parameters, %s, %d rows a step and replica, %d layers a stage, vocabulary padded to %d",
+            "%s: %.1fM parameters, %s, %d rows a step and replica, layers by stage %s, vocabulary padded to %d",
             config.name,
             parameter_counts(config.model).total / 1e6,
             self.plan.layout,
             self.plan.rows_per_replica,
-            self.plan.layers_per_stage,
+            ",".join(map(str, self.plan.stage_layers)),
             self.plan.padded_vocab_size,
         )
         self.root = _writable(Path(config.folder))

@@ -159,9 +159,11 @@ def _sides(optimizer: JointOptimizer) -> dict[str, MegatronOptimizer]:
 def _model_state(model: Model, groups: Groups) -> dict[str, Any]:
     return {
         "vision": model.vision.sharded_state_dict(prefix="vision.", metadata={"dp_cp_group": groups.vision.dp_cp}),
-        "language": model.language.sharded_state_dict(
-            prefix="language.", metadata={"dp_cp_group": groups.language.dp_cp}
-        ),
+        # Chunks number their layers from 0 each, so they need places of their own; in the file layers are counted through.
+        "language": {
+            str(place): chunk.sharded_state_dict(prefix="language.", metadata={"dp_cp_group": groups.language.dp_cp})
+            for place, chunk in enumerate(model.language)
+        },
     }
 
 
@@ -190,9 +192,10 @@ def _load(folder: Path, state: dict[str, Any]) -> dict[str, Any]:
 
 
 def _apply_model(loaded: dict[str, Any], model: Model) -> None:
-    for name, module in (("vision", model.vision), ("language", model.language)):
-        prefix = f"{name}."
-        module.load_state_dict({key.removeprefix(prefix): value for key, value in loaded[name].items()})
+    parts: list[tuple[str, torch.nn.Module, dict[str, Any]]] = [("vision.", model.vision, loaded["vision"])]
+    parts += [("language.", chunk, loaded["language"][str(place)]) for place, chunk in enumerate(model.language)]
+    for prefix, module, values in parts:
+        module.load_state_dict({key.removeprefix(prefix): value for key, value in values.items()})
 
 
 def _create_state(optimizer: MegatronOptimizer) -> None:

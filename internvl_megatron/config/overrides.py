@@ -103,6 +103,10 @@ def _value(text: str, hint: Any, path: str) -> Any:
     for option in options:
         if get_origin(option) is Literal and text in get_args(option):
             return text
+        if get_origin(option) is tuple:
+            items = [item.strip() for item in text.split(",")]
+            if items and all(item.isdecimal() for item in items):
+                return tuple(int(item) for item in items)
         if option is bool and text.lower() in ("true", "false"):
             return text.lower() == "true"
         if option in (int, float):
@@ -122,7 +126,11 @@ def _options(hint: Any) -> tuple[Any, ...]:
 def _describe(options: tuple[Any, ...]) -> str:
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", type(None): "null"}
     parts = [
-        f"one of {', '.join(get_args(option))}" if get_origin(option) is Literal else names.get(option, str(option))
+        f"one of {', '.join(get_args(option))}"
+        if get_origin(option) is Literal
+        else "whole numbers, like 3,3,2"
+        if get_origin(option) is tuple
+        else names.get(option, str(option))
         for option in options
     ]
     return " or ".join(parts)
@@ -154,6 +162,8 @@ def _typed(value: Any, hint: Any, where: str) -> Any:
             return value
         if option is type(None) and value is None:
             return None
+        if get_origin(option) is tuple and isinstance(value, list) and all(type(item) is int for item in value):
+            return tuple(value)
         if option is float and isinstance(value, int | float) and not isinstance(value, bool):
             try:
                 return float(value)

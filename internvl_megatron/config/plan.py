@@ -35,7 +35,8 @@ class RunPlan:
     layout: Layout
     rows_per_replica: int
     """Micro-batches of one replica in a step."""
-    layers_per_stage: int
+    stage_layers: tuple[int, ...]
+    """Layers of every stage in the order rows pass them."""
     padded_vocab_size: int
 
 
@@ -52,9 +53,11 @@ def plan(config: RunConfig, world_size: int) -> RunPlan:
     parallel = config.parallel
     data_size = world_size // _replica_size(config)
     return RunPlan(
-        layout=Layout(parallel.tensor_size, parallel.pipeline_size, data_size, parallel.context_size),
+        layout=Layout(
+            parallel.tensor_size, parallel.pipeline_size, data_size, parallel.context_size, parallel.virtual_size
+        ),
         rows_per_replica=config.rows_per_step // data_size,
-        layers_per_stage=config.model.language.num_layers // parallel.pipeline_size,
+        stage_layers=stage_layers(config),
         padded_vocab_size=padded_vocab_size(config.model.language.vocab_size),
     )
 
@@ -152,10 +155,7 @@ def _layout(config: RunConfig, world_size: int) -> list[str]:
         for name, rows in shared.items()
         if rows % data_size
     ]
-    if language.num_layers % pipeline:
-        problems.append(
-            f"parallel.pipeline_size={pipeline} must divide model.language.num_layers={language.num_layers}"
-        )
+    problems += _stages(config, data_size)
     for what, value in (
         ("model.language.num_heads", language.num_heads),
         ("model.language.ffn_hidden_size", language.ffn_hidden_size),
@@ -179,6 +179,52 @@ def _layout(config: RunConfig, world_size: int) -> list[str]:
             size += f" x parallel.context_size={context}"
         problems.append(f"data.tokens_per_row={data.tokens_per_row} must be a multiple of {size}")
     return problems + _context(config)
+
+
+def stage_layers(config: RunConfig) -> tuple[int, ...]:
+    """Layers of every pipeline stage in the order rows pass them."""
+    parallel = config.parallel
+    num_stages = parallel.pipeline_size * parallel.virtual_size
+    return parallel.stage_layers or (config.model.language.num_layers // num_stages,) * num_stages
+
+
+def _stages(config: RunConfig, data_size: int) -> list[str]:
+    """How layers are divided over the pipeline, and how many rows its schedule takes at a time."""
+    parallel, num_layers = config.parallel, config.model.language.num_layers
+    pipeline, virtual = parallel.pipeline_size, parallel.virtual_size
+    num_stages = pipeline * virtual
+    what = f"parallel.pipeline_size={pipeline}" + (f" x parallel.virtual_size={virtual}" if virtual > 1 else "")
+    problems = []
+    if parallel.stage_layers is None:
+        if num_layers % num_stages:
+            more = num_layers % num_stages
+            split = [num_layers // num_stages + (index < more) for index in range(num_stages)]
+            problems.append(
+                f"{what} must divide model.language.num_layers={num_layers}, or say how they are divided: "
+                f"parallel.stage_layers={','.join(map(str, split))}"
+            )
+    elif len(parallel.stage_layers) != num_stages or sum(parallel.stage_layers) != num_layers:
+        problems.append(
+            f"parallel.stage_layers={','.join(map(str, parallel.stage_layers))} must be {num_stages} numbers ({what}) that "
+            f"add up to model.language.num_layers={num_layers}"
+        )
+    elif min(parallel.stage_layers) < 1:
+        problems.append("parallel.stage_layers: every stage needs a layer")
+    if virtual > 1 and pipeline == 1:
+        problems.append(f"parallel.virtual_size={virtual} needs parallel.pipeline_size > 1")
+    elif virtual > 1:
+        rows = config.rows_per_step // data_size
+        window = parallel.vision_window_rows or rows
+        counts = {"rows of a replica in a step (rows_per_step)": rows, "parallel.vision_window_rows": window}
+        if config.eval_every_steps is not None:
+            counts["rows of a replica in an evaluation (eval_rows)"] = config.eval_rows // data_size
+        problems += [
+            f"parallel.virtual_size={virtual}: the {name} are {count}, which must be a multiple of {pipeline} "
+            "(parallel.pipeline_size)"
+            for name, count in counts.items()
+            if count % pipeline
+        ]
+    return problems
 
 
 def _context(config: RunConfig) -> list[str]:

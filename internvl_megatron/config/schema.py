@@ -78,6 +78,13 @@ class ParallelConfig:
 
     tensor_size: int = 1
     pipeline_size: int = 1
+    virtual_size: int = 1
+    """Model chunks a pipeline rank holds (interleaved schedule): 1 = one run of layers per rank. With more, the stages a
+    row passes are `virtual_size` times as many and the bubble shrinks; micro-batches come in multiples of
+    `pipeline_size`."""
+    stage_layers: tuple[int, ...] | None = None
+    """Layers of every stage in the order rows pass them, `pipeline_size` x `virtual_size` numbers; None = the same number in
+    each. Fewer in the last make room for the output layer."""
     context_size: int = 1
     """Split every row into this many parts along the sequence (context parallelism). Attention trades parts for heads by
     all-to-all (Ulysses), so the heads of a tensor-parallel rank must divide; key/value heads are repeated where they are

@@ -60,13 +60,19 @@ class Generator:
 
     def __init__(self, config: RunConfig, model: Model, tokenizer: Tokenizer, device: Device) -> None:
         """Prepare to answer; `model` is whole on this rank (tensor and pipeline size 1)."""
-        language = model.language
-        is_whole = language.pre_process and language.post_process and language.pg_collection.tp.size() == 1
+        language, *more_chunks = model.language
+        is_whole = (
+            not more_chunks
+            and language.pre_process
+            and language.post_process
+            and language.pg_collection.tp.size() == 1
+        )
         assert is_whole, (
             "generation needs the whole language model on one rank; load it with tensor and pipeline size 1"
         )
         self.config = config
-        self.model = model
+        self.vision = model.vision
+        self.language = language
         self.tokenizer = tokenizer
         self.device = device
 
@@ -94,8 +100,8 @@ class Generator:
             raise ConfigError(
                 f"v2pe_numerator: must be 1 to {UNITS_PER_POSITION} (delta 1/256 to 1), not {v2pe_numerator}"
             )
-        self.model.vision.eval()
-        self.model.language.eval()
+        self.vision.eval()
+        self.language.eval()
         sequences = [self._render(prompt, v2pe_numerator) for prompt in prompts]
         waiting, active = deque(sequences), list[_Sequence]()
         while waiting or active:
@@ -111,8 +117,8 @@ class Generator:
 
         For comparing models: ordinary positions (delta 1), the vocabulary without its padding.
         """
-        self.model.vision.eval()
-        self.model.language.eval()
+        self.vision.eval()
+        self.language.eval()
         sequence = self._render(prompt, UNITS_PER_POSITION)
         if sequence.images:
             self._encode([sequence])
@@ -165,7 +171,7 @@ class Generator:
         tiles = np.concatenate([decode_tiles(image, vision.tile_pixels, thumbnail) for image in images])
         size = self.config.parallel.vision_chunk_tiles
         chunks = [self.device.put(tiles[first : first + size]) for first in range(0, len(tiles), size)]
-        embeddings = torch.cat([self.model.vision(chunk) for chunk in chunks]).flatten(0, 1)
+        embeddings = torch.cat([self.vision(chunk) for chunk in chunks]).flatten(0, 1)
         parts = embeddings.split([len(sequence.image_places) for sequence in sequences])
         for sequence, part in zip(sequences, parts, strict=True):
             sequence.embeddings = part.clone()  # a view would keep all of the others in memory
@@ -189,7 +195,7 @@ class Generator:
         )
         token_ids = self.device.put(np.concatenate([sequence.token_ids for sequence in sequences]))
         images = self._image_tokens(sequences, ends)
-        return self.model.language(token_ids[None], row, images, self.device.put(places))[:, 0]
+        return self.language(token_ids[None], row, images, self.device.put(places))[:, 0]
 
     def _image_tokens(self, sequences: Sequence[_Sequence], ends: np.ndarray) -> ImageTokens | None:
         """Image embeddings of a row and their places in it; sequence j starts at ends[j]."""

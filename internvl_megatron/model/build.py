@@ -9,6 +9,7 @@ import torch
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from torch import Tensor
 
+from internvl_megatron.config.plan import stage_layers
 from internvl_megatron.config.schema import RunConfig
 from internvl_megatron.device import Device
 from internvl_megatron.errors import CheckpointError
@@ -21,26 +22,28 @@ from internvl_megatron.parallel.host import gather_integers
 
 @dataclass(frozen=True)
 class Model:
-    """The two modules every rank holds: its stage and shard of the language model, and the whole vision tower."""
+    """What every rank holds: its stages and shard of the language model, and the whole vision tower."""
 
     vision: VisionTower
-    language: LanguageModel
+    language: tuple[LanguageModel, ...]
+    """One stage, or several chunks under the interleaved pipeline schedule, in the order rows pass them."""
 
     def named_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
         """Parameters by names that do not depend on the layout: layers are counted over all pipeline stages."""
         for name, parameter in self.vision.named_parameters():
             yield f"vision.{name}", parameter
-        first: Any = self.language.decoder.layers[0]
-        offset = first.layer_number - 1
-        for name, parameter in self.language.named_parameters():
-            parts = name.split(".")
-            if parts[:2] == ["decoder", "layers"]:
-                parts[2] = str(int(parts[2]) + offset)
-            yield ".".join(["language", *parts]), parameter
+        for chunk in self.language:
+            first: Any = chunk.decoder.layers[0]
+            offset = first.layer_number - 1
+            for name, parameter in chunk.named_parameters():
+                parts = name.split(".")
+                if parts[:2] == ["decoder", "layers"]:
+                    parts[2] = str(int(parts[2]) + offset)
+                yield ".".join(["language", *parts]), parameter
 
     def tensor_group(self, name: str) -> torch.distributed.ProcessGroup:
         """The group a parameter is split over; the two sides of the model have their own."""
-        side = self.vision.encoder if name.startswith("vision.") else self.language
+        side = self.vision.encoder if name.startswith("vision.") else self.language[0]
         return side.pg_collection.tp
 
     @torch.no_grad()
@@ -75,21 +78,24 @@ def build_model(config: RunConfig, groups: Groups, device: Device, initialize: b
     # Sequence parallelism forks Megatron Core's random state around dropout, even at rate 0: it has to exist.
     model_parallel_cuda_manual_seed(config.seed, tp_rank=groups.language.tp.rank(), ep_rank=0, etp_rank=0)
     vision_config = vision_transformer_config(config.model, dtype)
-    language_config = language_transformer_config(config.model, config.parallel, dtype)
+    language_config = language_transformer_config(config, dtype)
     model = Model(
         vision=VisionTower(config.model, vision_config, groups.vision, device.torch_device),
-        language=LanguageModel(
-            config.model.language,
-            language_config,
-            groups.language,
-            device.attention,
-            max_tokens=config.data.tokens_per_row,
-            stage_layers=config.model.language.num_layers // config.parallel.pipeline_size,
+        language=tuple(
+            LanguageModel(
+                config.model.language,
+                language_config,
+                groups.language,
+                device.attention,
+                max_tokens=config.data.tokens_per_row,
+                layers=stage_layers(config),
+                chunk=chunk,
+            )
+            for chunk in range(config.parallel.virtual_size)
         ),
     )
-    model.language.to(
-        device.torch_device
-    )  # torch's norms are made on the CPU; Megatron Core's layers are there already
+    for chunk in model.language:
+        chunk.to(device.torch_device)  # torch's norms are made on the CPU; Megatron Core's layers are there already
     if initialize:
         _initialize(model, config)
     return model

@@ -16,16 +16,17 @@ from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from internvl_megatron.config.plan import padded_vocab_size
-from internvl_megatron.config.schema import LanguageConfig, ModelConfig, ParallelConfig
+from internvl_megatron.config.plan import padded_vocab_size, stage_layers
+from internvl_megatron.config.schema import LanguageConfig, RunConfig
 from internvl_megatron.device import AttentionKernel
 from internvl_megatron.model.attention import PackedRow
 from internvl_megatron.model.layer_specs import language_block, shared_settings
 
 
-def language_transformer_config(model: ModelConfig, parallel: ParallelConfig, dtype: torch.dtype) -> TransformerConfig:
+def language_transformer_config(config: RunConfig, dtype: torch.dtype) -> TransformerConfig:
     """Megatron Core's view of the decoder."""
-    language = model.language
+    language, parallel = config.model.language, config.parallel
+    interleaved = parallel.virtual_size > 1
     return TransformerConfig(
         num_layers=language.num_layers,
         hidden_size=language.hidden_size,
@@ -44,8 +45,19 @@ def language_transformer_config(model: ModelConfig, parallel: ParallelConfig, dt
         pipeline_model_parallel_size=parallel.pipeline_size,
         context_parallel_size=parallel.context_size,
         sequence_parallel=parallel.sequence_parallel,
+        pipeline_model_parallel_layout=_pipeline_layout(stage_layers(config)) if parallel.pipeline_size > 1 else None,
         deallocate_pipeline_outputs=True,
+        # With two pipeline ranks the interleaved schedule's batched messages mix up neighbours: gradients are silently
+        # wrong.
+        overlap_p2p_comm=interleaved,
+        batch_p2p_comm=not interleaved,
     )
+
+
+def _pipeline_layout(layers: tuple[int, ...]) -> list[list[str]]:
+    """Megatron Core's description of which stage, in the order rows pass them, holds what."""
+    stages = [["decoder"] * count for count in layers]
+    return [["embedding", *stages[0]], *stages[1:-1], [*stages[-1], "loss"]]
 
 
 @dataclass(frozen=True)
@@ -59,7 +71,7 @@ class ImageTokens:
 
 
 class LanguageModel(GPTModel):
-    """One pipeline stage of the decoder."""
+    """One stage of the decoder: what a pipeline rank holds, or one of its chunks under the interleaved schedule."""
 
     def __init__(
         self,
@@ -68,17 +80,30 @@ class LanguageModel(GPTModel):
         groups: ProcessGroupCollection,
         kernel: AttentionKernel,
         max_tokens: int,
-        stage_layers: int,
+        layers: tuple[int, ...],
+        chunk: int = 0,
     ) -> None:
-        stage, num_stages = groups.pp.rank(), groups.pp.size()
+        """Build it.
+
+        Args:
+            language: sizes.
+            config: Megatron Core's view of them.
+            groups: process groups of the language model.
+            kernel: for attention.
+            max_tokens: of a row.
+            layers: of every stage, in the order rows pass them.
+            chunk: which of this rank's chunks.
+        """
+        stage = chunk * groups.pp.size() + groups.pp.rank()
         with _quiet_deprecation():
             super().__init__(
                 config=config,
-                transformer_layer_spec=language_block(stage_layers, kernel),  # pyright: ignore[reportArgumentType]
+                transformer_layer_spec=language_block(layers[stage], kernel),  # pyright: ignore[reportArgumentType]
                 vocab_size=padded_vocab_size(language.vocab_size),
                 max_sequence_length=max_tokens,
                 pre_process=stage == 0,
-                post_process=stage == num_stages - 1,
+                post_process=stage == len(layers) - 1,
+                vp_stage=chunk if config.virtual_pipeline_model_parallel_size else None,
                 position_embedding_type="none",
                 share_embeddings_and_output_weights=False,
                 pg_collection=groups,

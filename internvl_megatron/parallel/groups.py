@@ -54,6 +54,7 @@ def make_groups(layout: Layout, device: Device, timeout_seconds: int) -> Groups:
         tensor_model_parallel_size=layout.tensor_size,
         pipeline_model_parallel_size=layout.pipeline_size,
         context_parallel_size=layout.context_size,
+        virtual_pipeline_model_parallel_size=layout.virtual_size if layout.virtual_size > 1 else None,
         distributed_timeout_minutes=max(1, timeout_seconds // 60),
         create_gloo_process_groups=False,
     )

@@ -16,6 +16,8 @@ class Layout:
     pipeline_size: int
     data_size: int
     context_size: int = 1
+    virtual_size: int = 1
+    """Model chunks of a pipeline rank; they are passed one after the other, all ranks between two of them."""
 
     @property
     def world_size(self) -> int:
@@ -79,4 +81,5 @@ class Layout:
     def __str__(self) -> str:
         """Short form for logs, like TP2 x PP2 x DP1."""
         context = f" x CP{self.context_size}" if self.context_size > 1 else ""
-        return f"TP{self.tensor_size}{context} x PP{self.pipeline_size} x DP{self.data_size}"
+        virtual = f" x VPP{self.virtual_size}" if self.virtual_size > 1 else ""
+        return f"TP{self.tensor_size}{context} x PP{self.pipeline_size}{virtual} x DP{self.data_size}"

@@ -5,6 +5,7 @@ must be joint is joined here: the global gradient norm, clipping by it, and that
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,13 +66,13 @@ class JointOptimizer:
         self,
         config: RunConfig,
         vision: DistributedDataParallel,
-        language: DistributedDataParallel,
+        language: Sequence[DistributedDataParallel],
         vision_groups: ProcessGroupCollection,
         language_groups: ProcessGroupCollection,
     ) -> None:
         self.config = config.optimizer
         self.num_steps = config.num_steps
-        self.vision = _optimizer(config, vision, vision_groups)
+        self.vision = _optimizer(config, [vision], vision_groups)
         self.language = _optimizer(config, language, language_groups)
 
     def set_learning_rate(self, step: int) -> float:
@@ -117,7 +118,7 @@ class JointOptimizer:
 
 
 def _optimizer(
-    config: RunConfig, module: DistributedDataParallel, groups: ProcessGroupCollection
+    config: RunConfig, modules: Sequence[DistributedDataParallel], groups: ProcessGroupCollection
 ) -> MegatronOptimizer:
     optimizer = config.optimizer
     dtype = torch_dtype(config.dtype)
@@ -138,7 +139,7 @@ def _optimizer(
     # No overrides: weight decay on every parameter, as InternVL's DeepSpeed runs have it.
     return get_megatron_optimizer(
         CoreOptimizerConfig(**settings),
-        [module],
+        list(modules),
         config_overrides={},
         use_gloo_process_groups=False,
         pg_collection=groups,

@@ -73,7 +73,7 @@ class Step:
         self.device = device
         self.model = model
         self.vision = distributed(model.vision, groups.vision, config)
-        self.language = distributed(model.language, groups.language, config)
+        self.language = [distributed(chunk, groups.language, config) for chunk in model.language]
         self.optimizer = JointOptimizer(config, self.vision, self.language, groups.vision, groups.language)
         self.exchange = Exchange(
             groups,
@@ -83,7 +83,7 @@ class Step:
             sequence_parallel=config.parallel.sequence_parallel,
         )
         self._part = slice(*groups.layout.row_slice(groups.rank, config.data.tokens_per_row))
-        self._p2p = P2PCommunicator(groups.language.pp, model.language.config)
+        self._p2p = P2PCommunicator(groups.language.pp, model.language[0].config)
 
     def run(
         self, batch: StepRows, step: int, num_skipped_samples: int = 0, stop_requested: bool = False
@@ -98,7 +98,7 @@ class Step:
         """
         tiles_per_row = self.config.data.tiles_per_row
         agreement = agree(batch, self.groups, tiles_per_row, num_skipped_samples, stop_requested)
-        for module in (self.vision, self.language):
+        for module in (self.vision, *self.language):
             module.train()
             module.zero_grad_buffer()
         self.optimizer.zero_grad()
@@ -119,7 +119,7 @@ class Step:
     def evaluate(self, batch: StepRows) -> float:
         """Loss of held-out rows, without drop path; collective over all ranks."""
         agreement = agree(batch, self.groups, self.config.data.tiles_per_row)
-        for module in (self.vision, self.language):
+        for module in (self.vision, *self.language):
             module.eval()
         losses = []
         for rows in self._windows(len(agreement.rows)):
@@ -172,21 +172,24 @@ class Step:
         self, agreement: StepAgreement, rows: range, store: EmbeddingStore | None, training: bool
     ) -> list[Tensor]:
         """Run the language model over the window; losses of its rows on the last stage, nothing elsewhere."""
-        schedule = get_forward_backward_func(pp_size=self.groups.layout.pipeline_size, vp_size=None)
+        layout = self.groups.layout
+        interleaved = layout.virtual_size > 1
+        schedule = get_forward_backward_func(layout.pipeline_size, layout.virtual_size if interleaved else None)
 
         def forward_step(
             numbers: Iterator[int], language: DistributedDataParallel
         ) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]]:
             number = next(numbers)
+            takes_images = store is not None and language.module.pre_process
             row = device_row(agreement.rows[number], self.config.model.language, self.device, self._part)
-            images = None if store is None else store.row(number, requires_grad=training)
+            images = store.row(number, requires_grad=training) if takes_images else None
             output = language(row.token_ids, row.packed, self._image_tokens(images), row.target_positions)
             return output, lambda logits: self._row_loss(logits, row, self._loss_scale(agreement, number))
 
         return schedule(
             forward_step_func=forward_step,
-            data_iterator=iter(rows),
-            model=self.language,
+            data_iterator=[iter(rows) for _ in self.language] if interleaved else iter(rows),
+            model=self.language if interleaved else self.language[0],
             num_microbatches=len(rows),
             seq_length=self.config.data.tokens_per_row,
             micro_batch_size=1,
@@ -234,7 +237,7 @@ class Step:
 
     def _reduce(self, agreement: StepAgreement) -> None:
         """Sum gradients over the copies of each module; both are already divided by the global weight."""
-        finalize_model_grads([self.language], None, pg_collection=self.groups.language)
+        finalize_model_grads(list[torch.nn.Module](self.language), None, pg_collection=self.groups.language)
         if len(agreement.table):
             finalize_model_grads([self.vision], None, pg_collection=self.groups.vision)
 

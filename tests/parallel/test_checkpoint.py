@@ -74,7 +74,7 @@ def test_same_layout_continues_bit_for_bit(
     assert run_ranks(_train, 4, LAYOUTS["TP2xPP2"], None, root, SAVED_AT, STEPS)[0] == whole[SAVED_AT:]
 
 
-@pytest.mark.parametrize("layout", ["1", "DP2", "TP2+SP", "PP2xDP2"])
+@pytest.mark.parametrize("layout", ["1", "DP2", "TP2+SP", "PP2xDP2", "PP2xVPP2xDP2", "TP2+SPxCP2", "PP2 uneven"])
 def test_other_layouts_continue(
     run_ranks: Callable[..., list[Any]], interrupted: tuple[Path, History], layout: str
 ) -> None:
@@ -123,3 +123,13 @@ def test_truncated_file_is_refused(
 def test_folder_without_checkpoint_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no finished checkpoint"):
         folders.read_info(tmp_path)
+
+
+def test_written_interleaved_it_continues_elsewhere(
+    run_ranks: Callable[..., list[Any]], interrupted: tuple[Path, History], weights: dict[str, Tensors], tmp_path: Path
+) -> None:
+    """Chunks count their layers from 0 each; in the file they are counted through."""
+    interleaved = LAYOUTS["PP2xVPP2xDP2"]
+    run_ranks(_train, 4, interleaved, weights["300m"], tmp_path, 0, SAVED_AT)
+    history = run_ranks(_train, 2, LAYOUTS["TP2+SP"], None, tmp_path, SAVED_AT, STEPS)[0]
+    np.testing.assert_allclose(history, interrupted[1][SAVED_AT:], rtol=1e-5)

@@ -109,7 +109,7 @@ def seen_by_core_attention(model: Any, config: RunConfig, device: Device, data: 
 
         return hook
 
-    for module in [*model.language.modules(), *model.vision.modules()]:
+    for module in [*model.language[0].modules(), *model.vision.modules()]:
         if isinstance(module, PackedAttention):
             module.register_forward_pre_hook(note("packed", PackedRow), with_kwargs=True)
         if isinstance(module, TileAttention):

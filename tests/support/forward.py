@@ -54,4 +54,4 @@ def row_output(model: Model, config: RunConfig, device: Device, data: StepData, 
         tiles = device.put(np.concatenate([data.tiles[index, image] for image in range(len(row.images))]))
         places = device.put(np.flatnonzero(row.token_ids == IMAGE_TOKEN))
         images = ImageTokens(model.vision(tiles).flatten(0, 1), places)
-    return model.language(on_device.token_ids, on_device.packed, images)[:, 0]
+    return model.language[0](on_device.token_ids, on_device.packed, images)[:, 0]

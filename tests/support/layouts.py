@@ -19,15 +19,17 @@ class Ranks:
     pipeline_size: int = 1
     sequence_parallel: bool = False
     context_size: int = 1
+    virtual_size: int = 1
+    stage_layers: tuple[int, ...] | None = None
 
     @property
     def layout(self) -> Layout:
         data_size = self.num_ranks // (self.tensor_size * self.pipeline_size * self.context_size)
-        return Layout(self.tensor_size, self.pipeline_size, data_size, self.context_size)
+        return Layout(self.tensor_size, self.pipeline_size, data_size, self.context_size, self.virtual_size)
 
     def config(self, **changes: Any) -> ParallelConfig:
         """This layout as a configuration; two tiles at a time through the vision encoder, so that there are chunks."""
-        names = ("tensor_size", "pipeline_size", "sequence_parallel", "context_size")
+        names = ("tensor_size", "pipeline_size", "sequence_parallel", "context_size", "virtual_size", "stage_layers")
         sizes = {name: getattr(self, name) for name in names}
         return ParallelConfig(**{"vision_chunk_tiles": 2, **sizes, **changes})
 
@@ -48,6 +50,11 @@ LAYOUTS = {
     "TP2+SPxCP2": Ranks(4, tensor_size=2, context_size=2, sequence_parallel=True),
     "CP2xPP2": Ranks(4, context_size=2, pipeline_size=2),
     "CP2xDP2": Ranks(4, context_size=2),
+    "PP2xVPP2": Ranks(2, pipeline_size=2, virtual_size=2),
+    "TP2+SPxPP2xVPP2": Ranks(4, tensor_size=2, pipeline_size=2, virtual_size=2, sequence_parallel=True),
+    "PP2xVPP2xDP2": Ranks(4, pipeline_size=2, virtual_size=2),
+    "PP2 uneven": Ranks(2, pipeline_size=2, stage_layers=(3, 1)),
+    "PP4": Ranks(4, pipeline_size=4),
 }
 
 SGD = OptimizerConfig(

@@ -107,7 +107,7 @@ def test_unknown_recipe_names_the_nearest() -> None:
 def test_plan_derives_the_layout() -> None:
     made = plan(apply_overrides(demo_digits(), ["rows_per_step=8", "eval_rows=4"]), world_size=8)
     assert str(made.layout) == "TP2 x PP2 x DP2"
-    assert (made.rows_per_replica, made.layers_per_stage, made.padded_vocab_size) == (4, 2, 512)
+    assert (made.rows_per_replica, made.stage_layers, made.padded_vocab_size) == (4, (2, 2), 512)
 
 
 def test_vocabulary_padding_does_not_depend_on_the_layout() -> None:

@@ -66,13 +66,13 @@ def compare(info: RankInfo, family: str, prompts: list[Prompt], max_new_tokens: 
             model.load_full(name, parameter, full[name])
         rows: list[int] = []
         batches: list[int] = []
-        model.language.register_forward_pre_hook(lambda _, inputs: rows.append(inputs[0].shape[1]))
+        model.language[0].register_forward_pre_hook(lambda _, inputs: rows.append(inputs[0].shape[1]))
         model.vision.register_forward_pre_hook(lambda _, inputs: batches.append(len(inputs[0])))
         generator = Generator(config, model, tokenizer, device)
         ours = generator.answer(prompts, max_new_tokens, numerator)
         num_rounds, longest, vision_batches = len(rows), max(rows, default=0), list(batches)
         alone = [generator.answer([prompt], max_new_tokens, numerator)[0] for prompt in prompts]
-        modes = [model.vision.training, model.language.training]
+        modes = [model.vision.training, model.language[0].training]
     expected = [_greedy(reference, sizes, tokenizer, prompt, max_new_tokens, numerator / 256) for prompt in prompts]
     texts = [tokenizer.decode([i for i in ids if i != tokenizer.turn_end_id]).strip() for ids in expected]
     return Answers(ours, alone, texts, [len(ids) for ids in expected], num_rounds, longest, vision_batches, modes)

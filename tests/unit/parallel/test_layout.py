@@ -13,7 +13,10 @@ from tests.support.layouts import LAYOUTS, Ranks
 FOUR_RANKS = ["TP2xPP2", "TP2xDP2", "PP2xDP2", "TP2xCP2", "CP2xPP2", "CP2xDP2"]
 
 
-@pytest.mark.parametrize("layout", [Layout(1, 1, 1), Layout(2, 3, 4), Layout(4, 2, 2), Layout(1, 4, 2), Layout(2, 2, 3, 4), Layout(1, 1, 2, 2)])
+@pytest.mark.parametrize(
+    "layout",
+    [Layout(1, 1, 1), Layout(2, 3, 4), Layout(4, 2, 2), Layout(1, 4, 2), Layout(2, 2, 3, 4), Layout(1, 1, 2, 2)],
+)
 def test_coordinates_and_ranks_are_inverse(layout: Layout) -> None:
     for rank in range(layout.world_size):
         place = layout.tensor_index(rank), layout.replica(rank), layout.stage(rank), layout.context_index(rank)
