@@ -36,7 +36,10 @@ from internvl_megatron.train.step import Step, StepResult
 
 log = logging.getLogger(__name__)
 
-FIXED_SETTINGS = ("rows_per_step", "seed", "data.seed", "optimizer.name", "dtype")
+FIXED_SETTINGS = (
+    "rows_per_step", "seed", "data.seed", "optimizer.name", "dtype", "optimizer.vision.trainable",
+    "optimizer.projector.trainable", "optimizer.language.trainable",
+)  # fmt: skip
 """Settings besides the model's that a run keeps for life: its data order and its optimizer state depend on them."""
 
 

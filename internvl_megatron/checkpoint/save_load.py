@@ -137,7 +137,7 @@ def load(
     info = folders.read_info(folder)
     state = _model_state(model, groups)
     if info.optimizer_state:
-        for side in (optimizer.vision, optimizer.language):
+        for side in optimizer.sides:
             _create_state(side)
         state |= _optimizer_state(optimizer, state, is_loading=True)
     loaded = _load(folder, state)
@@ -153,7 +153,8 @@ def load(
 
 
 def _sides(optimizer: JointOptimizer) -> dict[str, MegatronOptimizer]:
-    return {"vision_optimizer": optimizer.vision, "language_optimizer": optimizer.language}
+    named = {"vision_optimizer": optimizer.vision, "language_optimizer": optimizer.language}
+    return {name: side for name, side in named.items() if side is not None}
 
 
 def _model_state(model: Model, groups: Groups) -> dict[str, Any]:

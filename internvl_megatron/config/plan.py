@@ -13,7 +13,7 @@ VOCAB_MULTIPLE = 512
 
 MAY_BE_ZERO = {
     "drop_path_rate", "learning_rate", "min_learning_rate", "warmup_ratio", "weight_decay", "beta1", "beta2",
-    "num_workers", "seed", "vision_learning_rate_scale", "min_tiles", "layer_scale_init",
+    "num_workers", "seed", "learning_rate_scale", "min_tiles", "layer_scale_init",
 }  # fmt: skip
 
 
@@ -105,7 +105,11 @@ def model_problems(model: ModelConfig) -> list[str]:
 
 def _data(config: RunConfig) -> list[str]:
     data, vision = config.data, config.model.vision
-    problems = [
+    parts = config.optimizer
+    problems = []
+    if not (parts.vision.trainable or parts.projector.trainable or parts.language.trainable):
+        problems.append("optimizer: no part is trainable (vision, projector, language); set one of them to true")
+    problems += [
         f"data.{name} is not set: give {what} (data.{name}=PATH)"
         for name, what in (
             ("meta", "InternVL's meta JSON of the training data"),

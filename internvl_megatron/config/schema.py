@@ -148,8 +148,21 @@ class LossConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PartConfig:
+    """How one part of the model (vision encoder, projector, language model) is trained."""
+
+    trainable: bool = True
+    """False freezes it: no gradients, no optimizer state. A frozen vision encoder keeps its drop path, as in InternVL."""
+    learning_rate_scale: float = 1.0
+    """Factor on the learning rate."""
+    decay: Literal["all", "matrices"] = "all"
+    """What weight decay applies to: every parameter, norms and biases too, as InternVL's DeepSpeed runs have it, or only
+    those with more than one dimension, as Megatron has it."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """Optimizer and learning-rate schedule, shared by the three parts of the model."""
+    """Optimizer and learning-rate schedule of the whole model, and what differs between its parts."""
 
     name: Literal["adamw", "sgd"] = "adamw"
     learning_rate: float = 2e-5
@@ -158,13 +171,13 @@ class OptimizerConfig:
     """Share of the run's steps over which the learning rate rises linearly."""
     schedule: Literal["cosine", "constant"] = "cosine"
     weight_decay: float = 0.05
-    """Applied to every parameter, norms and biases too, as InternVL's DeepSpeed runs do."""
     beta1: float = 0.9
     beta2: float = 0.999
     eps: float = 1e-8
     clip_grad_norm: float | None = 1.0
-    vision_learning_rate_scale: float = 1.0
-    """Factor on the learning rate of the vision encoder and the projector."""
+    vision: PartConfig = field(default_factory=PartConfig)
+    projector: PartConfig = field(default_factory=PartConfig)
+    language: PartConfig = field(default_factory=PartConfig)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,7 @@ from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from torch import Tensor
 
 from internvl_megatron.config.plan import stage_layers
-from internvl_megatron.config.schema import RunConfig
+from internvl_megatron.config.schema import OptimizerConfig, PartConfig, RunConfig
 from internvl_megatron.device import Device
 from internvl_megatron.errors import CheckpointError
 from internvl_megatron.model.initial import fresh_parameter
@@ -96,9 +96,18 @@ def build_model(config: RunConfig, groups: Groups, device: Device, initialize: b
     )
     for chunk in model.language:
         chunk.to(device.torch_device)  # torch's norms are made on the CPU; Megatron Core's layers are there already
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(part_of(name, config.optimizer).trainable)
     if initialize:
         _initialize(model, config)
     return model
+
+
+def part_of(name: str, optimizer: OptimizerConfig) -> PartConfig:
+    """How the part of the model is trained that a parameter belongs to."""
+    if name.startswith("vision.projector."):
+        return optimizer.projector
+    return optimizer.vision if name.startswith("vision.") else optimizer.language
 
 
 def check_copies_agree(model: Model, groups: Groups) -> None:

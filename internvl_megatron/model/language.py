@@ -140,6 +140,9 @@ class LanguageModel(GPTModel):
             decoder_input = self.embedding(token_ids, None)
             if images is not None:
                 decoder_input = insert_image_tokens(decoder_input, images)
+            if torch.is_grad_enabled() and not decoder_input.requires_grad:
+                # A frozen embedding without images: the schedule runs backward through every stage all the same.
+                decoder_input = decoder_input.requires_grad_()
         return super().forward(
             input_ids=token_ids,
             position_ids=None,  # pyright: ignore[reportArgumentType]

@@ -171,6 +171,13 @@ class VisionTower(MegatronModule):
         Returns:
             Image embeddings [T, K, D] in the parameters' dtype, tokens of a tile row by row.
         """
+        trains = torch.is_grad_enabled() and self.class_embedding.requires_grad
+        with torch.set_grad_enabled(trains):  # a frozen encoder keeps no activations for backward
+            features = self._encode(tiles, residual_scale)
+        return self.projector(pixel_shuffle(features, self.vision.shuffle_factor))
+
+    def _encode(self, tiles: Tensor, residual_scale: Tensor | None) -> Tensor:
+        """Features [T, rows, columns, C] of the patches."""
         dtype = self.config.params_dtype
         pixels = normalize_pixels(tiles, dtype) if tiles.dtype == torch.uint8 else tiles.to(dtype)
         patches = self.patch_embedding(pixels)
@@ -183,8 +190,7 @@ class VisionTower(MegatronModule):
             attention_mask=None,
             packed_seq_params=TileBatch(residual_scale=residual_scale),
         )
-        features = hidden[1:].transpose(0, 1).unflatten(1, (rows, columns))
-        return self.projector(pixel_shuffle(features, self.vision.shuffle_factor))
+        return hidden[1:].transpose(0, 1).unflatten(1, (rows, columns))
 
 
 class Projector(torch.nn.Module):

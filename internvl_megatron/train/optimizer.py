@@ -5,7 +5,8 @@ must be joint is joined here: the global gradient norm, clipping by it, and that
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from fnmatch import fnmatch
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,11 +14,12 @@ import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig as CoreOptimizerConfig
+from megatron.core.optimizer.optimizer_config import ParamKey, ParamWithNamePredicate
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import MegatronModule
 
-from internvl_megatron.config.schema import OptimizerConfig, RunConfig
+from internvl_megatron.config.schema import OptimizerConfig, PartConfig, RunConfig
 from internvl_megatron.model.build import torch_dtype
 
 
@@ -72,15 +74,21 @@ class JointOptimizer:
     ) -> None:
         self.config = config.optimizer
         self.num_steps = config.num_steps
-        self.vision = _optimizer(config, [vision], vision_groups)
-        self.language = _optimizer(config, language, language_groups)
+        parts = config.optimizer
+        vision_parts = {"module.projector.*": parts.projector, "*": parts.vision}
+        self.vision = _optimizer(config, [vision], vision_groups, vision_parts)
+        self.language = _optimizer(config, language, language_groups, {"*": parts.language})
+        self.sides = tuple(side for side in (self.vision, self.language) if side is not None)
+        # Kept here, because a checkpoint brings the factors of its own time.
+        self._factors = [[(group["lr_mult"], group["wd_mult"]) for group in side.param_groups] for side in self.sides]
 
     def set_learning_rate(self, step: int) -> float:
-        """Set both optimizers' rates for a step counted from 0 and return the language model's."""
+        """Set the rates and weight decays for a step counted from 0; returns the rate that parts have factors on."""
         rate = learning_rate(self.config, step, self.num_steps)
-        for optimizer, scale in ((self.language, 1.0), (self.vision, self.config.vision_learning_rate_scale)):
-            for group in optimizer.param_groups:
-                group["lr"] = rate * scale
+        for optimizer, factors in zip(self.sides, self._factors, strict=True):
+            for group, (rate_factor, decay_factor) in zip(optimizer.param_groups, factors, strict=True):
+                group["lr"] = rate * rate_factor
+                group["weight_decay"] = self.config.weight_decay * decay_factor
         return rate
 
     def zero_grad(self) -> None:
@@ -89,12 +97,12 @@ class JointOptimizer:
         Megatron Core's plain optimizers leave `param.grad` as an alias of the DDP buffer: kept, the next backward would
         add every gradient twice.
         """
-        for optimizer in (self.vision, self.language):
+        for optimizer in self.sides:
             optimizer.zero_grad()
 
     def reload_parameters(self) -> None:
         """Take over weights that were put into the modules from outside (the optimizers keep fp32 copies in bf16)."""
-        for optimizer in (self.vision, self.language):
+        for optimizer in self.sides:
             optimizer.reload_model_params()
 
     @torch.no_grad()
@@ -103,13 +111,12 @@ class JointOptimizer:
 
         In bf16 nothing else looks: without a loss scaler Megatron Core applies non-finite gradients.
         """
-        sides = (self.vision, self.language)
-        for optimizer in sides:
+        for optimizer in self.sides:
             optimizer.prepare_grads()
-        grad_norm = math.sqrt(sum(float(optimizer.get_grad_norm()) ** 2 for optimizer in sides))
+        grad_norm = math.sqrt(sum(float(optimizer.get_grad_norm()) ** 2 for optimizer in self.sides))
         if not math.isfinite(grad_norm):
             return UpdateResult(grad_norm, updated=False)
-        for optimizer in sides:
+        for optimizer in self.sides:
             parameters: list[torch.Tensor] = [*optimizer.get_parameters()]
             if self.config.clip_grad_norm is not None and parameters:
                 clip_grad_by_total_norm_fp32(parameters, self.config.clip_grad_norm, grad_norm)
@@ -118,8 +125,21 @@ class JointOptimizer:
 
 
 def _optimizer(
-    config: RunConfig, modules: Sequence[DistributedDataParallel], groups: ProcessGroupCollection
-) -> MegatronOptimizer:
+    config: RunConfig,
+    modules: Sequence[DistributedDataParallel],
+    groups: ProcessGroupCollection,
+    parts: Mapping[str, PartConfig],
+) -> MegatronOptimizer | None:
+    """Optimizer of one side; None if none of its parts is trainable.
+
+    Args:
+        config: of the run.
+        modules: the side's module, or its chunks.
+        groups: process groups of the side.
+        parts: parts of the side by a pattern of their parameters' names; the first that fits counts.
+    """
+    if not any(part.trainable for part in parts.values()):
+        return None
     optimizer = config.optimizer
     dtype = torch_dtype(config.dtype)
     settings: dict[str, Any] = {
@@ -136,11 +156,27 @@ def _optimizer(
         "params_dtype": dtype,
         "use_distributed_optimizer": _is_sharded(optimizer),
     }
-    # No overrides: weight decay on every parameter, as InternVL's DeepSpeed runs have it.
     return get_megatron_optimizer(
         CoreOptimizerConfig(**settings),
         list(modules),
-        config_overrides={},
+        config_overrides={
+            ParamKey(with_name_predicate=ParamWithNamePredicate(f"{pattern}/{decays}", _fits(parts, pattern, decays))): {
+                "lr_mult": part.learning_rate_scale,
+                "wd_mult": 1.0 if decays else 0.0,
+            }
+            for pattern, part in parts.items()
+            for decays in (True, False)
+        },
         use_gloo_process_groups=False,
         pg_collection=groups,
     )
+
+
+def _fits(parts: Mapping[str, PartConfig], pattern: str, decays: bool) -> Callable[[torch.nn.Parameter, str], bool]:
+    """Whether a parameter belongs to a part, and weight decay applies to it or not."""
+
+    def fits(parameter: torch.nn.Parameter, name: str) -> bool:
+        first = next(candidate for candidate in parts if fnmatch(name, candidate))
+        return first == pattern and decays == (parts[pattern].decay == "all" or parameter.dim() > 1)
+
+    return fits

@@ -82,6 +82,8 @@ class Step:
             tokens_per_row=config.data.tokens_per_row,
             sequence_parallel=config.parallel.sequence_parallel,
         )
+        parts = config.optimizer
+        self._trains_vision = parts.vision.trainable or parts.projector.trainable
         self._part = slice(*groups.layout.row_slice(groups.rank, config.data.tokens_per_row))
         self._p2p = P2PCommunicator(groups.language.pp, model.language[0].config)
 
@@ -163,7 +165,7 @@ class Step:
         rate = vision.drop_path_rate if training else 0.0
         scale = residual_scale(rate, vision.num_layers, numbers, self.config.seed, step)
         on_device = None if scale is None else self.device.put(scale)
-        keep_graph = training and not self.config.parallel.vision_recompute
+        keep_graph = training and self._trains_vision and not self.config.parallel.vision_recompute
         with torch.set_grad_enabled(keep_graph):
             output = self.vision(mine, on_device)
         return EncodedChunk(mine, on_device, num_real, output)
@@ -182,7 +184,7 @@ class Step:
             number = next(numbers)
             takes_images = store is not None and language.module.pre_process
             row = device_row(agreement.rows[number], self.config.model.language, self.device, self._part)
-            images = store.row(number, requires_grad=training) if takes_images else None
+            images = store.row(number, training and self._trains_vision) if takes_images else None
             output = language(row.token_ids, row.packed, self._image_tokens(images), row.target_positions)
             return output, lambda logits: self._row_loss(logits, row, self._loss_scale(agreement, number))
 
@@ -217,7 +219,7 @@ class Step:
 
     def _backprop(self, plan: TilePlan, store: EmbeddingStore | None, chunks: list[EncodedChunk]) -> None:
         """Bring the gradients of the embeddings back and run the vision side backward."""
-        if store is None:
+        if store is None or not self._trains_vision:
             return
         gradients = self.exchange.send_gradients(plan, store.gradients())
         last = len(chunks) - 1
@@ -237,8 +239,9 @@ class Step:
 
     def _reduce(self, agreement: StepAgreement) -> None:
         """Sum gradients over the copies of each module; both are already divided by the global weight."""
-        finalize_model_grads(list[torch.nn.Module](self.language), None, pg_collection=self.groups.language)
-        if len(agreement.table):
+        if self.config.optimizer.language.trainable:
+            finalize_model_grads(list[torch.nn.Module](self.language), None, pg_collection=self.groups.language)
+        if len(agreement.table) and self._trains_vision:
             finalize_model_grads([self.vision], None, pg_collection=self.groups.vision)
 
     def _total(self, losses: list[Tensor]) -> float:

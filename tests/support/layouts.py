@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from internvl_megatron.config.schema import DataConfig, ModelConfig, OptimizerConfig, ParallelConfig, RunConfig
+from internvl_megatron.config.schema import DataConfig, ModelConfig, OptimizerConfig, ParallelConfig, PartConfig, RunConfig
 from internvl_megatron.data.step_rows import ImageKey
 from internvl_megatron.parallel.layout import Layout
 from tests.support.models import small_model
@@ -70,7 +70,8 @@ ADAMW = OptimizerConfig(
     beta2=0.95,
     eps=1e-3,
     clip_grad_norm=1.0,
-    vision_learning_rate_scale=0.5,
+    vision=PartConfig(learning_rate_scale=0.5),
+    projector=PartConfig(learning_rate_scale=0.5),
 )
 
 
