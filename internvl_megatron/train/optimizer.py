@@ -6,16 +6,16 @@ must be joint is joined here: the global gradient norm, clipping by it, and that
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from fnmatch import fnmatch
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig as CoreOptimizerConfig
-from megatron.core.optimizer.optimizer_config import ParamKey, ParamWithNamePredicate
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.optimizer.optimizer_config import ParamKey, ParamWithNamePredicate
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import MegatronModule
 
@@ -160,7 +160,9 @@ def _optimizer(
         CoreOptimizerConfig(**settings),
         list(modules),
         config_overrides={
-            ParamKey(with_name_predicate=ParamWithNamePredicate(f"{pattern}/{decays}", _fits(parts, pattern, decays))): {
+            ParamKey(
+                with_name_predicate=ParamWithNamePredicate(f"{pattern}/{decays}", _fits(parts, pattern, decays))
+            ): {
                 "lr_mult": part.learning_rate_scale,
                 "wd_mult": 1.0 if decays else 0.0,
             }

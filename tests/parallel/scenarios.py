@@ -1,10 +1,13 @@
 """What is trained under which layouts."""
 
-from internvl_megatron.config.schema import LossConfig
-from tests.support.layouts import ADAMW, LAYOUTS, Scenario
+from dataclasses import replace
+
+from internvl_megatron.config.schema import LossConfig, PartConfig
+from tests.support.layouts import ADAMW, LAYOUTS, SGD, Scenario
 
 _TWO_STEPS = {"num_steps": 2}
 _DROP_PATH = 0.5
+_FROZEN = PartConfig(trainable=False)
 
 SCENARIOS = {
     "300m": Scenario(),
@@ -19,6 +22,23 @@ SCENARIOS = {
     "recompute": Scenario(parallel_changes={"vision_recompute": True}, changes=_TWO_STEPS),
     "small_chunks": Scenario(parallel_changes={"vision_chunk_tiles": 1}, changes=_TWO_STEPS),
     "large_chunks": Scenario(parallel_changes={"vision_chunk_tiles": 16}, changes=_TWO_STEPS),
+    # Parts that are frozen, or trained in ways of their own.
+    "frozen_vision": Scenario(changes={"optimizer": replace(SGD, vision=_FROZEN), **_TWO_STEPS}),
+    "frozen_vision_side": Scenario(
+        changes={"optimizer": replace(ADAMW, vision=_FROZEN, projector=_FROZEN), **_TWO_STEPS}
+    ),
+    "projector_only": Scenario(changes={"optimizer": replace(ADAMW, vision=_FROZEN, language=_FROZEN), **_TWO_STEPS}),
+    "frozen_language": Scenario(changes={"optimizer": replace(SGD, language=_FROZEN), **_TWO_STEPS}),
+    "own_ways": Scenario(
+        changes={
+            "optimizer": replace(
+                ADAMW,
+                vision=PartConfig(learning_rate_scale=0.1, decay="matrices"),
+                projector=PartConfig(learning_rate_scale=3.0),
+                language=PartConfig(decay="matrices"),
+            )
+        }
+    ),
     # Steps with little or nothing in them, and steps that go wrong.
     "text": Scenario(rows="text", changes=_TWO_STEPS),
     "one_tile": Scenario(rows="one_tile", changes=_TWO_STEPS),
@@ -50,6 +70,9 @@ LAYOUTS_OF = {name: ["TP2xPP2"] for name in SCENARIOS} | {
     "sample_weights": ["1"],
     "window": ["DP2", "TP2xPP2"],
     "large_chunks": ["1"],
+    "frozen_vision": ["1", "DP2", "TP2xPP2"],
+    "projector_only": ["1", "TP2+SPxPP2"],
+    "own_ways": ["1", "TP2xDP2", "PP2xVPP2"],
     "text": ["1", "TP2xPP2", "CP2xPP2"],
     "one_tile": ["DP2", "TP2xPP2", "TP2xCP2"],
     "no_targets": ["1", "TP2xPP2", "CP2"],

@@ -3,7 +3,14 @@
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from internvl_megatron.config.schema import DataConfig, ModelConfig, OptimizerConfig, ParallelConfig, PartConfig, RunConfig
+from internvl_megatron.config.schema import (
+    DataConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    PartConfig,
+    RunConfig,
+)
 from internvl_megatron.data.step_rows import ImageKey
 from internvl_megatron.parallel.layout import Layout
 from tests.support.models import small_model

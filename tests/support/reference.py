@@ -37,10 +37,11 @@ def train_reference(scenario: Scenario, ranks: Ranks) -> Trained:
             result.updated.append(False)
             continue
         loss.backward()
-        for parameter in reference.parameters():
+        trained = [parameter for parameter in reference.parameters() if parameter.requires_grad]
+        for parameter in trained:
             parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
         limit = config.optimizer.clip_grad_norm or math.inf
-        norm = torch.nn.utils.clip_grad_norm_(reference.parameters(), limit).item()
+        norm = torch.nn.utils.clip_grad_norm_(trained, limit).item()
         if step == 0:
             result.gradients = our_tensors(gradients_of(reference), config.model)
         result.losses.append(loss.item())
@@ -133,18 +134,19 @@ def _loss(reference: torch.nn.Module, data: StepData, config: RunConfig, num_rep
 
 
 def _optimizer(reference: torch.nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
-    vision = [p for n, p in reference.named_parameters() if "vision_tower" in n or "multi_modal_projector" in n]
-    language = [p for n, p in reference.named_parameters() if "language_model" in n or "lm_head" in n]
-    assert len(vision) + len(language) == len(list(reference.parameters())), (
-        "every parameter is on one of the two sides"
-    )
-    groups = [{"params": vision, "scale": config.vision_learning_rate_scale}, {"params": language, "scale": 1.0}]
+    """One group for every parameter: its part says its rate, its decay, and whether it is trained at all."""
+    groups = []
+    for name, parameter in reference.named_parameters():
+        part = config.vision if "vision_tower" in name else config.language
+        part = config.projector if "multi_modal_projector" in name else part
+        parameter.requires_grad_(part.trainable)
+        decays = part.decay == "all" or parameter.dim() > 1
+        if part.trainable:
+            decay = config.weight_decay if decays else 0.0
+            groups.append({"params": [parameter], "scale": part.learning_rate_scale, "weight_decay": decay})
     if config.name == "sgd":
-        return torch.optim.SGD(groups, lr=config.learning_rate, weight_decay=config.weight_decay)
-    betas = (config.beta1, config.beta2)
-    return torch.optim.AdamW(
-        groups, lr=config.learning_rate, betas=betas, eps=config.eps, weight_decay=config.weight_decay
-    )
+        return torch.optim.SGD(groups, lr=config.learning_rate)
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), eps=config.eps)
 
 
 def _rate(config: OptimizerConfig, step: int, num_steps: int) -> float:

@@ -99,7 +99,7 @@ def _train(
         if number == 0:
             if config.optimizer.name == "sgd":
                 result.gradients = {
-                    name: _array(parameter.main_grad)  # pyright: ignore[reportAttributeAccessIssue]
+                    name: _array(parameter.main_grad if parameter.requires_grad else torch.zeros_like(parameter))  # pyright: ignore[reportAttributeAccessIssue]
                     for name, parameter in model.named_parameters()
                 }
             if overflow is not None:
