@@ -49,9 +49,9 @@ class Fields:
         """An object inside this one."""
         return Fields(self.path, self._get(name, dict, default), f"{self.prefix}{name}.")
 
-    def size(self, name: str, default: Any = ...) -> int:
-        """A whole number from 1 on, not absurdly large."""
-        value: Any = self._get(name, int, default)
+    def size(self, name: str, default: Any = ...) -> Any:
+        """A whole number from 1 on, not absurdly large; or the default."""
+        value = self._get(name, int, default)
         if value is not None and not 1 <= value <= LARGEST_SIZE:
             raise CheckpointError(f"{self.path}: {self.prefix}{name} must be 1 to {LARGEST_SIZE}")
         return value

@@ -156,19 +156,19 @@ def _optimizer(
         "params_dtype": dtype,
         "use_distributed_optimizer": _is_sharded(optimizer),
     }
+    # Only these two of the keys that Megatron Core's type lists for a group differ; `set_learning_rate` applies them.
+    overrides: Any = {
+        ParamKey(with_name_predicate=ParamWithNamePredicate(f"{pattern}/{decays}", _fits(parts, pattern, decays))): {
+            "lr_mult": part.learning_rate_scale,
+            "wd_mult": 1.0 if decays else 0.0,
+        }
+        for pattern, part in parts.items()
+        for decays in (True, False)
+    }
     return get_megatron_optimizer(
         CoreOptimizerConfig(**settings),
         list(modules),
-        config_overrides={
-            ParamKey(
-                with_name_predicate=ParamWithNamePredicate(f"{pattern}/{decays}", _fits(parts, pattern, decays))
-            ): {
-                "lr_mult": part.learning_rate_scale,
-                "wd_mult": 1.0 if decays else 0.0,
-            }
-            for pattern, part in parts.items()
-            for decays in (True, False)
-        },
+        config_overrides=overrides,
         use_gloo_process_groups=False,
         pg_collection=groups,
     )

@@ -176,22 +176,24 @@ class Step:
         """Run the language model over the window; losses of its rows on the last stage, nothing elsewhere."""
         layout = self.groups.layout
         interleaved = layout.virtual_size > 1
+        chunks = list[torch.nn.Module](self.language)
         schedule = get_forward_backward_func(layout.pipeline_size, layout.virtual_size if interleaved else None)
 
         def forward_step(
             numbers: Iterator[int], language: DistributedDataParallel
         ) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]]:
             number = next(numbers)
-            takes_images = store is not None and language.module.pre_process
+            images = None
+            if store is not None and language.module.pre_process:
+                images = store.row(number, requires_grad=training and self._trains_vision)
             row = device_row(agreement.rows[number], self.config.model.language, self.device, self._part)
-            images = store.row(number, training and self._trains_vision) if takes_images else None
             output = language(row.token_ids, row.packed, self._image_tokens(images), row.target_positions)
             return output, lambda logits: self._row_loss(logits, row, self._loss_scale(agreement, number))
 
         return schedule(
             forward_step_func=forward_step,
             data_iterator=[iter(rows) for _ in self.language] if interleaved else iter(rows),
-            model=self.language if interleaved else self.language[0],
+            model=chunks if interleaved else chunks[0],
             num_microbatches=len(rows),
             seq_length=self.config.data.tokens_per_row,
             micro_batch_size=1,

@@ -43,6 +43,7 @@ def test_overrides_are_read_by_type() -> None:
         ("num_steps=null", "is not a whole number"),
         ("dtype=fp8", "is not one of fp32, bf16"),
         ("parallel.sequence_parallel=1", "is not true or false"),
+        ("parallel.stage_layers=3,x", "is not whole numbers, like 3,3,2"),
     ],
 )
 def test_wrong_overrides_say_what_to_do(text: str, message: str) -> None:
@@ -110,6 +111,26 @@ def test_plan_derives_the_layout() -> None:
     assert (made.rows_per_replica, made.stage_layers, made.padded_vocab_size) == (4, (2, 2), 512)
 
 
+def test_plan_of_a_split_row_and_an_interleaved_pipeline() -> None:
+    settings = [
+        "parallel.context_size=2",
+        "parallel.virtual_size=2",
+        "parallel.stage_layers=1, 1,1,1",
+        "rows_per_step=4",
+    ]
+    made = plan(apply_overrides(demo_digits(), settings), world_size=8)
+    assert str(made.layout) == "TP2 x CP2 x PP2 x VPP2 x DP1"
+    assert made.stage_layers == (1, 1, 1, 1)
+
+
+def test_stage_layers_survive_json(tmp_path: Path) -> None:
+    config = apply_overrides(demo_digits(), ["parallel.stage_layers=3,1"])
+    assert config.parallel.stage_layers == (3, 1)
+    (tmp_path / "config.json").write_text(to_json(config))
+    assert from_json(tmp_path / "config.json") == config
+    assert apply_overrides(config, ["parallel.stage_layers=null"]).parallel.stage_layers is None
+
+
 def test_vocabulary_padding_does_not_depend_on_the_layout() -> None:
     assert [padded_vocab_size(size) for size in (1, 512, 513, 151674)] == [512, 512, 1024, 152064]
 
@@ -120,6 +141,39 @@ def test_vocabulary_padding_does_not_depend_on_the_layout() -> None:
         ([], 6, "does not divide the 6 ranks"),
         (["rows_per_step=3"], 8, "rows_per_step=3 must be a multiple of the 2 replicas"),
         (["parallel.pipeline_size=3"], 6, "pipeline_size=3 must divide model.language.num_layers=4"),
+        (["parallel.pipeline_size=3"], 6, "parallel.stage_layers=2,1,1"),
+        (["parallel.stage_layers=3,2"], 4, "must be 2 numbers .* that add up to model.language.num_layers=4"),
+        (["parallel.stage_layers=4"], 4, "must be 2 numbers"),
+        (["parallel.stage_layers=4,0"], 4, "every stage needs a layer"),
+        (["parallel.virtual_size=2", "parallel.pipeline_size=1"], 2, "needs parallel.pipeline_size > 1"),
+        (["parallel.virtual_size=2", "rows_per_step=3"], 4, "are 3, which must be a multiple of 2"),
+        (["parallel.virtual_size=2", "parallel.vision_window_rows=1"], 4, "vision_window_rows are 1, which must be"),
+        (["parallel.context_size=3"], 12, "x parallel.context_size=3 must divide model.language.num_heads=4"),
+        (["parallel.context_size=2"], 6, "tensor_size=2 x parallel.pipeline_size=2 x parallel.context_size=2 = 8"),
+        (
+            ["parallel.context_size=2", "data.tokens_per_row=1794"],
+            8,
+            "multiple of parallel.tensor_size=2 x parallel.context",
+        ),
+        (
+            [
+                "model.language.num_kv_heads=3",
+                "model.language.num_heads=12",
+                "parallel.context_size=2",
+                "parallel.tensor_size=1",
+            ],
+            4,
+            "must divide the 3 key/value heads",
+        ),
+        (
+            [
+                "optimizer.vision.trainable=false",
+                "optimizer.projector.trainable=false",
+                "optimizer.language.trainable=false",
+            ],
+            4,
+            "no part is trainable",
+        ),
         (["parallel.tensor_size=3"], 6, "tensor_size=3 must divide model.language.num_heads=4"),
         (["parallel.tensor_size=1", "parallel.sequence_parallel=true"], 2, "sequence_parallel=true needs"),
         (["data.tokens_per_row=1791"], 4, "must be a multiple of parallel.tensor_size=2"),
