@@ -154,7 +154,7 @@ def benchmark_config(model: str, device: str, dtype: str, num_steps: int) -> tup
         model=INTERNVL3["1B"],
         data=data,
         optimizer=optimizer,
-        parallel=ParallelConfig(vision_recompute=True),
+        parallel=ParallelConfig(vision_recompute="full"),
         rows_per_step=2,
         num_steps=num_steps,
     )

@@ -108,7 +108,7 @@ def _sft(size: str, drop_path_rate: float = 0.0, tensor_size: int = 1, pipeline_
             tensor_size=tensor_size,
             pipeline_size=pipeline_size,
             sequence_parallel=tensor_size > 1,
-            vision_recompute=True,
+            vision_recompute="full",
             vision_window_rows=4,
         ),
         optimizer=OptimizerConfig(learning_rate=8e-5),

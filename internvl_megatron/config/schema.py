@@ -95,8 +95,12 @@ class ParallelConfig:
     """Micro-batches whose images are encoded together; None = all micro-batches of a step."""
     vision_chunk_tiles: int = 16
     """Tiles one rank runs through the vision encoder at a time; bounds activation memory."""
-    vision_recompute: bool = False
-    """Run the vision encoder's forward again in backward instead of keeping its activations."""
+    vision_recompute: Literal["none", "layer", "full"] = "none"
+    """What of the vision encoder is computed again in backward instead of kept: nothing; every layer from its input; or
+    everything from the uint8 tiles, chunk by chunk."""
+    language_recompute: Literal["none", "selective", "full"] = "none"
+    """What of the language model is computed again in backward: nothing; attention inside every layer; or every layer from
+    its input."""
     collective_timeout_seconds: int = 600
 
 

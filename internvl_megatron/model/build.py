@@ -15,6 +15,7 @@ from internvl_megatron.device import Device
 from internvl_megatron.errors import CheckpointError
 from internvl_megatron.model.initial import fresh_parameter
 from internvl_megatron.model.language import LanguageModel, language_transformer_config
+from internvl_megatron.model.layer_specs import recompute_settings
 from internvl_megatron.model.vision import VisionTower, vision_transformer_config
 from internvl_megatron.parallel.groups import Groups
 from internvl_megatron.parallel.host import gather_integers
@@ -77,7 +78,8 @@ def build_model(config: RunConfig, groups: Groups, device: Device, initialize: b
     dtype = torch_dtype(config.dtype)
     # Sequence parallelism forks Megatron Core's random state around dropout, even at rate 0: it has to exist.
     model_parallel_cuda_manual_seed(config.seed, tp_rank=groups.language.tp.rank(), ep_rank=0, etp_rank=0)
-    vision_config = vision_transformer_config(config.model, dtype)
+    by_layer = "layer" if config.parallel.vision_recompute == "layer" else "none"
+    vision_config = vision_transformer_config(config.model, dtype, **recompute_settings(by_layer))
     language_config = language_transformer_config(config, dtype)
     model = Model(
         vision=VisionTower(config.model, vision_config, groups.vision, device.torch_device),

@@ -20,7 +20,7 @@ from internvl_megatron.config.plan import padded_vocab_size, stage_layers
 from internvl_megatron.config.schema import LanguageConfig, RunConfig
 from internvl_megatron.device import AttentionKernel
 from internvl_megatron.model.attention import PackedRow
-from internvl_megatron.model.layer_specs import language_block, shared_settings
+from internvl_megatron.model.layer_specs import language_block, recompute_settings, shared_settings
 
 
 def language_transformer_config(config: RunConfig, dtype: torch.dtype) -> TransformerConfig:
@@ -41,6 +41,7 @@ def language_transformer_config(config: RunConfig, dtype: torch.dtype) -> Transf
         add_bias_linear=False,
         add_qkv_bias=language.qkv_bias,
         **shared_settings(dtype),
+        **recompute_settings(parallel.language_recompute),
         tensor_model_parallel_size=parallel.tensor_size,
         pipeline_model_parallel_size=parallel.pipeline_size,
         context_parallel_size=parallel.context_size,

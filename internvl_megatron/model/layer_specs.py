@@ -1,7 +1,7 @@
 """Which module sits in which slot of a Megatron Core layer: the one place where that is chosen."""
 
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
@@ -38,6 +38,15 @@ def shared_settings(dtype: torch.dtype) -> dict[str, Any]:
         "masked_softmax_fusion": False,
         "persist_layer_norm": False,
     }
+
+
+def recompute_settings(what: Literal["none", "selective", "layer", "full"]) -> dict[str, Any]:
+    """Megatron Core's settings for activations that are computed again: of attention alone, or of every layer."""
+    if what == "none":
+        return {}
+    if what == "selective":
+        return {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]}
+    return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
 
 
 def plain_norm(config: TransformerConfig, hidden_size: int, eps: float) -> torch.nn.Module:

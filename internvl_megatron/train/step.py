@@ -165,7 +165,7 @@ class Step:
         rate = vision.drop_path_rate if training else 0.0
         scale = residual_scale(rate, vision.num_layers, numbers, self.config.seed, step)
         on_device = None if scale is None else self.device.put(scale)
-        keep_graph = training and self._trains_vision and not self.config.parallel.vision_recompute
+        keep_graph = training and self._trains_vision and self.config.parallel.vision_recompute != "full"
         with torch.set_grad_enabled(keep_graph):
             output = self.vision(mine, on_device)
         return EncodedChunk(mine, on_device, num_real, output)
@@ -230,7 +230,7 @@ class Step:
             gradient = gradients[first_tile : first_tile + chunk.num_real_tiles]
             first_tile += chunk.num_real_tiles
             output = chunk.output
-            if self.config.parallel.vision_recompute:
+            if self.config.parallel.vision_recompute == "full":
                 output = self.vision(chunk.tiles, chunk.residual_scale)
             if chunk.num_real_tiles == 0:
                 gradient = torch.zeros_like(output)

@@ -19,7 +19,12 @@ SCENARIOS = {
     # How the vision side does its work must not matter.
     "window": Scenario(parallel_changes={"vision_window_rows": 1}, changes=_TWO_STEPS),
     "uneven_window": Scenario(parallel_changes={"vision_window_rows": 3}, changes=_TWO_STEPS),
-    "recompute": Scenario(parallel_changes={"vision_recompute": True}, changes=_TWO_STEPS),
+    "recompute": Scenario(
+        parallel_changes={"vision_recompute": "full", "language_recompute": "full"}, changes=_TWO_STEPS
+    ),
+    "recompute_less": Scenario(
+        parallel_changes={"vision_recompute": "layer", "language_recompute": "selective"}, changes=_TWO_STEPS
+    ),
     "small_chunks": Scenario(parallel_changes={"vision_chunk_tiles": 1}, changes=_TWO_STEPS),
     "large_chunks": Scenario(parallel_changes={"vision_chunk_tiles": 16}, changes=_TWO_STEPS),
     # Parts that are frozen, or trained in ways of their own.
@@ -56,7 +61,7 @@ SCENARIOS = {
     "bf16": Scenario(changes={"dtype": "bf16", "optimizer": ADAMW}),
     "drop_path_otherwise": Scenario(
         drop_path_rate=_DROP_PATH,
-        parallel_changes={"vision_recompute": True, "vision_window_rows": 1, "vision_chunk_tiles": 1},
+        parallel_changes={"vision_recompute": "full", "vision_window_rows": 1, "vision_chunk_tiles": 1},
         changes=_TWO_STEPS,
     ),
 }
@@ -69,6 +74,8 @@ LAYOUTS_OF = {name: ["TP2xPP2"] for name in SCENARIOS} | {
     "micro_batch": ["1", "DP2", "TP2xPP2"],
     "sample_weights": ["1"],
     "window": ["DP2", "TP2xPP2"],
+    "recompute": ["1", "TP2xPP2", "TP2+SPxCP2"],
+    "recompute_less": ["1", "TP2+SPxPP2xVPP2"],
     "large_chunks": ["1"],
     "frozen_vision": ["1", "DP2", "TP2xPP2"],
     "projector_only": ["1", "TP2+SPxPP2"],
