@@ -29,6 +29,22 @@ class TokenSlice:
     """int64 [n], its place in this rank's slice of the row."""
 
 
+@dataclass(frozen=True)
+class Route:
+    """Tokens between one rank and all ranks on the other side."""
+
+    tokens: np.ndarray
+    """int64 [n], by the other side's rank and ascending for each."""
+    counts: np.ndarray
+    """int64 [world], tokens for each of them."""
+
+    @classmethod
+    def ordered(cls, others: np.ndarray, tokens: np.ndarray, world_size: int) -> "Route":
+        """From pairs of the other side's rank and a token, in any order."""
+        order = np.lexsort((tokens, others))
+        return cls(tokens[order], np.bincount(others, minlength=world_size))
+
+
 class Exchange:
     """The three all-to-alls of the decoupled schedule, as one rank takes part in them."""
 
@@ -68,7 +84,7 @@ class Exchange:
 
     def owned(self, plan: TilePlan) -> TokenSlice:
         """The image tokens this rank puts into its slice of the sequence; none outside the first stage."""
-        tokens = self._tokens(plan, None, self.groups.rank, for_gradients=False)
+        tokens = self._tokens(plan, self.groups.rank, for_gradients=False)
         tile, place = np.divmod(tokens, self.tokens_per_tile)
         first, _ = self._bounds(self.groups.rank, for_gradients=False)
         return TokenSlice(tokens, plan.table.row[tile], plan.table.start[tile] + place - first)
@@ -83,16 +99,15 @@ class Exchange:
         Returns:
             [n, D], the tokens of `owned(plan)` in its order.
         """
-        rank = self.groups.rank
-        outgoing = self._routes(plan, encoder=rank, for_gradients=False)
-        incoming = self._routes(plan, owner=rank, for_gradients=False)
+        outgoing = self._of_encoder(plan, self.groups.rank, for_gradients=False)
+        incoming = self._of_owner(plan, self.groups.rank, for_gradients=False)
         received = self._all_to_all(
-            embeddings.flatten(0, 1)[self._index(self._local(plan, np.concatenate(outgoing)))],
-            _lengths(outgoing),
-            _lengths(incoming),
+            embeddings.flatten(0, 1)[self._index(self._local(plan, outgoing.tokens))],
+            outgoing.counts,
+            incoming.counts,
             self.groups.embeddings,
         )
-        return received[self._index(np.argsort(np.concatenate(incoming), kind="stable"))]
+        return received[self._index(np.argsort(incoming.tokens, kind="stable"))]
 
     def send_gradients(self, plan: TilePlan, gradients: Tensor) -> Tensor:
         """Send the gradients of embeddings back to the ranks that computed them.
@@ -104,40 +119,47 @@ class Exchange:
         Returns:
             [e, K, D], gradients of the tiles this rank encoded, in table order.
         """
-        rank = self.groups.rank
-        outgoing = self._routes(plan, owner=rank, for_gradients=True)
-        incoming = self._routes(plan, encoder=rank, for_gradients=True)
-        mine = self._tokens(plan, None, rank, for_gradients=False)
+        outgoing = self._of_owner(plan, self.groups.rank, for_gradients=True)
+        incoming = self._of_encoder(plan, self.groups.rank, for_gradients=True)
+        mine = self._tokens(plan, self.groups.rank, for_gradients=False)
         received = self._all_to_all(
-            gradients[self._index(np.searchsorted(mine, np.concatenate(outgoing)))],
-            _lengths(outgoing),
-            _lengths(incoming),
+            gradients[self._index(np.searchsorted(mine, outgoing.tokens))],
+            outgoing.counts,
+            incoming.counts,
             self.groups.gradients,
         )
-        num_tiles = len(plan.tiles_of(rank))
+        num_tiles = len(plan.tiles_of(self.groups.rank))
         result = gradients.new_empty(num_tiles * self.tokens_per_tile, gradients.shape[-1])
-        result[self._index(self._local(plan, np.concatenate(incoming)))] = received
+        result[self._index(self._local(plan, incoming.tokens))] = received
         return result.unflatten(0, (num_tiles, self.tokens_per_tile))
 
-    def _routes(
-        self, plan: TilePlan, *, encoder: int | None = None, owner: int | None = None, for_gradients: bool
-    ) -> list[np.ndarray]:
-        """Tokens between one rank on a given side and every rank on the other, by the other's rank."""
-        others = range(self.groups.layout.world_size)
-        if encoder is not None:
-            return [self._tokens(plan, encoder, other, for_gradients) for other in others]
-        assert owner is not None, "give one side of the route"
-        return [self._tokens(plan, other, owner, for_gradients) for other in others]
+    def _of_encoder(self, plan: TilePlan, rank: int, for_gradients: bool) -> Route:
+        """What the encoder of some tiles has to do with their owners: who has which of its tokens."""
+        layout = self.groups.layout
+        tiles = plan.tiles_of(rank)
+        tokens = (tiles[:, None] * self.tokens_per_tile + np.arange(self.tokens_per_tile)).ravel()
+        tile, place = np.divmod(tokens, self.tokens_per_tile)
+        position = plan.table.start[tile] + place
+        ranks = np.array([layout.rank(tensor, 0, 0, context) for context in range(layout.context_size)
+                          for tensor in range(layout.tensor_size)])  # fmt: skip
+        bounds = np.array([self._bounds(owner, for_gradients) for owner in ranks.tolist()])
+        # Of the first replica; the others' ranks are farther by the same step.
+        inside = (position >= bounds[:, :1]) & (position < bounds[:, 1:])
+        which, token = np.nonzero(inside)
+        owners = ranks[which] + plan.table.replica[tile[token]] * layout.stage_size
+        return Route.ordered(owners, tokens[token], layout.world_size)
 
-    def _tokens(self, plan: TilePlan, encoder: int | None, owner: int, for_gradients: bool) -> np.ndarray:
-        """Tokens an owner has of the tiles of one encoder (None = of all), ascending."""
+    def _of_owner(self, plan: TilePlan, rank: int, for_gradients: bool) -> Route:
+        """What the owner of some tokens has to do with their encoders: who encoded which of them."""
+        tokens = self._tokens(plan, rank, for_gradients)
+        return Route.ordered(plan.encoder[tokens // self.tokens_per_tile], tokens, self.groups.layout.world_size)
+
+    def _tokens(self, plan: TilePlan, owner: int, for_gradients: bool) -> np.ndarray:
+        """Tokens an owner has, ascending; none outside the first stage."""
         layout = self.groups.layout
         if layout.stage(owner) != 0:
             return np.empty(0, dtype=np.int64)
-        chosen = plan.table.replica == layout.replica(owner)
-        if encoder is not None:
-            chosen &= plan.encoder == encoder
-        tiles = np.flatnonzero(chosen)
+        tiles = np.flatnonzero(plan.table.replica == layout.replica(owner))
         place = np.arange(self.tokens_per_tile)
         position = plan.table.start[tiles][:, None] + place
         first, end = self._bounds(owner, for_gradients)
@@ -176,7 +198,3 @@ def _inverse(permutation: np.ndarray) -> np.ndarray:
     inverse = np.empty_like(permutation)
     inverse[permutation] = np.arange(len(permutation))
     return inverse
-
-
-def _lengths(parts: list[np.ndarray]) -> np.ndarray:
-    return np.array([len(part) for part in parts], dtype=np.int64)

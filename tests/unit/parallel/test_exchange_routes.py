@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from internvl_megatron.device import Device
-from internvl_megatron.parallel.exchange import Exchange
+from internvl_megatron.parallel.exchange import Exchange, Route
 from internvl_megatron.parallel.layout import Layout
 from internvl_megatron.parallel.tile_plan import TilePlan, TileTable, plan_tiles
 
@@ -60,18 +60,23 @@ def test_both_ends_of_every_route_agree(
 ) -> None:
     plan = random_plan(layout, tokens_per_row)
     ends = exchanges(layout, sequence_parallel, tokens_per_row)
+    incoming = [by_rank(other._of_owner(plan, owner, for_gradients)) for owner, other in enumerate(ends)]
     for encoder, one in enumerate(ends):
-        outgoing = one._routes(plan, encoder=encoder, for_gradients=for_gradients)
-        for owner, other in enumerate(ends):
-            incoming = other._routes(plan, owner=owner, for_gradients=for_gradients)
-            np.testing.assert_array_equal(outgoing[owner], incoming[encoder])
+        outgoing = by_rank(one._of_encoder(plan, encoder, for_gradients))
+        for owner in range(layout.world_size):
+            np.testing.assert_array_equal(outgoing[owner], incoming[owner][encoder])
+
+
+def by_rank(route: Route) -> list[np.ndarray]:
+    """Tokens by the other side's rank."""
+    return np.split(route.tokens, np.cumsum(route.counts)[:-1])
 
 
 @pytest.mark.parametrize(("layout", "sequence_parallel", "tokens_per_row"), CASES)
 def test_every_tokens_gradient_comes_back_once(layout: Layout, sequence_parallel: bool, tokens_per_row: int) -> None:
     plan = random_plan(layout, tokens_per_row)
     returned = [
-        np.concatenate(one._routes(plan, owner=rank, for_gradients=True))
+        one._of_owner(plan, rank, for_gradients=True).tokens
         for rank, one in enumerate(exchanges(layout, sequence_parallel, tokens_per_row))
     ]
     assert sorted(np.concatenate(returned).tolist()) == list(range(plan.num_tiles * PER_TILE))
