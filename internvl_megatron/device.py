@@ -12,7 +12,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from internvl_megatron.errors import ConfigError
 
@@ -29,6 +29,10 @@ GPU_PACKAGES = ("transformer_engine", "apex", "flash_attn")
 
 # Dense bf16 tensor-core peak in FLOP/s by a part of the device name (vendor data sheets, without sparsity).
 PEAK_BF16_FLOPS = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "B200": 2250e12, "A100": 312e12}
+
+
+type Mark = Any
+"""A moment: the host's clock (float) on a CPU, an event in the stream (torch.cuda.Event) on a GPU."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +81,23 @@ class Device:
             import torch
 
             torch.cuda.synchronize()
+
+    def mark(self) -> Mark:
+        """This moment in what the device has been given to do; taking it makes nobody wait."""
+        if self.kind == "cpu":
+            return time.perf_counter()
+        import torch
+
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def seconds_since(self, first: Mark, later: Mark) -> float:
+        """A moment as seconds: of the clock that all processes share on a CPU, after the first moment on a GPU."""
+        if self.kind == "cpu":
+            return later
+        later.synchronize()
+        return first.elapsed_time(later) / 1000
 
     def peak_memory_bytes(self) -> int:
         """Highest memory use so far: allocated device memory on a GPU, resident memory of the process on a CPU."""

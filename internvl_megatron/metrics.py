@@ -48,6 +48,20 @@ class StepMetrics:
     """False if the optimizer left the parameters alone."""
     eval_loss: float | None = None
     """Loss of the held-out rows after this step; None = not measured."""
+    plan_seconds: float = 0.0
+    """Of the reporting rank, as the four below: agreeing on tiles and weights, planning."""
+    encode_seconds: float = 0.0
+    """Tiles to their ranks, vision encoder and projector forward, embeddings to their owners."""
+    decode_seconds: float = 0.0
+    """The language model's schedule, forward and backward, waiting for other stages included."""
+    backprop_seconds: float = 0.0
+    """Gradients back to the encoders, projector and vision encoder backward."""
+    update_seconds: float = 0.0
+    """Reducing gradients, clipping, both optimizers."""
+    most_tiles_per_rank: int = 0
+    """Tiles the busiest rank encoded; `num_tiles` over the number of ranks is the mean."""
+    sent_bytes: int = 0
+    """Tiles, embeddings and gradients that went from one rank to another."""
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,7 @@ from internvl_megatron.parallel.groups import make_groups
 from internvl_megatron.parallel.host import broadcast_bytes, sum_floats
 from internvl_megatron.ranks import RankInfo, joined
 from internvl_megatron.scaling.counts import parameter_counts, step_flops
+from internvl_megatron.train.phases import total_seconds
 from internvl_megatron.train.step import Step, StepResult
 
 log = logging.getLogger(__name__)
@@ -256,6 +257,9 @@ class Trainer:
                 num_skipped_samples=agreement.num_skipped_samples,
                 num_failed_images=agreement.num_failed_images,
                 eval_loss=eval_loss,
+                most_tiles_per_rank=result.most_tiles_per_rank,
+                sent_bytes=result.sent_bytes,
+                **{f"{name}_seconds": value for name, value in total_seconds(result.spans).items()},
             )
         )
 

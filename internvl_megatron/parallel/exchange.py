@@ -56,6 +56,8 @@ class Exchange:
         self.tokens_per_tile = tokens_per_tile
         self.tokens_per_row = tokens_per_row
         self.sequence_parallel = sequence_parallel
+        self.sent_bytes = 0
+        """What this rank has sent to others, since somebody set it to 0."""
 
     def send_tiles(self, plan: TilePlan, decoded: Tensor) -> Tensor:
         """Send decoded tiles to their encoders.
@@ -190,6 +192,8 @@ class Exchange:
 
     def _all_to_all(self, send: Tensor, sent: np.ndarray, received: np.ndarray, group: dist.ProcessGroup) -> Tensor:
         output = send.new_empty(int(received.sum()), *send.shape[1:])
+        to_others = int(sent.sum() - sent[self.groups.rank])
+        self.sent_bytes += to_others * send[:1].nbytes
         dist.all_to_all_single(output, send.contiguous(), received.tolist(), sent.tolist(), group=group)
         return output
 

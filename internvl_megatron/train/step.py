@@ -35,7 +35,8 @@ from internvl_megatron.parallel.host import sum_floats
 from internvl_megatron.parallel.tile_plan import TilePlan, plan_tiles
 from internvl_megatron.train.agreement import StepAgreement, agree, decoded_tiles
 from internvl_megatron.train.batch import DeviceRow, device_row
-from internvl_megatron.train.optimizer import JointOptimizer, distributed
+from internvl_megatron.train.optimizer import JointOptimizer, UpdateResult, distributed
+from internvl_megatron.train.phases import PhaseClock, Span
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,12 @@ class StepResult:
     updated: bool
     """False if the gradient norm was not finite or there was nothing to learn from."""
     agreement: StepAgreement
+    most_tiles_per_rank: int
+    """Tiles the busiest rank encoded."""
+    sent_bytes: int
+    """Tiles, embeddings and gradients that went from one rank to another, over all ranks."""
+    spans: list[Span]
+    """When each phase ran on this rank; not the same on every rank."""
 
 
 @dataclass
@@ -85,6 +92,7 @@ class Step:
         parts = config.optimizer
         self._trains_vision = parts.vision.trainable or parts.projector.trainable
         self._part = slice(*groups.layout.row_slice(groups.rank, config.data.tokens_per_row))
+        self.clock = PhaseClock(device)
         self._p2p = P2PCommunicator(groups.language.pp, model.language[0].config)
 
     def run(
@@ -98,24 +106,42 @@ class Step:
             num_skipped_samples: samples this replica's leader has left out so far; 0 on the other ranks.
             stop_requested: this rank was asked to stop; shared with all ranks through the result.
         """
-        tiles_per_row = self.config.data.tiles_per_row
-        agreement = agree(batch, self.groups, tiles_per_row, num_skipped_samples, stop_requested)
+        phase, losses = self.clock.phase, []
+        self.clock.clear()
+        self.exchange.sent_bytes = 0
+        with phase("plan"):
+            agreement = agree(batch, self.groups, self.config.data.tiles_per_row, num_skipped_samples, stop_requested)
         for module in (self.vision, *self.language):
             module.train()
             module.zero_grad_buffer()
         self.optimizer.zero_grad()
-        losses = []
+        tiles_per_rank = np.zeros(self.groups.layout.world_size, dtype=np.int64)
         for rows in self._windows(len(agreement.rows)):
-            plan = self._plan(agreement, rows)
-            store, chunks = self._encode(plan, batch, rows, step, training=True)
-            losses += self._decode(agreement, rows, store, training=True)
-            self._backprop(plan, store, chunks)
-        self._reduce(agreement)
-        rate = self.optimizer.set_learning_rate(step)
-        if agreement.row_weights.sum() == 0:
-            return StepResult(0.0, 0.0, rate, updated=False, agreement=agreement)
-        update = self.optimizer.clip_and_step()
-        return StepResult(self._total(losses), update.grad_norm, rate, update.updated, agreement)
+            with phase("plan"):
+                plan = self._plan(agreement, rows)
+            tiles_per_rank += np.bincount(plan.encoder, minlength=len(tiles_per_rank))
+            with phase("encode"):
+                store, chunks = self._encode(plan, batch, rows, step, training=True)
+            with phase("decode"):
+                losses += self._decode(agreement, rows, store, training=True)
+            with phase("backprop"):
+                self._backprop(plan, store, chunks)
+        with phase("update"):
+            self._reduce(agreement)
+            rate = self.optimizer.set_learning_rate(step)
+            has_targets = agreement.row_weights.sum() > 0
+            update = self.optimizer.clip_and_step() if has_targets else UpdateResult(0.0, updated=False)
+        loss, sent_bytes = self._totals(losses)
+        return StepResult(
+            loss=loss,
+            grad_norm=update.grad_norm,
+            learning_rate=rate,
+            updated=update.updated,
+            agreement=agreement,
+            most_tiles_per_rank=int(tiles_per_rank.max()),
+            sent_bytes=sent_bytes,
+            spans=self.clock.spans(),
+        )
 
     @torch.no_grad()
     def evaluate(self, batch: StepRows) -> float:
@@ -127,7 +153,7 @@ class Step:
         for rows in self._windows(len(agreement.rows)):
             store, _ = self._encode(self._plan(agreement, rows), batch, rows, step=0, training=False)
             losses += self._decode(agreement, rows, store, training=False)
-        return self._total(losses)
+        return self._totals(losses)[0]
 
     def _windows(self, num_rows: int) -> Iterator[range]:
         size = self.config.parallel.vision_window_rows or num_rows
@@ -246,9 +272,10 @@ class Step:
         if len(agreement.table) and self._trains_vision:
             finalize_model_grads([self.vision], None, pg_collection=self.groups.vision)
 
-    def _total(self, losses: list[Tensor]) -> float:
-        """Sum of the rows' shares over all replicas, on every rank."""
+    def _totals(self, losses: list[Tensor]) -> tuple[float, int]:
+        """The loss, as the sum of all rows' shares, and the bytes all ranks have sent; on every rank."""
         layout, rank = self.groups.layout, self.groups.rank
         counts = self.groups.is_last_stage and layout.tensor_index(rank) == 0
         mine = float(torch.stack(losses).double().sum()) if counts and losses else 0.0
-        return sum_floats([mine], self.groups.host_world)[0]
+        loss, sent_bytes = sum_floats([mine, self.exchange.sent_bytes], self.groups.host_world)
+        return loss, int(sent_bytes)

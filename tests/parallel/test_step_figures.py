@@ -1,0 +1,69 @@
+"""What a step says of itself: phases, tiles of the busiest rank, bytes between ranks."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from internvl_megatron.ranks import RankInfo
+from tests.support.layouts import LAYOUTS, Ranks, Scenario
+from tests.support.training import replica_rows
+
+pytestmark = pytest.mark.parallel
+
+PHASES = ["plan", "plan", "encode", "decode", "backprop", "update"]
+MIXED = Scenario(changes={"num_steps": 1})
+TEXT = Scenario(rows="text", changes={"num_steps": 1})
+
+
+def _figures(info: RankInfo, ranks: Ranks, scenario: Scenario) -> dict[str, Any]:
+    import torch
+
+    from internvl_megatron.device import open_device
+    from internvl_megatron.parallel.groups import make_groups
+    from internvl_megatron.ranks import joined
+    from tests.support.training import make_step
+
+    torch.set_num_threads(1)
+    device = open_device("cpu")
+    config = scenario.config(ranks)
+    with joined(info, device, 60):
+        groups = make_groups(ranks.layout, device, 60)
+        step, _ = make_step(config, None, groups, device)
+        rows: Any = replica_rows(scenario, config, 0, ranks.layout, info.rank)
+        result = step.run(rows, 0)
+        table = result.agreement.table
+        return {
+            "names": [span.name for span in result.spans],
+            "ordered": all(
+                a.end_seconds <= b.start_seconds for a, b in zip(result.spans, result.spans[1:], strict=False)
+            ),
+            "most": result.most_tiles_per_rank,
+            "bytes": result.sent_bytes,
+            "tiles": len(table),
+            "decoders": table.decoder.tolist(),
+        }
+
+
+@pytest.mark.parametrize("layout", ["1", "DP2", "TP2xPP2", "TP2+SPxCP2"])
+def test_figures_of_a_step_with_images(run_ranks: Callable[..., list[Any]], layout: str) -> None:
+    ranks = LAYOUTS[layout]
+    found = run_ranks(_figures, ranks.num_ranks, ranks, MIXED)
+    for one in found:
+        assert one["names"] == PHASES
+        assert one["ordered"]
+        assert one["most"] == -(-one["tiles"] // ranks.num_ranks)
+        assert one["bytes"] == found[0]["bytes"]
+    if ranks.num_ranks == 1:
+        assert found[0]["bytes"] == 0
+    if layout == "DP2":
+        # Nothing but tiles that change their rank, with their embeddings and gradients (4 tokens of 64 fp32 values).
+        per_tile = 3 * 28 * 28 + 2 * 4 * 64 * 4
+        held = [found[0]["decoders"].count(rank) for rank in range(2)]
+        moved = max(held) - found[0]["most"]
+        assert found[0]["bytes"] == moved * per_tile
+
+
+def test_a_step_without_images_moves_nothing(run_ranks: Callable[..., list[Any]]) -> None:
+    for one in run_ranks(_figures, 4, LAYOUTS["TP2xPP2"], TEXT):
+        assert (one["tiles"], one["most"], one["bytes"]) == (0, 0, 0)
