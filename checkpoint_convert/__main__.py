@@ -20,22 +20,30 @@ if TYPE_CHECKING:
 
 EXIT_DIFFERENT = 1
 EXIT_USER_ERROR = 2
+EXIT_FAILED = 3
 EXIT_INTERRUPTED = 130
 BYTES_PER_GB = 10**9
 LARGEST_FILE_GB = 10**6
 DEFAULT_SEED = 42
+MOST_LINES = 20
 
 DTYPE_NAMES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; the exit code is 0, 1 (`check` found differences), 2 (the user can mend it) or 130."""
+    """Run one command; the exit code is 0, 1 (`check` found differences), 2 (the user can mend it), 3 or 130."""
+    from internvl_megatron.launcher import RankFailedError
+
     options = _parser().parse_args(arguments)
     try:
         return options.run(options)
     except UserError as error:
         print(f"checkpoint_convert: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
+    except RankFailedError as error:  # the rank that computes logits
+        first = error.failures[0]
+        print(f"checkpoint_convert: {first.text.strip() if first.is_user_error else error}", file=sys.stderr)
+        return EXIT_USER_ERROR if first.is_user_error else EXIT_FAILED
     except KeyboardInterrupt:
         print("checkpoint_convert: interrupted; the same command continues where it stopped", file=sys.stderr)
         return EXIT_INTERRUPTED
@@ -49,7 +57,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    importing = commands.add_parser("hf-to-megatron", help="to weights that any layout can start from")
+    importing = commands.add_parser(
+        "hf-to-megatron",
+        help="to weights that any layout can start from",
+        usage="%(prog)s [--file-gb GB] SRC DST\n       %(prog)s [options] --vision VIT --language LLM DST",
+    )
     importing.add_argument(
         "folders", nargs="+", type=Path, metavar="SRC DST", help="checkpoint and target; target alone with a pair"
     )
@@ -104,6 +116,7 @@ def _file_bytes(options: argparse.Namespace) -> int:
 def _hf_to_megatron(options: argparse.Namespace) -> int:
     from checkpoint_convert.base_pair import open_base_pair
     from checkpoint_convert.commands import to_megatron
+    from checkpoint_convert.companions import has_tokenizer
     from checkpoint_convert.sources import open_source
 
     *sources, target = options.folders
@@ -115,7 +128,12 @@ def _hf_to_megatron(options: argparse.Namespace) -> int:
             raise UserError(
                 "hf-to-megatron: --tokenizer, --tile-pixels and --seed are for a pair (--vision, --language)"
             )
-        _report(to_megatron(open_source(sources[0]), target, _file_bytes(options)), target)
+        source = open_source(sources[0])
+        if source.companions is None or not has_tokenizer(source.companions):
+            print(
+                "checkpoint_convert: no tokenizer beside it: data.tokenizer and exports will need one", file=sys.stderr
+            )
+        _report(to_megatron(source, target, _file_bytes(options)), target)
         return 0
     if options.vision is None or options.language is None or sources:
         raise UserError("hf-to-megatron: a pair is --vision VIT --language LLM and one folder, the target")
@@ -169,7 +187,11 @@ def _report(written: "Written", target: Path) -> None:
         print(f"{target}: is there, made by another process or an earlier run of the same command")
         return
     rate = written.num_bytes / max(written.seconds, 1e-9)
-    print(f"{target}: {written.num_bytes / 1e9:.2f} GB in {written.seconds:.1f} s ({rate / 1e6:.0f} MB/s)")
+    shared = f"{written.num_files} of {written.total_files} files, "
+    print(
+        f"{target}: {shared if written.num_files < written.total_files else ''}{written.num_bytes / 1e9:.2f} GB in "
+        f"{written.seconds:.1f} s ({rate / 1e6:.0f} MB/s)"
+    )
 
 
 def _check(options: argparse.Namespace) -> int:
@@ -179,16 +201,23 @@ def _check(options: argparse.Namespace) -> int:
     from checkpoint_convert.sources import open_source
 
     one, other = open_source(options.one), open_source(options.other)
+    asks = bool(options.image) or options.prompt is not None
+    if asks:  # what can go wrong there is found before all tensors are read
+        from checkpoint_convert.logits import check_inputs
+
+        check_inputs(one, other, options.image)
     with tqdm(unit="parameter", disable=None) as progress:
         found = compare(one, other, progress.update)
     print(f"{found.num_equal} of {found.num_parameters} parameters are equal bit for bit")
     for setting in found.settings:
         print(f"  setting {setting}")
-    for difference in found.differences:
+    if found.num_rounded:
+        print(f"{found.num_rounded} are the same values, rounded to another number format")
+    for difference in found.differences[:MOST_LINES]:
         print(f"  {difference.name}: {difference.reason}")
-    same_logits = True
-    if options.image or options.prompt is not None:
-        same_logits = _check_logits(options)
+    if len(found.differences) > MOST_LINES:
+        print(f"  and {len(found.differences) - MOST_LINES} more")
+    same_logits = _check_logits(options) if asks else True
     return 0 if found.same and same_logits else EXIT_DIFFERENT
 
 

@@ -74,14 +74,14 @@ def to_huggingface(
     beside = source.companions if companion_folder is None else companion_folder
 
     def prepare(folder: Path) -> None:
-        companions.write_export(folder, source.model, layout, name, beside, source.title)
+        companions.write_export(folder, source.model, layout, name, beside, source.title, source.max_tiles)
 
     return convert(
         Conversion(
             target=target,
             shards=shards,
             index_name=f"{EXPORT_STEM}{INDEX_END}" if len(shards) > 1 else None,
-            fingerprint=_fingerprint(source, layout, beside),
+            fingerprint=_fingerprint(source, f"{layout}/{source.max_tiles}", beside),
             prepare=prepare,
             source_is_unchanged=_unchanged(source),
         )

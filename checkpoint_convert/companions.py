@@ -96,6 +96,11 @@ CHAT_TEMPLATE = """\
 """
 
 
+def has_tokenizer(folder: Path) -> bool:
+    """Whether there is something to load a tokenizer from."""
+    return any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json", "tokenizer.model"))
+
+
 def kept_files(source: Path) -> list[Path]:
     """The files of a Hugging Face folder that are worth keeping.
 
@@ -137,7 +142,13 @@ def _is_licence(path: Path) -> bool:
 
 
 def write_export(
-    folder: Path, model: ModelConfig, layout: Layout, dtype: str, companions: Path | None, weights_from: str
+    folder: Path,
+    model: ModelConfig,
+    layout: Layout,
+    dtype: str,
+    companions: Path | None,
+    weights_from: str,
+    max_tiles: int | None,
 ) -> None:
     """Write everything but tensors and index of an export.
 
@@ -148,6 +159,7 @@ def write_export(
         dtype: torch's name of the weights' number format.
         companions: files of the source, in either layout; None if the weights are a run's that has none.
         weights_from: for the note.
+        max_tiles: tiles an image may be cut into; None = as the companions say.
 
     Raises:
         CheckpointError: there is no tokenizer, it lacks InternVL's tokens, or the files are another model's.
@@ -177,6 +189,8 @@ def write_export(
             ):
                 shutil.copyfile(path, folder / path.name)
     facts = _facts(model, layout, dtype, origin, tokenizer, companions)
+    if max_tiles is not None:
+        facts = replace(facts, dynamic_tiles=facts.dynamic_tiles | {"max_dynamic_patch": max_tiles})
     write_json(folder / CONFIG_FILE, write_config(model, layout, facts, origin))
     write_json(folder / GENERATION_FILE, _generation_config(folder / GENERATION_FILE, facts, tokenizer))
     if layout == "transformers":
@@ -378,6 +392,14 @@ def _note(model: ModelConfig, layout: Layout, weights_from: str, folder: Path) -
         "The licence of these weights is that of the weights they were made from. InternVL3 and InternViT are released under",
         f"the MIT licence; they contain {language}. If the weights come from another release or from training data of your",
         "own, their terms apply too. Licence files of the source, if it had any, are beside this file.",
+    ]
+    lines += [
+        "",
+        "## Prompts",
+        "",
+        "OpenGVLab's code and internvl_megatron put InternVL's default system turn before a conversation without one; the",
+        "chat template of the transformers layout has no system turn, as in the released -hf checkpoints. A model trained",
+        "with one answers best with it: send it as the first message. Image tokens have ordinary positions (V2PE delta 1).",
     ]
     if layout == "internvl-chat" and not any(folder.glob("modeling_internvl_chat.py")):
         lines += [

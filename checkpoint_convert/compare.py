@@ -10,6 +10,7 @@ from checkpoint_convert.sources import ParameterSource
 from internvl_megatron.checkpoint.weights import TRAINING_ONLY
 from internvl_megatron.config.overrides import changed_fields
 
+ROUNDED = ", by rounding"
 VOCABULARY_TABLES = ("language.embedding.word_embeddings.weight", "language.output_layer.weight")
 
 
@@ -27,6 +28,8 @@ class Comparison:
 
     num_parameters: int = 0
     num_equal: int = 0
+    num_rounded: int = 0
+    """Differences that are another number format of the same values and nothing else."""
     differences: list[Difference] = field(default_factory=list)
     settings: list[str] = field(default_factory=list)
     """Settings of the model that differ, as `a -> b`."""
@@ -57,6 +60,7 @@ def compare(
             found.num_equal += 1
         else:
             found.differences.append(Difference(name, reason))
+            found.num_rounded += reason.endswith(ROUNDED)
         if progress is not None:
             progress(1)
     return found
@@ -75,7 +79,8 @@ def _reason(
         return None
     gap = (first.float() - second.float()).abs().max().item()
     if kinds[0] != kinds[1]:
-        return f"{kinds[0]} and {kinds[1]}, largest difference {gap:.3g}"
+        rounded = torch.equal(first.to(kinds[1]), second) or torch.equal(second.to(kinds[0]), first)
+        return f"{kinds[0]} and {kinds[1]}, largest difference {gap:.3g}{ROUNDED if rounded else ''}"
     return f"largest difference {gap:.3g}"
 
 

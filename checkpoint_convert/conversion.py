@@ -27,6 +27,7 @@ from internvl_megatron.errors import CheckpointError
 
 JOB_FILE = "conversion.json"
 LOCK_END = ".lock"
+PARTIAL_END = ".partial"
 
 SPARE_BYTES = 64 * 2**20
 """For everything that is not tensors."""
@@ -85,7 +86,7 @@ class Conversion:
     @property
     def partial(self) -> Path:
         """Where it is written."""
-        return self.target.with_name(f"{self.target.name}.partial")
+        return self.target.with_name(f"{self.target.name}{PARTIAL_END}")
 
     @property
     def num_bytes(self) -> int:
@@ -108,6 +109,8 @@ class Written:
 
     num_bytes: int
     seconds: float
+    num_files: int
+    total_files: int
 
 
 def make_shards(groups: list[Group], stem: str, file_bytes_limit: int, always_numbered: bool) -> tuple[Shard, ...]:
@@ -142,7 +145,7 @@ def convert(conversion: Conversion) -> Written:
             raise CheckpointError(f"{target}: exists already; choose another name, or remove it first")
         if not _is_complete(conversion):
             raise CheckpointError(f"{target}: was made by this command, and files are missing now; remove it first")
-        return Written(0, 0.0)
+        return Written(0, 0.0, 0, len(conversion.shards))
     try:
         return _convert(conversion)
     except OSError as error:
@@ -174,13 +177,13 @@ def _identity(folder: Path) -> str | None:
 
 
 def _convert(conversion: Conversion) -> Written:
-    start, own_bytes, partial = time.perf_counter(), 0, conversion.partial
+    start, own, partial = time.perf_counter(), list[Shard](), conversion.partial
     partial.mkdir(parents=True, exist_ok=True)
     try:
         with _locked(conversion, JOB_FILE):
             if _is_made(conversion):  # between looking for it and making the folder for it
                 shutil.rmtree(partial, ignore_errors=True)
-                return Written(0, 0.0)
+                return Written(0, 0.0, 0, len(conversion.shards))
             _begin(conversion)
         done = sum(shard.num_bytes for shard in conversion.shards if _is_finished(partial, shard))
         with tqdm(
@@ -195,13 +198,14 @@ def _convert(conversion: Conversion) -> Written:
                 with _first_free(conversion, waiting) as shard:
                     if not _is_finished(partial, shard):
                         _write_shard(partial, shard, progress)
-                        own_bytes += shard.num_bytes
+                        own.append(shard)
         with _locked(conversion, JOB_FILE):
             _finish(conversion)
     except OSError:
         if not _is_made(conversion):  # by another process, while this one was looking into its folder
             raise
-    return Written(own_bytes, time.perf_counter() - start)
+    seconds = time.perf_counter() - start
+    return Written(sum(shard.num_bytes for shard in own), seconds, len(own), len(conversion.shards))
 
 
 def _begin(conversion: Conversion) -> None:

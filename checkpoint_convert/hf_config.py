@@ -135,7 +135,7 @@ def layout_of(config: Fields) -> Layout:
     if kind == TRANSFORMERS_TYPE:
         return "transformers"
     part = "--language" if kind in LANGUAGE_TYPES else "--vision" if kind in VISION_TYPES else ""
-    hint = f"; it is a part of a model: give it as {part}" if part else ""
+    hint = f"; it is a part of a model: hf-to-megatron takes it as {part}" if part else ""
     raise CheckpointError(
         f"{config.path}: model_type is {kind!r}, neither {CHAT_TYPE!r} (OpenGVLab) nor {TRANSFORMERS_TYPE!r} "
         f"(transformers){hint}"

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from checkpoint_convert.companions import has_tokenizer
 from checkpoint_convert.mapping import mapping
 from checkpoint_convert.sources import HuggingFaceSource, ParameterSource, TrainingSource, open_source
 from internvl_megatron.config.models import INTERNVL3
@@ -53,7 +54,9 @@ def inspect(path: Path) -> Report:
             ("language", f"{language.family}, {language.num_layers} layers of {language.hidden_size}, "
              f"{language.num_heads}/{language.num_kv_heads} heads of {language.head_size}, FFN "
              f"{language.ffn_hidden_size}, vocabulary {language.vocab_size}, rope {language.rope_theta:g}"),
-            ("stored as", f"{formats} (vocabulary padded), {len(entries)} parameters, {len(source.files())} files"),
+            ("stored as", formats + ("" if isinstance(source, HuggingFaceSource) else " (vocabulary padded)")),
+            ("whole", f"yes: all {len(entries)} parameters, with the shapes of the configuration"),
+            ("tokenizer", "yes" if source.companions and has_tokenizer(source.companions) else "none"),
             ("beside it", _companions(source)),
         ]
     )  # fmt: skip

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from checkpoint_convert.companions import has_tokenizer
 from checkpoint_convert.hf_config import ServingFacts, write_config
 from checkpoint_convert.mapping import mapping
 from checkpoint_convert.sources import HuggingFaceSource, ParameterSource, open_source
@@ -81,6 +82,21 @@ def compare_logits(one: Path, other: Path, question: str, images: list[str]) -> 
         num_positions=len(first),
         num_other_choices=int((clear & (first.argmax(-1) != second.argmax(-1))).sum()),
     )
+
+
+def check_inputs(one: ParameterSource, other: ParameterSource, images: list[str]) -> None:
+    """See whether both can be asked.
+
+    Raises:
+        CheckpointError: one has no tokenizer.
+        DataError: its tokenizer, or an image, cannot be read.
+    """
+    for path in images:
+        image_size(path)
+    for source in (one, other):
+        if source.companions is None or not has_tokenizer(source.companions):
+            raise CheckpointError(f"{source.path}: has no tokenizer beside it, so it cannot be asked anything")
+        load_tokenizer(source.companions)
 
 
 def prompt_logits(path: Path, prompt: Prompt) -> np.ndarray:

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from checkpoint_convert.conversion import JOB_FILE, PARTIAL_END
 from checkpoint_convert.hf_config import CONFIG_FILE, Fields, layout_of, read_json, read_model
 from checkpoint_convert.mapping import Entry, Layout, check_fit, mapping, on_disk_name
 from checkpoint_convert.transforms import Same
@@ -28,6 +29,8 @@ class ParameterSource(ABC):
     model: ModelConfig
     companions: Path | None = None
     """Folder of the files beside the weights."""
+    max_tiles: int | None = None
+    """Tiles an image may be cut into, where the source itself says it."""
 
     @property
     def title(self) -> str:
@@ -138,7 +141,7 @@ class TrainingSource(ParameterSource):
             self.run_config = from_json(run / RUN_CONFIG_FILE)
         except ConfigError as error:
             raise CheckpointError(f"{path}: the run's configuration cannot be read: {error}") from error
-        self.model = self.run_config.model
+        self.model, self.max_tiles = self.run_config.model, self.run_config.data.max_tiles
         self.companions = weights.companions_of(path)
         if self.companions is None and Path(self.run_config.data.tokenizer).is_dir():
             self.companions = Path(self.run_config.data.tokenizer)
@@ -171,7 +174,10 @@ def open_source(path: Path) -> ParameterSource:
         CheckpointError: it holds nothing that can be read, or something damaged.
     """
     if not path.is_dir():
-        raise CheckpointError(f"{path}: no such folder")
+        what = "is a file; give the folder it is in" if path.exists() else "no such folder"
+        raise CheckpointError(f"{path}: {what}")
+    if path.name.endswith(PARTIAL_END) and (path / JOB_FILE).is_file():
+        raise CheckpointError(f"{path}: is a conversion that is not finished; repeat its command")
     if weights.is_weights_folder(path):
         return WeightsSource(path)
     checkpoints = folders.finished(path / folders.CHECKPOINTS)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import get_args
 
+from internvl_megatron.checkpoint.weights import check_start
 from internvl_megatron.config.overrides import apply_overrides
 from internvl_megatron.config.plan import plan
 from internvl_megatron.config.recipes import RECIPES, find_recipe
@@ -58,8 +59,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     train.set_defaults(run=_train)
 
-    generate = commands.add_parser("generate", help="answer a question from a checkpoint of a run")
-    generate.add_argument("run_folder", type=Path, help="folder of a run (the newest checkpoint is used)")
+    generate = commands.add_parser("generate", help="answer a question from a run or converted weights")
+    generate.add_argument(
+        "run_folder",
+        type=Path,
+        help="folder of a run (its newest checkpoint), of one of its checkpoints, or of converted weights",
+    )
     generate.add_argument("question", help="the question; <image> marks where an image goes")
     generate.add_argument("--image", action="append", default=[], help="an image file; may be given several times")
     generate.add_argument("--max-new-tokens", type=int, default=64)
@@ -83,6 +88,7 @@ def _train(options: argparse.Namespace) -> int:
     from internvl_megatron.ranks import rank_from_environment
 
     config = apply_overrides(find_recipe(options.recipe), options.overrides)
+    check_start(config)
     info = rank_from_environment()
     if info is not None:
         if options.nproc is not None:

@@ -111,7 +111,7 @@ def save(
 
 
 def load_weights(folder: Path, config: ModelConfig, model: Model, groups: Groups) -> None:
-    """Load the weights alone, from a run's checkpoint or a weights folder, under any layout; collective.
+    """Load the weights alone, from a run, one of its checkpoints or a weights folder, under any layout; collective.
 
     Raises:
         CheckpointError: the folder is neither, or does not fit the model.
@@ -119,8 +119,11 @@ def load_weights(folder: Path, config: ModelConfig, model: Model, groups: Groups
     if weights.is_weights_folder(folder):
         weights.load_into(folder, model, config)
         return
-    folders.read_info(folder)
-    _apply_model(_load(folder, _model_state(model, groups)), model)
+    found = [folder] if (folder / folders.MARKER).is_file() else folders.finished(folder / folders.CHECKPOINTS)
+    if not found:
+        raise CheckpointError(weights.why_not(folder))
+    folders.read_info(found[-1])
+    _apply_model(_load(found[-1], _model_state(model, groups)), model)
 
 
 def load(

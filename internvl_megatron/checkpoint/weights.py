@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from internvl_megatron.checkpoint.safetensors_folder import DTYPES, INDEX_END, SafetensorsFolder
 from internvl_megatron.config.overrides import changed_fields, model_from_json
 from internvl_megatron.config.plan import model_problems
-from internvl_megatron.config.schema import ModelConfig
+from internvl_megatron.config.schema import ModelConfig, RunConfig
 from internvl_megatron.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
@@ -35,6 +35,32 @@ TRAINING_ONLY = {"vision.drop_path_rate", "vision.layer_scale_init", "init_std"}
 def is_weights_folder(folder: Path) -> bool:
     """Whether a folder holds weights in this format."""
     return (folder / MODEL_FILE).is_file()
+
+
+def why_not(folder: Path) -> str:
+    """Why a folder cannot be started from, and the way out."""
+    if not folder.is_dir():
+        return f"{folder}: no such folder"
+    if (folder / "config.json").is_file() and any(folder.glob("*.safetensors")):
+        return (
+            f"{folder}: is a Hugging Face checkpoint; convert it first: "
+            f"python -m checkpoint_convert hf-to-megatron {folder} TARGET"
+        )
+    return (
+        f"{folder}: no finished checkpoint; give the folder of a run that has one, one of its checkpoints "
+        "(step-NNNNNNNN), or converted weights"
+    )
+
+
+def check_start(config: RunConfig) -> None:
+    """See before anything is built whether a run can start from the weights it names.
+
+    Raises:
+        CheckpointError: they are of another model, or damaged.
+    """
+    if config.checkpoint.load is not None and is_weights_folder(Path(config.checkpoint.load)):
+        folder = Path(config.checkpoint.load)
+        check_same_model(folder, read_model(folder), config.model)
 
 
 def write_model(folder: Path, model: ModelConfig) -> None:

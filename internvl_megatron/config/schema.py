@@ -192,7 +192,8 @@ class CheckpointConfig:
     """None = only at the end of the run."""
     keep_last: int = 2
     load: str | None = None
-    """Checkpoint folder to take the weights from when the run folder holds no checkpoint of its own."""
+    """Where to take the weights from when the run folder holds no checkpoint of its own: converted weights, a run (its
+    newest checkpoint), or one checkpoint of a run."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,7 +1,7 @@
 """Load a trained run on one rank, whatever layout trained it, and answer with it."""
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -36,13 +36,25 @@ def answer_prompts(
 def prompt_logits(
     info: RankInfo, folder: Path, prompt: Prompt, num_positions: int, device: DeviceName = "auto"
 ) -> np.ndarray:
-    """Logits of a prompt's last positions (`Generator.logits`); the body of one rank."""
-    with open_generator(info, folder, device) as generator:
+    """Logits of a prompt's last positions (`Generator.logits`), to compare models; the body of one rank.
+
+    In fp32 and with the default settings of the data pipeline, whatever a run was trained with.
+    """
+
+    def plainly(config: RunConfig) -> RunConfig:
+        return replace(config, dtype="fp32", data=DataConfig(tokenizer=config.data.tokenizer))
+
+    with open_generator(info, folder, device, plainly) as generator:
         return generator.logits(prompt, num_positions)
 
 
 @contextmanager
-def open_generator(info: RankInfo, folder: Path, device_name: DeviceName) -> Iterator[Generator]:
+def open_generator(
+    info: RankInfo,
+    folder: Path,
+    device_name: DeviceName,
+    change: Callable[[RunConfig], RunConfig] = lambda config: config,
+) -> Iterator[Generator]:
     """A generator around a run's newest checkpoint, or around converted weights.
 
     Raises:
@@ -53,6 +65,7 @@ def open_generator(info: RankInfo, folder: Path, device_name: DeviceName) -> Ite
     logging.getLogger("internvl_megatron").setLevel(logging.WARNING)
     device = open_device(device_name, info.local_rank)
     config, checkpoint = weights_to_load(folder, device)
+    config = change(config)
     tokenizer = load_tokenizer(config.data.tokenizer)
     with joined(info, device, TIMEOUT_SECONDS):
         groups = make_groups(Layout(1, 1, 1), device, TIMEOUT_SECONDS)
@@ -77,7 +90,5 @@ def weights_to_load(folder: Path, device: Device) -> tuple[RunConfig, Path]:
     run = folder.parent.parent if is_checkpoint else folder
     checkpoints = [folder] if is_checkpoint else folders.finished(folder / folders.CHECKPOINTS)
     if not checkpoints:
-        raise CheckpointError(
-            f"{folder}: no finished checkpoint; give the folder of a run that has one, or of converted weights"
-        )
+        raise CheckpointError(weights.why_not(folder))
     return replace(from_json(run / CONFIG_FILE), parallel=ParallelConfig()), checkpoints[-1]

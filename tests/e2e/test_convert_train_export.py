@@ -77,7 +77,12 @@ def test_train_from_converted_weights_and_export(data: Path, weights: Path, tmp_
 
     done = _run("checkpoint_convert", "megatron-to-hf", four, tmp_path / "native", "--layout", "transformers")
     assert done.returncode == 0, done.stderr
-    assert _run("checkpoint_convert", "check", four, tmp_path / "native").returncode == 0
+    # The run has its own number of tiles, system turn and 6 tiles at most; both are asked alike all the same.
+    picture = next((data / "images").rglob("*.png"))
+    same = _run("checkpoint_convert", "check", four, tmp_path / "native", "--image", picture, "--prompt", "Read it.")
+    assert same.returncode == 0, same.stdout + same.stderr
+    assert "logits agree" in same.stdout
+    assert json.loads((tmp_path / "native" / "preprocessor_config.json").read_text())["max_patches"] == 6
     differs = _run("checkpoint_convert", "check", four, weights)
     assert differs.returncode == 1, "it was trained"
 
@@ -100,12 +105,29 @@ def test_answer_from_converted_weights(weights: Path, data: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
+def test_a_run_starts_from_another_run_and_bf16_is_compared_in_fp32(data: Path, weights: Path, tmp_path: Path) -> None:
+    single = ("parallel.tensor_size=1", "parallel.pipeline_size=1", "num_steps=1", "dtype=bf16")
+    assert _train(data, weights, tmp_path / "first", 1, *single).returncode == 0
+    again = _train(data, weights, tmp_path / "second", 1, *single, f"checkpoint.load={tmp_path / 'first'}")
+    assert again.returncode == 0, again.stderr
+    done = _run(
+        "checkpoint_convert", "megatron-to-hf", tmp_path / "first", tmp_path / "hf", "--layout", "transformers"
+    )
+    assert done.returncode == 0, done.stderr
+    same = _run("checkpoint_convert", "check", tmp_path / "first", tmp_path / "hf", "--prompt", "Read it.")
+    assert same.returncode == 0, same.stdout + same.stderr
+    refused = _train(data, weights, tmp_path / "third", 1, *single, f"checkpoint.load={tmp_path / 'hf'}")
+    assert refused.returncode == 2
+    assert "is a Hugging Face checkpoint; convert it first" in refused.stderr
+
+
 def test_weights_of_another_model_are_refused(data: Path, weights: Path, tmp_path: Path) -> None:
     done = _train(data, weights, tmp_path / "run", 1, "parallel.tensor_size=1", "parallel.pipeline_size=1",
                   "model.language.rope_theta=10000")  # fmt: skip
     assert done.returncode == 2
     assert "holds another model than this run's" in done.stderr
     assert "model.language.rope_theta=1000000.0" in done.stderr
+    assert not (tmp_path / "run").exists(), "it is said before anything is made"
     broken = tmp_path / "broken"
     broken.mkdir()
     (broken / "model.json").write_bytes((weights / "model.json").read_bytes())

@@ -304,6 +304,37 @@ def test_model_files_with_impossible_numbers(ours):
         assert run("inspect", ours) == 2
 
 
+def test_check_looks_at_its_inputs_first(chat_folder, ours, tmp_path, capsys):
+    (tmp_path / "text.png").write_text("no image")
+    for image in ("nowhere.png", "text.png"):
+        assert run("check", ours, ours, "--image", tmp_path / image) == 2
+    shutil.rmtree(ours / "huggingface")
+    capsys.readouterr()
+    assert run("check", ours, chat_folder("6b"), "--prompt", "?") == 2
+    shown = capsys.readouterr()
+    assert "has no tokenizer beside it" in shown.err
+    assert shown.out == ""
+
+
+def test_sources_that_are_something_else(chat_folder, ours, tmp_path, capsys):
+    source = chat_folder("6b")
+    assert run("inspect", source / "model.safetensors") == 2
+    assert "is a file; give the folder it is in" in capsys.readouterr().err
+    shutil.copytree(ours, tmp_path / "x.partial")
+    assert run("inspect", tmp_path / "x.partial") == 2
+    assert "is a conversion that is not finished" in capsys.readouterr().err
+
+
+def test_import_without_tokenizer_says_so(chat_folder, tmp_path, capsys):
+    source = chat_folder()
+    for path in source.glob("tokenizer*"):
+        path.unlink()
+    assert run("hf-to-megatron", source, tmp_path / "out") == 0
+    assert "no tokenizer beside it" in capsys.readouterr().err
+    assert run("inspect", tmp_path / "out") == 0
+    assert "tokenizer   none" in capsys.readouterr().out
+
+
 def test_files_are_kept_only_if_they_are_what_they_are_called(chat_folder, tmp_path, capsys):
     folder = chat_folder()
     Path(folder / "generation_config.json").write_text("not json")

@@ -90,7 +90,9 @@ def test_number_formats_are_kept_or_chosen(chat_folder, tmp_path, capsys):
     assert torch.equal(other["mlp1.1.bias"], tensors["mlp1.1.bias"].bfloat16())
     assert json.loads((tmp_path / "other" / "config.json").read_text())["torch_dtype"] == "bfloat16"
     assert run("check", source, tmp_path / "other") == 1
-    assert "torch.float16 and torch.bfloat16, largest difference 0" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "torch.float16 and torch.bfloat16, largest difference 0, by rounding" in shown
+    assert "69 are the same values, rounded to another number format" in shown
 
 
 def test_check_finds_one_changed_value(chat_folder, tmp_path, capsys):
@@ -198,7 +200,7 @@ WRONG = {
     "no theta": (spoil_config(llm_config__rope_theta=None), r"config\.json: llm_config\.rope_theta is missing"),
     "theta a text": (spoil_config(llm_config__rope_theta="1e6"), r"llm_config\.rope_theta is '1e6'"),
     "other model": (spoil_config(model_type="llava"), r"model_type is 'llava', neither 'internvl_chat'"),
-    "a part": (spoil_config(model_type="qwen2"), r"give it as --language"),
+    "a part": (spoil_config(model_type="qwen2"), r"hf-to-megatron takes it as --language"),
     "other language": (spoil_config(llm_config__model_type="phi3"), r"llm_config\.model_type is 'phi3'; supported are qwen2"),
     "other shuffle": (spoil_config(ps_version="v1"), r"ps_version is 'v1', only 'v2' is supported"),
     "lora": (spoil_config(use_llm_lora=128), r"use_llm_lora is 128.*merge the LoRA"),
