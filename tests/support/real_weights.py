@@ -94,8 +94,8 @@ def write_vision(folder: Path, layout: Literal["opengvlab", "transformers"]) -> 
 
 def encoder_output(pixels: np.ndarray) -> np.ndarray:
     """What onnxruntime computes before the last norm: fp32 [T, 1 + P, C] of normalised tiles [T, 3, side, side]."""
-    import onnx
-    import onnxruntime
+    import onnx  # pyright: ignore[reportMissingImports]
+    import onnxruntime  # pyright: ignore[reportMissingImports]
 
     model = onnx.load(str(onnx_file()))
     (name,) = {node.input[0] for node in model.graph.node if node.name == FINAL_NORM}
@@ -161,7 +161,7 @@ def run_model(
 
 def _encoder_tensors() -> dict[str, Tensor]:
     """The encoder's tensors under the names of transformers' DINOv2, without the last norm."""
-    import onnx
+    import onnx  # pyright: ignore[reportMissingImports]
 
     graph = onnx.load(str(onnx_file())).graph
     stored = {tensor.name: torch.from_numpy(onnx.numpy_helper.to_array(tensor).copy()) for tensor in graph.initializer}
