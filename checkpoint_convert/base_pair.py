@@ -27,10 +27,9 @@ from checkpoint_convert.hf_config import (
     language_type,
     read_json,
     read_language,
-    read_serving_facts,
     read_vision,
-    write_config,
 )
+from checkpoint_convert.hf_config_write import read_serving_facts, write_config
 from checkpoint_convert.mapping import PREFIXES, Entry, Layout, check_fit, mapping
 from checkpoint_convert.sources import ParameterSource, check_dtypes
 from checkpoint_convert.transforms import PaddedVocab

@@ -17,14 +17,16 @@ from typing import Any
 from checkpoint_convert.hf_config import (
     CHAT_TYPE,
     CONFIG_FILE,
-    DYNAMIC_TILES,
-    QWEN_ROPE_SCALING,
     TRANSFORMERS_TYPE,
     Fields,
-    ServingFacts,
     layout_of,
     read_json,
     read_model,
+)
+from checkpoint_convert.hf_config_write import (
+    DYNAMIC_TILES,
+    QWEN_ROPE_SCALING,
+    ServingFacts,
     read_serving_facts,
     write_config,
 )

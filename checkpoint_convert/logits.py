@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from checkpoint_convert.companions import has_tokenizer
-from checkpoint_convert.hf_config import ServingFacts, write_config
+from checkpoint_convert.hf_config_write import ServingFacts, write_config
 from checkpoint_convert.mapping import mapping
 from checkpoint_convert.sources import HuggingFaceSource, ParameterSource, open_source
 from internvl_megatron.config.schema import DataConfig

@@ -29,7 +29,8 @@ from typing import Any
 
 from checkpoint_convert.companions import write_json
 from checkpoint_convert.conversion import Group, make_shards
-from checkpoint_convert.hf_config import CONFIG_FILE, ServingFacts, write_config
+from checkpoint_convert.hf_config import CONFIG_FILE
+from checkpoint_convert.hf_config_write import ServingFacts, write_config
 from checkpoint_convert.mapping import mapping
 from checkpoint_convert.safetensors_writer import TensorSpec, header, write
 from internvl_megatron.checkpoint.safetensors_folder import INDEX_END, write_index
