@@ -182,13 +182,10 @@ def write_export(
     if origin is not None and layout_of(origin) == layout:
         keep(companions, folder)
     else:
+        goes_across = {*TOKENIZER_FILES, GENERATION_FILE}
         for path in kept_files(companions):
-            code = path.suffix == ".py" and layout == "transformers"
-            if (
-                path.name in (*TOKENIZER_FILES, GENERATION_FILE)
-                or _is_licence(path)
-                or (path.suffix == ".py" and not code)
-            ):
+            is_code = path.suffix == ".py" and layout == "internvl-chat"
+            if path.name in goes_across or is_code or _is_licence(path):
                 shutil.copyfile(path, folder / path.name)
     facts = _facts(model, layout, dtype, origin, tokenizer, companions)
     if max_tiles is not None:
@@ -197,6 +194,8 @@ def write_export(
     write_json(folder / GENERATION_FILE, _generation_config(folder / GENERATION_FILE, facts, tokenizer))
     if layout == "transformers":
         _complete_transformers(folder, model, facts, tokenizer)
+        if max_tiles is not None:
+            _set_max_patches(folder, max_tiles)
     else:
         _complete_chat(folder)
     (folder / NOTE_FILE).write_text(_note(model, layout, weights_from, folder), encoding="utf-8")
@@ -261,6 +260,15 @@ def _max_patches(companions: Path) -> int:
             if "max_patches" in values.values:
                 return values.size("max_patches")
     return DYNAMIC_TILES["max_dynamic_patch"]
+
+
+def _set_max_patches(folder: Path, max_tiles: int) -> None:
+    """Write a run's own number of tiles into the processor settings, which may be the source's."""
+    path = folder / (PROCESSOR_FILE if _holds_all_processors(folder) else IMAGE_PROCESSOR_FILE)
+    values = read_json(path).values
+    images = values["image_processor"] if path.name == PROCESSOR_FILE else values
+    images["max_patches"] = max_tiles
+    write_json(path, values)
 
 
 def _generation_config(path: Path, facts: ServingFacts, tokenizer: Tokenizer) -> dict[str, Any]:
@@ -334,7 +342,7 @@ def _name_image_tokens(path: Path, tokenizer: Tokenizer) -> None:
 def _holds_all_processors(folder: Path) -> bool:
     """Whether processor_config.json holds the image and video processors too, as transformers 5 writes it."""
     path = folder / PROCESSOR_FILE
-    return path.is_file() and "image_processor" in read_json(path).values
+    return path.is_file() and isinstance(read_json(path).values.get("image_processor"), dict)
 
 
 def _complete_chat(folder: Path) -> None:

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from checkpoint_convert.companions import has_tokenizer
+from checkpoint_convert.companions import IMAGENET_MEAN, IMAGENET_STD, has_tokenizer
 from checkpoint_convert.hf_config_write import ServingFacts, write_config
-from checkpoint_convert.mapping import mapping
+from checkpoint_convert.mapping import in_memory_name, mapping
 from checkpoint_convert.sources import HuggingFaceSource, ParameterSource, open_source
 from internvl_megatron.config.schema import DataConfig
 from internvl_megatron.data.conversation import Turn, render_prompt
@@ -34,8 +34,7 @@ TOLERANCE = 1e-4
 MARGIN = 1e-3
 """Two tokens nearer than this may change places."""
 
-_MEAN = np.array([0.485, 0.456, 0.406], dtype=np.float32)[:, None, None]
-_STD = np.array([0.229, 0.224, 0.225], dtype=np.float32)[:, None, None]
+_MEAN, _STD = (np.array(values, dtype=np.float32)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
 _PROMPT_LOGITS = "internvl_megatron.inference.run:prompt_logits"
 
 
@@ -143,12 +142,5 @@ def _transformers_model(source: HuggingFaceSource) -> Any:
     parameters = dict(model.named_parameters())
     for entry in mapping(source.model, "transformers"):
         for name, value in zip(entry.hf_names, entry.transform.split(source.read(entry.name)), strict=True):
-            parameters[_in_memory(name)].data.copy_(value)
+            parameters[in_memory_name(name)].data.copy_(value)
     return model
-
-
-def _in_memory(name: str) -> str:
-    """transformers' name of a tensor in memory, from that on disk."""
-    if name.startswith("language_model.lm_head."):
-        return name.removeprefix("language_model.")
-    return "model." + name.replace("language_model.model.", "language_model.", 1)

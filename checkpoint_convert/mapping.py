@@ -17,7 +17,6 @@ from functools import cached_property
 from typing import Literal, NamedTuple
 
 import torch
-from torch import Tensor
 
 from checkpoint_convert.transforms import GateUp, GroupedQKV, PaddedVocab, Same, ThirdsQKV, Transform
 from internvl_megatron.config.plan import padded_vocab_size
@@ -139,17 +138,11 @@ def on_disk_name(name: str) -> str:
     return name
 
 
-def from_huggingface(tensors: Mapping[str, Tensor], model: ModelConfig) -> Iterator[tuple[str, Tensor]]:
-    """Parameters under our names, whole, from a transformers model's tensors under either style of names.
-
-    Raises:
-        CheckpointError: tensors are missing, left over, or of the wrong shape; lists them.
-    """
-    renamed = {on_disk_name(name): tensor for name, tensor in tensors.items()}
-    entries = mapping(model, "transformers")
-    check_fit(entries, {name: tuple(tensor.shape) for name, tensor in renamed.items()}, "the tensors")
-    for entry in entries:
-        yield entry.name, entry.transform.join([renamed[name] for name in entry.hf_names])
+def in_memory_name(name: str) -> str:
+    """transformers' name of a tensor in memory, from that on disk."""
+    if name.startswith("language_model.lm_head."):
+        return name.removeprefix("language_model.")
+    return "model." + name.replace("language_model.model.", "language_model.", 1)
 
 
 def check_fit(entries: list[Entry], shapes: Mapping[str, tuple[int, ...]], where: str, hint: str = "") -> None:

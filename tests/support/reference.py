@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from checkpoint_convert.mapping import from_huggingface
+from checkpoint_convert.mapping import mapping, on_disk_name
 from internvl_megatron.config.schema import ModelConfig, OptimizerConfig, RunConfig
 from internvl_megatron.data.packing import Row
 from tests.support.layouts import Ranks, Scenario
@@ -87,9 +87,17 @@ def normalized(tiles: np.ndarray) -> Tensor:
     return (torch.from_numpy(tiles).float() / 255 - mean) / std
 
 
+def from_huggingface(tensors: dict[str, Tensor], model: ModelConfig) -> dict[str, Tensor]:
+    """Parameters under our names, whole, from a transformers model's tensors under either style of names."""
+    renamed = {on_disk_name(name): tensor for name, tensor in tensors.items()}
+    entries = mapping(model, "transformers")
+    assert renamed.keys() == {name for entry in entries for name in entry.hf_names}, "the table has every tensor once"
+    return {entry.name: entry.transform.join([renamed[name] for name in entry.hf_names]) for entry in entries}
+
+
 def our_tensors(tensors: dict[str, Tensor], model: ModelConfig) -> Tensors:
     """Tensors under our names."""
-    return {name: tensor.detach().clone().numpy() for name, tensor in from_huggingface(tensors, model)}
+    return {name: tensor.detach().clone().numpy() for name, tensor in from_huggingface(tensors, model).items()}
 
 
 def gradients_of(reference: torch.nn.Module) -> dict[str, Tensor]:

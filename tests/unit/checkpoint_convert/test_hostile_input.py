@@ -267,6 +267,28 @@ def test_licences_and_tiles_go_across(chat_folder, tmp_path):
     assert json.loads((tmp_path / "chat" / "config.json").read_text())["max_dynamic_patch"] == 6
 
 
+@pytest.mark.parametrize("form", ["own file", "all in one"])
+def test_a_runs_own_tiles_replace_the_sources(native_folder, tmp_path, form):
+    """Also where the layout is the same and the processor settings are copied."""
+    from checkpoint_convert.companions import write_export
+    from checkpoint_convert.sources import open_source
+
+    folder = native_folder()
+    assert run("megatron-to-hf", folder, tmp_path / "source", "--layout", "transformers") == 0
+    if form == "all in one":  # as transformers 5 saves a processor
+        from transformers import AutoProcessor
+
+        AutoProcessor.from_pretrained(str(tmp_path / "source")).save_pretrained(str(tmp_path / "source"))
+        (tmp_path / "source" / "preprocessor_config.json").unlink()
+        (tmp_path / "source" / "video_preprocessor_config.json").unlink()
+    (tmp_path / "out").mkdir()
+    model = open_source(tmp_path / "source").model
+    write_export(tmp_path / "out", model, "transformers", "bfloat16", tmp_path / "source", "a run", max_tiles=5)
+    from transformers import AutoProcessor
+
+    assert AutoProcessor.from_pretrained(str(tmp_path / "out")).image_processor.max_patches == 5
+
+
 def test_rows_that_pad_the_vocabulary_are_no_difference(ours, tmp_path):
     tensors = load_tensors(ours)
     tensors["language.output_layer.weight"][290:] = 0.5

@@ -32,7 +32,6 @@ class Answers:
 
 def compare(info: RankInfo, family: str, prompts: list[Prompt], max_new_tokens: int, numerator: int) -> Answers:
     """Answer with the same random weights in both implementations, tiles of 28 pixels and 4 tokens."""
-    from checkpoint_convert.mapping import from_huggingface
     from internvl_megatron.data.fast_tokenizer import FastTokenizer
     from internvl_megatron.data.tokenizer_build import train_small_tokenizer
     from internvl_megatron.device import open_device
@@ -41,6 +40,7 @@ def compare(info: RankInfo, family: str, prompts: list[Prompt], max_new_tokens: 
     from internvl_megatron.parallel.layout import Layout
     from internvl_megatron.ranks import joined
     from tests.support.models import huggingface_model, small_model
+    from tests.support.reference import from_huggingface
 
     torch.set_num_threads(1)
     device = open_device("cpu")
@@ -61,7 +61,7 @@ def compare(info: RankInfo, family: str, prompts: list[Prompt], max_new_tokens: 
         reference.lm_head.weight[tokenizer.turn_end_id] *= 6
     with joined(info, device, 60):
         model = build_model(config, make_groups(Layout(1, 1, 1), device, 60), device)
-        full = dict(from_huggingface(reference.state_dict(), sizes))
+        full = from_huggingface(reference.state_dict(), sizes)
         for name, parameter in model.named_parameters():
             model.load_full(name, parameter, full[name])
         rows: list[int] = []
