@@ -91,6 +91,25 @@ class ParallelConfig:
     fewer."""
     sequence_parallel: bool = False
     """Split activations between tensor-parallel blocks along the sequence (Megatron SP); needs `tensor_size` > 1."""
+    pad_rows: bool = True
+    """Compute every row at its full token budget. False cuts the padding off, at the price of a message about the length
+    between pipeline stages before every row."""
+    vision_placement: Literal["all_ranks", "first_stage", "colocated"] = "all_ranks"
+    """Who encodes tiles: all ranks, ahead of the language model (the decoupled schedule). The others are what other trainers
+    do, for comparison: the ranks of the first pipeline stage, row by row inside the pipeline; or the ranks of the language
+    model's tensor-parallel groups together, each replica its own tiles (no pipeline, no context parallelism)."""
+    vision_tensor_size: int = 1
+    """Ranks that encode a tile together (tensor parallelism of the vision encoder). Tiles cost the same and never see each
+    other, so sharing tiles out is always better; this is here to compare with."""
+    vision_sharding: Literal["replicated", "sharded"] = "replicated"
+    """`replicated`: every rank has all parameters of the vision side and a part of its optimizer state (ZeRO-1), right for the
+    300M encoder. `sharded`: every rank has a part of the parameters too and gathers them layer by layer (ZeRO-3 by
+    torch's FSDP2), right for the 6B encoder."""
+    vision_shard_ranks: int | None = None
+    """Ranks over which `sharded` splits the vision side, copies of it beyond them; None = over all."""
+    vision_exchange_replicas: int | None = None
+    """Replicas between which tiles travel so that all their ranks encode equally many: 1 = tiles stay in their replica; None =
+    the fewest that are predicted to keep all ranks within 3 % of the mean."""
     vision_window_rows: int | None = None
     """Micro-batches whose images are encoded together; None = all micro-batches of a step."""
     vision_chunk_tiles: int = 16

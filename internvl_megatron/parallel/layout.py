@@ -2,10 +2,11 @@
 
 Ranks are numbered as Megatron Core numbers them ("tp-cp-ep-dp-pp"): tensor-parallel ranks are neighbours, then come the
 context-parallel ones, pipeline stages are farthest apart. A *replica* is one data-parallel copy of the language model; the
-vision encoder is data parallel over all ranks.
+vision encoder has a layout of its own over the same ranks: by default it is data parallel over all of them.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 
 @dataclass(frozen=True)
@@ -83,3 +84,59 @@ class Layout:
         context = f" x CP{self.context_size}" if self.context_size > 1 else ""
         virtual = f" x VPP{self.virtual_size}" if self.virtual_size > 1 else ""
         return f"TP{self.tensor_size}{context} x PP{self.pipeline_size}{virtual} x DP{self.data_size}"
+
+
+@dataclass(frozen=True)
+class VisionLayout:
+    """Which ranks encode tiles, and between which ranks tiles travel.
+
+    A *unit* is the ranks that encode a tile together: one rank, unless the encoder is tensor parallel. An *exchange group* is
+    the replicas that share out their tiles.
+    """
+
+    language: Layout
+    tensor_size: int = 1
+    """Ranks of a unit."""
+    exchange_replicas: int = 1
+    """Replicas of an exchange group; divides the number of replicas."""
+    first_stage_only: bool = False
+    """Only ranks of the first pipeline stage encode."""
+
+    @property
+    def num_groups(self) -> int:
+        """Exchange groups."""
+        return self.language.data_size // self.exchange_replicas
+
+    def group_of(self, rank: int) -> int:
+        """Exchange group of a rank."""
+        return self.language.replica(rank) // self.exchange_replicas
+
+    def members(self, group: int) -> list[int]:
+        """Ranks of an exchange group, ascending."""
+        replicas = range(group * self.exchange_replicas, (group + 1) * self.exchange_replicas)
+        return sorted(rank for replica in replicas for rank in self.language.replica_ranks(replica))
+
+    @cached_property
+    def units(self) -> list[list[int]]:
+        """Ranks of every unit, by exchange group; in it, neighbours make a unit."""
+        return [unit for group in range(self.num_groups) for unit in self._units_of(group)]
+
+    @property
+    def units_per_group(self) -> int:
+        """Units of an exchange group: group g has those from g times as many."""
+        return len(self.units) // self.num_groups
+
+    @cached_property
+    def unit_of_rank(self) -> list[int | None]:
+        """Unit of every rank; None for ranks that do not encode."""
+        found: list[int | None] = [None] * self.language.world_size
+        for number, unit in enumerate(self.units):
+            for rank in unit:
+                found[rank] = number
+        return found
+
+    def _units_of(self, group: int) -> list[list[int]]:
+        encoders = [
+            rank for rank in self.members(group) if self.language.stage(rank) == 0 or not self.first_stage_only
+        ]
+        return [encoders[first : first + self.tensor_size] for first in range(0, len(encoders), self.tensor_size)]
