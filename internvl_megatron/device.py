@@ -10,7 +10,9 @@ import os
 import resource
 import sys
 import time
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -75,6 +77,14 @@ class Device:
             return tensor
         return tensor.pin_memory().to(self.torch_device, non_blocking=True)
 
+    def side_stream(self) -> "AbstractContextManager[object]":
+        """What is given to the device in the block does not wait for what it was given before, nor the other way round."""
+        if self.kind == "cpu":
+            return nullcontext()
+        import torch
+
+        return torch.cuda.stream(_side_stream(self.index))
+
     def synchronize(self) -> None:
         """Wait until the device has finished what was given to it."""
         if self.kind == "cuda":
@@ -124,6 +134,13 @@ class Device:
             if part in name:
                 return flops
         return _measured_matmul_flops(self, dtype)
+
+
+@cache
+def _side_stream(index: int) -> "torch.cuda.Stream":
+    import torch
+
+    return torch.cuda.Stream(index)
 
 
 def open_device(preference: DeviceName = "auto", local_rank: int = 0) -> Device:

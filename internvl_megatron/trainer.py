@@ -76,7 +76,9 @@ class Trainer:
         )
         self.root = _writable(Path(config.folder))
         self.is_main = info.rank == 0
-        self.groups = make_groups(self.plan.layout, device, config.parallel.collective_timeout_seconds)
+        self.groups = make_groups(
+            self.plan.layout, device, config.parallel.collective_timeout_seconds, self.plan.vision_layout
+        )
         checkpoints = folders.finished(self.root / folders.CHECKPOINTS)
         starts_fresh = not checkpoints and config.checkpoint.load is None
         self.model = build_model(config, self.groups, device, initialize=starts_fresh)
@@ -112,13 +114,14 @@ class Trainer:
         while self.step < config.num_steps and not interrupted:
             start = time.perf_counter()
             batch = self.loader.next_step()
+            following = self.loader.peek() if self.step + 1 < config.num_steps else None
             skipped = sum(self.loader.skipped().values()) if self.is_leader else 0
-            result = self.trainer_step.run(batch, self.step, skipped, self._stop_requested)
+            result = self.trainer_step.run(batch, self.step, following, skipped, self._stop_requested)
             seconds = time.perf_counter() - start
             self.step += 1
             self.num_tokens += result.agreement.num_tokens
             self.num_samples += result.agreement.num_samples
-            loss, interrupted = result.loss, result.agreement.stop_requested
+            loss, interrupted = result.loss, result.stop_requested
             eval_loss = self._evaluate() if self._due(config.eval_every_steps) else None
             self._report(result, seconds, eval_loss)
             progress.set_postfix(loss=f"{loss:.3f}", refresh=False)
@@ -254,7 +257,7 @@ class Trainer:
                 model_tflops_per_second_per_rank=flops_per_second / self.plan.layout.world_size / 1e12,
                 mfu=flops_per_second / self.peak_flops,
                 peak_memory_bytes=self.device.peak_memory_bytes(),
-                num_skipped_samples=agreement.num_skipped_samples,
+                num_skipped_samples=result.num_skipped_samples,
                 num_failed_images=agreement.num_failed_images,
                 eval_loss=eval_loss,
                 most_tiles_per_rank=result.most_tiles_per_rank,

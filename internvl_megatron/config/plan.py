@@ -6,7 +6,7 @@ from typing import Any
 
 from internvl_megatron.config.schema import ModelConfig, RunConfig
 from internvl_megatron.errors import ConfigError
-from internvl_megatron.parallel.layout import Layout
+from internvl_megatron.parallel.layout import Layout, VisionLayout
 
 VOCAB_MULTIPLE = 512
 """The embedding table is padded to this multiple whatever the tensor-parallel size, so checkpoints fit every layout."""
@@ -18,6 +18,8 @@ MAY_BE_ZERO = {
 
 
 SHARES = {"drop_path_rate", "warmup_ratio", "beta1", "beta2"}
+ACCEPTED_IMBALANCE = 0.03
+"""Of the tiles a rank encodes: how far the busiest exchange group may be above the mean, as predicted."""
 LARGEST_SEED = 2**32 - 1
 LARGEST_SIZE = 10**7
 MOST_LAYERS = 10**4
@@ -33,6 +35,7 @@ class RunPlan:
     """What follows from a configuration and a number of ranks."""
 
     layout: Layout
+    vision_layout: VisionLayout
     rows_per_replica: int
     """Micro-batches of one replica in a step."""
     stage_layers: tuple[int, ...]
@@ -52,14 +55,50 @@ def plan(config: RunConfig, world_size: int) -> RunPlan:
         raise ConfigError("\n".join(f"config: {problem}" for problem in problems))
     parallel = config.parallel
     data_size = world_size // _replica_size(config)
+    layout = Layout(
+        parallel.tensor_size, parallel.pipeline_size, data_size, parallel.context_size, parallel.virtual_size
+    )
     return RunPlan(
-        layout=Layout(
-            parallel.tensor_size, parallel.pipeline_size, data_size, parallel.context_size, parallel.virtual_size
-        ),
+        layout=layout,
+        vision_layout=vision_layout(config, layout),
         rows_per_replica=config.rows_per_step // data_size,
         stage_layers=stage_layers(config),
         padded_vocab_size=padded_vocab_size(config.model.language.vocab_size),
     )
+
+
+def vision_layout(config: RunConfig, layout: Layout) -> VisionLayout:
+    """Who encodes tiles, and between whom they travel."""
+    parallel = config.parallel
+    if parallel.vision_placement != "all_ranks":
+        first_stage_only = parallel.vision_placement == "first_stage"
+        return VisionLayout(layout, _unit_ranks(config), exchange_replicas=1, first_stage_only=first_stage_only)
+    replicas = parallel.vision_exchange_replicas or exchange_replicas(config, layout.data_size)
+    return VisionLayout(layout, _unit_ranks(config), replicas)
+
+
+def exchange_replicas(config: RunConfig, data_size: int) -> int:
+    """The fewest replicas between which tiles must travel for every rank to encode about as many.
+
+    Inside an exchange group ranks differ by a tile; the groups differ by what their rows happen to hold. Predicted for rows
+    with any number of tiles from 0 to the budget, all equally likely (standard deviation over mean: 1 / sqrt(3)), and for
+    the largest of n groups, sqrt(2 ln n) standard deviations above the mean.
+    """
+    rows = config.parallel.vision_window_rows or config.rows_per_step // data_size
+    for replicas in range(1, data_size + 1):
+        if data_size % replicas or replicas * _replica_size(config) % _unit_ranks(config):
+            continue
+        num_groups = data_size // replicas
+        spread = math.sqrt(2 * math.log(num_groups)) / math.sqrt(3 * replicas * rows)
+        if spread <= ACCEPTED_IMBALANCE:
+            return replicas
+    return data_size
+
+
+def _unit_ranks(config: RunConfig) -> int:
+    """Ranks that encode a tile together."""
+    parallel = config.parallel
+    return parallel.tensor_size if parallel.vision_placement == "colocated" else parallel.vision_tensor_size
 
 
 def _numbers(section: Any, path: str) -> list[str]:
@@ -160,6 +199,7 @@ def _layout(config: RunConfig, world_size: int) -> list[str]:
         if rows % data_size
     ]
     problems += _stages(config, data_size)
+    problems += _vision(config, data_size)
     for what, value in (
         ("model.language.num_heads", language.num_heads),
         ("model.language.ffn_hidden_size", language.ffn_hidden_size),
@@ -228,6 +268,53 @@ def _stages(config: RunConfig, data_size: int) -> list[str]:
             for name, count in counts.items()
             if count % pipeline
         ]
+    return problems
+
+
+def _vision(config: RunConfig, data_size: int) -> list[str]:
+    """Who encodes tiles: units must be whole, exchange groups too, and the baselines cannot do everything."""
+    parallel, vision = config.parallel, config.model.vision
+    placement, unit = parallel.vision_placement, _unit_ranks(config)
+    problems = []
+    replicas = parallel.vision_exchange_replicas
+    if placement != "all_ranks":
+        if replicas not in (None, 1):
+            problems.append(
+                f"parallel.vision_exchange_replicas={replicas}: with parallel.vision_placement={placement} tiles stay in their "
+                "replica; leave it out"
+            )
+        replicas = 1
+    elif replicas is not None and data_size % replicas:
+        problems.append(
+            f"parallel.vision_exchange_replicas={replicas} must divide the {data_size} replicas (1 = tiles stay in their "
+            "replica; leave it out to have it chosen)"
+        )
+    stage = parallel.tensor_size * parallel.context_size
+    ranks = stage if placement == "first_stage" else _replica_size(config) * (replicas or data_size)
+    if ranks % unit:
+        problems.append(
+            f"parallel.vision_tensor_size={unit} must divide the {ranks} ranks that share tiles out; 1 is fastest"
+        )
+    if vision.ffn_hidden_size % unit:
+        problems.append(
+            f"parallel.vision_tensor_size={unit} must divide model.vision.ffn_hidden_size={vision.ffn_hidden_size}"
+        )
+    if placement == "colocated":
+        if parallel.pipeline_size > 1 or parallel.context_size > 1:
+            problems.append(
+                "parallel.vision_placement=colocated: needs parallel.pipeline_size=1 and parallel.context_size=1; the default, "
+                "all_ranks, does not"
+            )
+        if parallel.vision_tensor_size not in (1, parallel.tensor_size):
+            problems.append(
+                "parallel.vision_placement=colocated: tiles are encoded by the language model's tensor-parallel ranks; leave "
+                "parallel.vision_tensor_size out"
+            )
+    if placement == "first_stage" and parallel.vision_recompute == "full":
+        problems.append(
+            "parallel.vision_placement=first_stage: the encoder runs inside the pipeline, which cannot run it a second time "
+            "from tiles; set parallel.vision_recompute=layer"
+        )
     return problems
 
 

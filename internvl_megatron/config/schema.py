@@ -110,6 +110,8 @@ class ParallelConfig:
     vision_exchange_replicas: int | None = None
     """Replicas between which tiles travel so that all their ranks encode equally many: 1 = tiles stay in their replica; None =
     the fewest that are predicted to keep all ranks within 3 % of the mean."""
+    prepare_ahead: bool = True
+    """Plan the next window and send its tiles to their encoders while the language model computes."""
     vision_window_rows: int | None = None
     """Micro-batches whose images are encoded together; None = all micro-batches of a step."""
     vision_chunk_tiles: int = 16

@@ -99,6 +99,11 @@ class ReplicaLoader:
         self._state = ahead.state
         return ahead.step
 
+    def peek(self) -> StepRows | None:
+        """What the next `next_step` will return, which does not move the position; None if it will raise."""
+        step = self._ahead[0].step if self._ahead else None
+        return step if isinstance(step, StepRows) else None
+
     def state_dict(self) -> _State:
         """Position after the last step returned, as JSON: {stream number: its state}. Only on the leader."""
         assert self._state is not None, "only the leader of a replica knows the position"

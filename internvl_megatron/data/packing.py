@@ -129,6 +129,19 @@ class Row:
         """Tokens of samples, padding not counted."""
         return int(self.sample_bounds[-1])
 
+    def cut(self, multiple: int) -> "Row":
+        """The row without the padding it can do without: its length is the next multiple of a number, and not 0."""
+        length = max(1, -(-self.num_tokens // multiple)) * multiple
+        padding = [length - self.num_tokens] if length > self.num_tokens else []
+        return replace(
+            self,
+            token_ids=self.token_ids[:length],
+            targets=self.targets[:length],
+            weights=self.weights[:length],
+            positions=self.positions[:length],
+            segment_lengths=np.array([*self.segment_lengths[: self.num_samples], *padding], dtype=np.int32),
+        )
+
     def without_samples_of_images(self, failed: set[int]) -> "Row":
         """The row with no loss on the samples that own the given images (indices into `images`), else unchanged.
 

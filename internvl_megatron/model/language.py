@@ -48,6 +48,9 @@ def language_transformer_config(config: RunConfig, dtype: torch.dtype) -> Transf
         sequence_parallel=parallel.sequence_parallel,
         pipeline_model_parallel_layout=_pipeline_layout(stage_layers(config)) if parallel.pipeline_size > 1 else None,
         deallocate_pipeline_outputs=True,
+        variable_seq_lengths=not parallel.pad_rows,
+        # Asked for wherever lengths vary, in dense models too.
+        moe_token_dispatcher_type="alltoall",
         # With two pipeline ranks the interleaved schedule's batched messages mix up neighbours: gradients are silently
         # wrong.
         overlap_p2p_comm=interleaved,

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from internvl_megatron.device import Device
-from internvl_megatron.parallel.groups import Groups
+from internvl_megatron.parallel.groups import Groups, Peers
 from internvl_megatron.parallel.tile_plan import TilePlan
 
 
@@ -45,54 +45,68 @@ class Route:
         return cls(tokens[order], np.bincount(others, minlength=world_size))
 
 
+@dataclass(frozen=True)
+class TilesOnTheWay:
+    """Tiles that are being sent; take them with `Exchange.receive_tiles`."""
+
+    received: Tensor
+    """uint8 [e, 3, H, W], by the rank that decoded them; not to be read before `work` is done."""
+    sent: Tensor
+    """Kept until the message is through."""
+    order: Tensor
+    """int64 [e], places in `received` of the tiles in table order."""
+    sent_bytes: int
+    work: dist.Work
+
+
 class Exchange:
     """The three all-to-alls of the decoupled schedule, as one rank takes part in them."""
 
-    def __init__(
-        self, groups: Groups, device: Device, *, tokens_per_tile: int, tokens_per_row: int, sequence_parallel: bool
-    ) -> None:
+    def __init__(self, groups: Groups, device: Device, *, tokens_per_tile: int, sequence_parallel: bool) -> None:
         self.groups = groups
         self.device = device
         self.tokens_per_tile = tokens_per_tile
-        self.tokens_per_row = tokens_per_row
         self.sequence_parallel = sequence_parallel
         self.sent_bytes = 0
         """What this rank has sent to others, since somebody set it to 0."""
+        self.unit = groups.vision_layout.unit_of_rank[groups.rank]
+        """Unit of this rank; None if it does not encode."""
+        self._units = np.array(groups.vision_layout.units)  # [units, ranks of a unit]
 
-    def send_tiles(self, plan: TilePlan, decoded: Tensor) -> Tensor:
-        """Send decoded tiles to their encoders.
+    def send_tiles(self, plan: TilePlan, decoded: Tensor) -> TilesOnTheWay:
+        """Begin to send decoded tiles to all ranks of the units that encode them.
 
         Args:
             plan: the plan of this window.
             decoded: uint8 [t, 3, H, W], the tiles this rank decoded, in table order.
-
-        Returns:
-            uint8 [e, 3, H, W], the tiles this rank encodes, in table order.
         """
         rank, world = self.groups.rank, self.groups.layout.world_size
         held = np.flatnonzero(plan.table.decoder == rank)
         assert len(decoded) == len(held), f"{len(decoded)} decoded tiles, the plan expects {len(held)}"
-        target = plan.encoder[held]
-        order = np.argsort(target, kind="stable")
-        wanted = plan.tiles_of(rank)
-        source = plan.table.decoder[wanted]
-        received = self._all_to_all(
-            decoded[self._index(order)],
-            np.bincount(target, minlength=world),
-            np.bincount(source, minlength=world),
-            self.groups.tiles,
-        )
-        return received[self._index(_inverse(np.argsort(source, kind="stable")))]
+        target = self._units[plan.encoder[held]].T.ravel()  # once for every rank of the unit
+        order = np.argsort(target, kind="stable") % max(1, len(held))
+        source = plan.table.decoder[plan.tiles_of(self.unit)]
+        sent = decoded[self._index(order)]
+        counts = np.bincount(target, minlength=world)
+        received, work = self._begin(sent, counts, np.bincount(source, minlength=world), self.groups.tiles)
+        order = self._index(_inverse(np.argsort(source, kind="stable")))
+        return TilesOnTheWay(received, sent, order, self._bytes_to_others(sent, counts), work)
+
+    def receive_tiles(self, tiles: TilesOnTheWay) -> Tensor:
+        """Wait for tiles: uint8 [e, 3, H, W], those this rank encodes, in table order."""
+        tiles.work.wait()
+        self.sent_bytes += tiles.sent_bytes
+        return tiles.received[tiles.order]
 
     def owned(self, plan: TilePlan) -> TokenSlice:
         """The image tokens this rank puts into its slice of the sequence; none outside the first stage."""
         tokens = self._tokens(plan, self.groups.rank, for_gradients=False)
         tile, place = np.divmod(tokens, self.tokens_per_tile)
-        first, _ = self._bounds(self.groups.rank, for_gradients=False)
+        first, _ = self._bounds(self.groups.rank, plan.table.row_tokens[tile], for_gradients=False)
         return TokenSlice(tokens, plan.table.row[tile], plan.table.start[tile] + place - first)
 
     def send_embeddings(self, plan: TilePlan, embeddings: Tensor) -> Tensor:
-        """Send embeddings to their owners.
+        """Send embeddings to their owners; each from one rank of its unit.
 
         Args:
             plan: the plan of this window.
@@ -112,7 +126,7 @@ class Exchange:
         return received[self._index(np.argsort(incoming.tokens, kind="stable"))]
 
     def send_gradients(self, plan: TilePlan, gradients: Tensor) -> Tensor:
-        """Send the gradients of embeddings back to the ranks that computed them.
+        """Send the gradients of embeddings back to all ranks of the units that computed them.
 
         Args:
             plan: the plan of this window.
@@ -130,23 +144,27 @@ class Exchange:
             incoming.counts,
             self.groups.gradients,
         )
-        num_tiles = len(plan.tiles_of(self.groups.rank))
+        num_tiles = len(plan.tiles_of(self.unit))
         result = gradients.new_empty(num_tiles * self.tokens_per_tile, gradients.shape[-1])
         result[self._index(self._local(plan, incoming.tokens))] = received
         return result.unflatten(0, (num_tiles, self.tokens_per_tile))
 
     def _of_encoder(self, plan: TilePlan, rank: int, for_gradients: bool) -> Route:
         """What the encoder of some tiles has to do with their owners: who has which of its tokens."""
-        layout = self.groups.layout
-        tiles = plan.tiles_of(rank)
+        layout, vision = self.groups.layout, self.groups.vision_layout
+        unit = vision.unit_of_rank[rank]
+        tiles = plan.tiles_of(unit)
+        if unit is not None and not for_gradients:
+            # All ranks of a unit have the same embeddings; they take turns in sending them.
+            tiles = tiles[tiles % vision.tensor_size == vision.units[unit].index(rank)]
         tokens = (tiles[:, None] * self.tokens_per_tile + np.arange(self.tokens_per_tile)).ravel()
         tile, place = np.divmod(tokens, self.tokens_per_tile)
-        position = plan.table.start[tile] + place
+        position, row_tokens = plan.table.start[tile] + place, plan.table.row_tokens[tile]
         ranks = np.array([layout.rank(tensor, 0, 0, context) for context in range(layout.context_size)
                           for tensor in range(layout.tensor_size)])  # fmt: skip
-        bounds = np.array([self._bounds(owner, for_gradients) for owner in ranks.tolist()])
+        bounds = [self._bounds(owner, row_tokens, for_gradients) for owner in ranks.tolist()]
         # Of the first replica; the others' ranks are farther by the same step.
-        inside = (position >= bounds[:, :1]) & (position < bounds[:, 1:])
+        inside = np.array([(position >= first) & (position < end) for first, end in bounds])
         which, token = np.nonzero(inside)
         owners = ranks[which] + plan.table.replica[tile[token]] * layout.stage_size
         return Route.ordered(owners, tokens[token], layout.world_size)
@@ -154,7 +172,13 @@ class Exchange:
     def _of_owner(self, plan: TilePlan, rank: int, for_gradients: bool) -> Route:
         """What the owner of some tokens has to do with their encoders: who encoded which of them."""
         tokens = self._tokens(plan, rank, for_gradients)
-        return Route.ordered(plan.encoder[tokens // self.tokens_per_tile], tokens, self.groups.layout.world_size)
+        tile = tokens // self.tokens_per_tile
+        size = self._units.shape[1]
+        if for_gradients:
+            encoders, tokens = self._units[plan.encoder[tile]].T.ravel(), np.tile(tokens, size)
+        else:
+            encoders = self._units[plan.encoder[tile], tile % size]
+        return Route.ordered(encoders, tokens, self.groups.layout.world_size)
 
     def _tokens(self, plan: TilePlan, owner: int, for_gradients: bool) -> np.ndarray:
         """Tokens an owner has, ascending; none outside the first stage."""
@@ -164,18 +188,18 @@ class Exchange:
         tiles = np.flatnonzero(plan.table.replica == layout.replica(owner))
         place = np.arange(self.tokens_per_tile)
         position = plan.table.start[tiles][:, None] + place
-        first, end = self._bounds(owner, for_gradients)
+        first, end = self._bounds(owner, plan.table.row_tokens[tiles][:, None], for_gradients)
         inside = (position >= first) & (position < end)
         return (tiles[:, None] * self.tokens_per_tile + place)[inside]
 
-    def _bounds(self, owner: int, for_gradients: bool) -> tuple[int, int]:
-        """First and end place in the row of what an owner receives, or of what it returns gradients for.
+    def _bounds(self, owner: int, row_tokens: np.ndarray, for_gradients: bool) -> tuple[np.ndarray, np.ndarray]:
+        """First and end place, in rows of such lengths, of what an owner receives, or of what it returns gradients for.
 
         Without sequence parallelism every tensor-parallel rank needs all image tokens, and Megatron Core gives each of
         them the whole gradient; each returns its share of it, so that none arrives twice.
         """
         layout = self.groups.layout
-        first, end = layout.row_slice(owner, self.tokens_per_row)
+        first, end = layout.row_slice(owner, row_tokens)
         if layout.tensor_size == 1 or not (self.sequence_parallel or for_gradients):
             return first, end
         index, size, length = layout.tensor_index(owner), layout.tensor_size, end - first
@@ -185,17 +209,27 @@ class Exchange:
     def _local(self, plan: TilePlan, tokens: np.ndarray) -> np.ndarray:
         """Places of tokens in this rank's flattened [e * K, D] embeddings."""
         tile, place = np.divmod(tokens, self.tokens_per_tile)
-        return np.searchsorted(plan.tiles_of(self.groups.rank), tile) * self.tokens_per_tile + place
+        return np.searchsorted(plan.tiles_of(self.unit), tile) * self.tokens_per_tile + place
 
     def _index(self, index: np.ndarray) -> Tensor:
         return self.device.put(index)
 
-    def _all_to_all(self, send: Tensor, sent: np.ndarray, received: np.ndarray, group: dist.ProcessGroup) -> Tensor:
-        output = send.new_empty(int(received.sum()), *send.shape[1:])
-        to_others = int(sent.sum() - sent[self.groups.rank])
-        self.sent_bytes += to_others * send[:1].nbytes
-        dist.all_to_all_single(output, send.contiguous(), received.tolist(), sent.tolist(), group=group)
+    def _all_to_all(self, send: Tensor, sent: np.ndarray, received: np.ndarray, peers: Peers) -> Tensor:
+        self.sent_bytes += self._bytes_to_others(send, sent)
+        output, work = self._begin(send, sent, received, peers)
+        work.wait()
         return output
+
+    def _begin(self, send: Tensor, sent: np.ndarray, received: np.ndarray, peers: Peers) -> tuple[Tensor, dist.Work]:
+        """Begin to exchange with the peers; the counts are by global rank, and 0 for ranks that are no peers."""
+        output = send.new_empty(int(received.sum()), *send.shape[1:])
+        splits = received[peers.ranks].tolist(), sent[peers.ranks].tolist()
+        work = dist.all_to_all_single(output, send.contiguous(), *splits, group=peers.group, async_op=True)
+        assert work is not None, "this rank is one of the peers"
+        return output, work
+
+    def _bytes_to_others(self, send: Tensor, sent: np.ndarray) -> int:
+        return int(sent.sum() - sent[self.groups.rank]) * send[:1].nbytes
 
 
 def _inverse(permutation: np.ndarray) -> np.ndarray:

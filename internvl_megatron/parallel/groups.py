@@ -9,12 +9,22 @@ threads or phases on one communicator can wait for each other for ever.
 from dataclasses import dataclass
 from datetime import timedelta
 
+import numpy as np
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from internvl_megatron.device import Device
-from internvl_megatron.parallel.layout import Layout
+from internvl_megatron.parallel.layout import Layout, VisionLayout
+
+
+@dataclass(frozen=True)
+class Peers:
+    """A process group and the global ranks in it, ascending."""
+
+    group: dist.ProcessGroup
+    ranks: np.ndarray
+    """int64 [n]."""
 
 
 @dataclass(frozen=True)
@@ -22,14 +32,15 @@ class Groups:
     """All process groups of a run, as seen by one rank."""
 
     layout: Layout
+    vision_layout: VisionLayout
     rank: int
     language: ProcessGroupCollection
     vision: ProcessGroupCollection
-    tiles: dist.ProcessGroup
-    """Pixels of tiles on their way to the rank that encodes them."""
-    embeddings: dist.ProcessGroup
+    tiles: Peers
+    """Pixels of tiles on their way to the ranks that encode them."""
+    embeddings: Peers
     """Image embeddings on their way to the ranks that own those tokens."""
-    gradients: dist.ProcessGroup
+    gradients: Peers
     """Gradients of image embeddings on their way back."""
     host_world: dist.ProcessGroup
     """Small host messages between all ranks."""
@@ -46,8 +57,15 @@ class Groups:
         return self.layout.stage(self.rank) == self.layout.pipeline_size - 1
 
 
-def make_groups(layout: Layout, device: Device, timeout_seconds: int) -> Groups:
-    """Create every process group; collective over all ranks of an initialised world."""
+def make_groups(
+    layout: Layout, device: Device, timeout_seconds: int, vision_layout: VisionLayout | None = None
+) -> Groups:
+    """Create every process group; collective over all ranks of an initialised world.
+
+    Without a layout of its own the vision encoder is data parallel over all ranks, and tiles travel between all of them.
+    """
+    if vision_layout is None:
+        vision_layout = VisionLayout(layout, exchange_replicas=layout.data_size)
     rank, world = dist.get_rank(), dist.get_world_size()
     assert world == layout.world_size, f"layout {layout} wants {layout.world_size} ranks, the world has {world}"
     parallel_state.initialize_model_parallel(
@@ -67,6 +85,14 @@ def make_groups(layout: Layout, device: Device, timeout_seconds: int) -> Groups:
     alone = _checked(dist.new_group([rank], timeout=timeout, backend=device.backend, use_local_synchronization=True))
     replicas = [layout.replica_ranks(replica) for replica in range(layout.data_size)]
 
+    def exchange(whole: bool) -> Peers:
+        """A communicator of this rank's exchange group, or of its ranks that encode and of those that do not."""
+        parts = [part for group in range(vision_layout.num_groups) for part in vision_layout.parts(group, whole)]
+        made = [dist.new_group(part, timeout=timeout, backend=device.backend) for part in parts]
+        return next(
+            Peers(_checked(group), np.array(part)) for part, group in zip(parts, made, strict=True) if rank in part
+        )
+
     def host_group_of_mine(partition: list[list[int]]) -> dist.ProcessGroup:
         """Create a group per part, as all ranks must, and return the one this rank is in."""
         made = [dist.new_group(part, timeout=timeout, backend=device.host_backend) for part in partition]
@@ -74,12 +100,14 @@ def make_groups(layout: Layout, device: Device, timeout_seconds: int) -> Groups:
 
     return Groups(
         layout=layout,
+        vision_layout=vision_layout,
         rank=rank,
         language=ProcessGroupCollection.use_mpu_process_groups(),
         vision=_vision_groups(alone, whole_world(device.backend)),
-        tiles=whole_world(device.backend),
-        embeddings=whole_world(device.backend),
-        gradients=whole_world(device.backend),
+        tiles=exchange(whole=True),
+        # An encoder inside the pipeline exchanges with its own stage alone: the others are busy with other rows.
+        embeddings=exchange(whole=not vision_layout.first_stage_only),
+        gradients=exchange(whole=not vision_layout.first_stage_only),
         host_world=whole_world(device.host_backend),
         host_replica=host_group_of_mine(replicas),
         host_data=host_group_of_mine([list(peers) for peers in zip(*replicas, strict=True)]),

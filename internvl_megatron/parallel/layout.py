@@ -8,6 +8,8 @@ vision encoder has a layout of its own over the same ranks: by default it is dat
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -50,7 +52,7 @@ class Layout:
         """Pipeline stage of a rank."""
         return rank // (self.stage_size * self.data_size)
 
-    def row_slice(self, rank: int, num_tokens: int) -> tuple[int, int]:
+    def row_slice[Numbers: (int, np.ndarray)](self, rank: int, num_tokens: Numbers) -> tuple[Numbers, Numbers]:
         """First and end place, in a row of so many tokens, of the part a rank's attention queries come from.
 
         Under sequence parallelism the ranks of its tensor-parallel group share this part between the blocks.
@@ -135,8 +137,18 @@ class VisionLayout:
                 found[rank] = number
         return found
 
+    def parts(self, group: int, whole: bool) -> list[list[int]]:
+        """An exchange group's members in one part, or those that encode in one and the others in another."""
+        members = self.members(group)
+        if whole:
+            return [members]
+        encoders = self._encoders(group)
+        others = [rank for rank in members if rank not in encoders]
+        return [encoders, others] if others else [encoders]
+
+    def _encoders(self, group: int) -> list[int]:
+        return [rank for rank in self.members(group) if self.language.stage(rank) == 0 or not self.first_stage_only]
+
     def _units_of(self, group: int) -> list[list[int]]:
-        encoders = [
-            rank for rank in self.members(group) if self.language.stage(rank) == 0 or not self.first_stage_only
-        ]
+        encoders = self._encoders(group)
         return [encoders[first : first + self.tensor_size] for first in range(0, len(encoders), self.tensor_size)]

@@ -1,13 +1,15 @@
-"""Which rank encodes which tile: a pure function of numbers every rank knows.
+"""Which ranks encode which tile: a pure function of numbers every rank knows.
 
-A tile costs the same wherever it comes from, so the vision encoder is data parallel over tiles: each rank of the
-exchange group takes its share (most - fewest <= 1), whichever replica the tile belongs to. All ranks compute the same
+A tile costs the same wherever it comes from, so the vision encoder is data parallel over tiles: inside an exchange group
+each unit of ranks takes its share (most - fewest <= 1), whichever replica the tile belongs to. All ranks compute the same
 plan from the same table, so none of it is communicated.
 """
 
 from dataclasses import dataclass
 
 import numpy as np
+
+from internvl_megatron.parallel.layout import VisionLayout
 
 
 @dataclass(frozen=True)
@@ -17,6 +19,8 @@ class TileTable:
     replica: np.ndarray
     row: np.ndarray
     """Micro-batch of the replica the tile's tokens are in."""
+    row_tokens: np.ndarray
+    """Length of that row."""
     start: np.ndarray
     """Place of the tile's first token in its row."""
     decoder: np.ndarray
@@ -30,18 +34,20 @@ class TileTable:
 
     def select(self, chosen: np.ndarray) -> "TileTable":
         """The tiles at these indices or where this mask is true, order kept."""
-        return TileTable(
-            self.replica[chosen], self.row[chosen], self.start[chosen], self.decoder[chosen], self.number[chosen]
-        )
+        return TileTable(**{name: column[chosen] for name, column in vars(self).items()})
+
+    def of_rows(self, rows: range) -> "TileTable":
+        """The tiles of these micro-batches."""
+        return self.select((self.row >= rows.start) & (self.row < rows.stop))
 
 
 @dataclass(frozen=True)
 class TilePlan:
-    """Assignment of the tiles of one window to the ranks that encode them."""
+    """Assignment of the tiles of one window to the units that encode them."""
 
     table: TileTable
     encoder: np.ndarray
-    """int64 [n]: global rank that encodes each tile."""
+    """int64 [n]: unit that encodes each tile (`VisionLayout.units`)."""
     num_chunks: int
     """Encoder passes per rank; the same on every rank, because collectives hang off them."""
 
@@ -50,27 +56,77 @@ class TilePlan:
         """Tiles of the window over all replicas."""
         return len(self.table)
 
-    def tiles_of(self, rank: int) -> np.ndarray:
-        """Table indices of the tiles a rank encodes, ascending."""
-        return np.flatnonzero(self.encoder == rank)
+    def tiles_of(self, unit: int | None) -> np.ndarray:
+        """Table indices of the tiles a unit encodes, ascending; none for a rank that is in no unit."""
+        return np.flatnonzero(self.encoder == unit) if unit is not None else np.empty(0, dtype=np.int64)
 
 
-def plan_tiles(table: TileTable, num_ranks: int, chunk_tiles: int) -> TilePlan:
-    """Share the tiles out evenly, leaving as many as possible on the rank that decoded them.
+def plan_tiles(table: TileTable, layout: VisionLayout, chunk_tiles: int) -> TilePlan:
+    """Share the tiles out evenly in every exchange group, leaving as many as possible with the unit that decoded them.
+
+    Tiles that have to move go to units of their own replica first, and there to those of the first stage, which own its image
+    tokens.
 
     Args:
         table: tiles of all replicas.
-        num_ranks: ranks of the exchange group.
-        chunk_tiles: tiles a rank encodes at a time.
+        layout: units and exchange groups.
+        chunk_tiles: tiles a unit encodes at a time.
     """
-    held = np.bincount(table.decoder, minlength=num_ranks)
-    base, surplus = divmod(len(table), num_ranks)
-    quota = np.full(num_ranks, base, dtype=np.int64)
-    # The ranks that hold most tiles take one more; ties go to the lower rank.
-    quota[np.argsort(-held, kind="stable")[:surplus]] += 1
     encoder = np.full(len(table), -1, dtype=np.int64)
-    for rank in range(num_ranks):
-        encoder[np.flatnonzero(table.decoder == rank)[: quota[rank]]] = rank
-    missing = quota - np.bincount(encoder[encoder >= 0], minlength=num_ranks)
-    encoder[encoder < 0] = np.repeat(np.arange(num_ranks), missing)
-    return TilePlan(table, encoder, num_chunks=-(-int(quota.max(initial=0)) // chunk_tiles))
+    unit_of_rank = np.array([-1 if unit is None else unit for unit in layout.unit_of_rank])
+    home = np.array([layout.language.replica(unit[0]) for unit in layout.units])
+    group_of_tile = table.replica // layout.exchange_replicas
+    size = layout.units_per_group
+    for group in range(layout.num_groups):
+        first = group * size
+        tiles = np.flatnonzero(group_of_tile == group)
+        holder = unit_of_rank[table.decoder[tiles]]
+        # A tile may come from another group's rank only where that rank encodes nothing; then it has no holder here.
+        holder = np.where(holder >= 0, holder - first, -1)
+        encoder[tiles] = first + _share_out(holder, table.replica[tiles], home[first : first + size])
+    most = int(np.bincount(encoder).max(initial=0))
+    return TilePlan(table, encoder, num_chunks=-(-most // chunk_tiles))
+
+
+def plan_rows(table: TileTable, layout: VisionLayout) -> TilePlan:
+    """Share the tiles of every row out by itself, for a vision encoder that runs inside the pipeline, row by row."""
+    encoder = np.empty(len(table), dtype=np.int64)
+    for row in np.unique(table.row):
+        mine = table.row == row
+        encoder[mine] = plan_tiles(table.select(mine), layout, chunk_tiles=1).encoder
+    return TilePlan(table, encoder, num_chunks=0)
+
+
+def _share_out(holder: np.ndarray, replica: np.ndarray, home: np.ndarray) -> np.ndarray:
+    """Units [n] of one exchange group's tiles, counted from 0.
+
+    Args:
+        holder: int64 [n], unit that holds each tile, -1 for none.
+        replica: int64 [n], replica of each tile.
+        home: int64 [u], replica each unit belongs to; its units of the first stage come first.
+    """
+    num_units = len(home)
+    held = np.bincount(holder[holder >= 0], minlength=num_units)
+    base, surplus = divmod(len(holder), num_units)
+    quota = np.full(num_units, base, dtype=np.int64)
+    # The units that hold most tiles take one more; ties go to the first.
+    quota[np.argsort(-held, kind="stable")[:surplus]] += 1
+    unit = np.where(_number_among_equals(holder) < quota[holder], holder, -1)
+    missing = quota - np.bincount(unit[unit >= 0], minlength=num_units)
+    for own in np.unique(replica[unit < 0]):
+        moving = np.flatnonzero((unit < 0) & (replica == own))
+        units = np.flatnonzero(home == own)
+        places = np.repeat(units, missing[units])[: len(moving)]
+        unit[moving[: len(places)]] = places
+        missing -= np.bincount(places, minlength=num_units)
+    unit[unit < 0] = np.repeat(np.arange(num_units), missing)
+    return unit
+
+
+def _number_among_equals(values: np.ndarray) -> np.ndarray:
+    """How many equal values come before each."""
+    order = np.argsort(values, kind="stable")
+    ordered = values[order]
+    result = np.empty(len(values), dtype=np.int64)
+    result[order] = np.arange(len(values)) - np.searchsorted(ordered, ordered)
+    return result

@@ -4,19 +4,22 @@ All of it is host data, so the global loss weight is known before the first forw
 from a device or rescaled after backward.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
+from internvl_megatron.config.schema import DataConfig
 from internvl_megatron.data.packing import Row
-from internvl_megatron.data.step_rows import StepRows
+from internvl_megatron.data.step_rows import ImageKey, StepRows
+from internvl_megatron.errors import DataError
 from internvl_megatron.parallel.groups import Groups
 from internvl_megatron.parallel.host import gather_integers
 from internvl_megatron.parallel.tile_plan import TileTable
 
-_COLUMNS = 4  # row, start, decoder, number
+_COLUMNS = 5  # row, row_tokens, start, decoder, number
 
 
 @dataclass(frozen=True)
@@ -35,37 +38,42 @@ class StepAgreement:
     num_supervised_tokens: int
     """Tokens that carry loss."""
     num_failed_images: int
-    num_skipped_samples: int
-    """Samples all leaders have left out since the run began."""
     attention_pairs: int
     """Sum over all samples of length squared: what the quadratic part of attention costs."""
-    stop_requested: bool
-    """Some rank was asked to stop after this step."""
 
 
-def agree(
-    batch: StepRows, groups: Groups, tiles_per_row: int, num_skipped_samples: int = 0, stop_requested: bool = False
-) -> StepAgreement:
+def agree(batch: StepRows, groups: Groups, data: DataConfig, pad_rows: bool) -> StepAgreement:
     """Exchange what all ranks must know of each other; collective.
 
     Args:
         batch: this replica's rows and this rank's tiles.
         groups: process groups.
-        tiles_per_row: tile budget of a row; numbers tiles in a way that does not depend on the layout.
-        num_skipped_samples: samples this replica's leader has left out; 0 on the other ranks.
-        stop_requested: this rank was asked to stop after the step. One rank is enough for all to stop.
+        data: its tile budget of a row numbers tiles in a way that does not depend on the layout.
+        pad_rows: keep rows at their full length; otherwise they end with their last sample, or where the ranks that share a
+            row need it.
+
+    Raises:
+        DataError: on all ranks, if one of them has an image that cannot be decoded and the policy is to stop; only its own
+            message says which.
     """
-    own = _agree_in_replica(batch, groups, num_skipped_samples, stop_requested)
-    rows = own.rows
+    error: DataError | None = None
+    try:
+        failed = batch.tiles().failed
+    except DataError as raised:  # the others must hear of it: they would wait for this rank
+        error, failed = raised, {}
+    rows, num_failed_images, must_stop = _agree_in_replica(batch, groups, failed, error is not None)
+    if not pad_rows:
+        rows = [row.cut(groups.layout.stage_size) for row in rows]
     layout = groups.layout
     replica = layout.replica(groups.rank)
     ranks = layout.replica_ranks(replica)
     tiles = [
         (
             index,
+            len(row.token_ids),
             start,
             ranks[batch.image_owner[index][image]],
-            (index * layout.data_size + replica) * tiles_per_row + number,
+            (index * layout.data_size + replica) * data.tiles_per_row + number,
         )
         for index, row in enumerate(rows)
         for number, (start, image) in enumerate(zip(row.tile_starts.tolist(), _image_of_tiles(row), strict=True))
@@ -75,15 +83,16 @@ def agree(
         sum(row.num_tokens for row in rows),
         sum(row.num_samples for row in rows),
         sum(int((row.weights > 0).sum()) for row in rows),
-        own.num_failed_images,
-        own.num_skipped_samples,
+        num_failed_images,
+        int(must_stop),
         sum(int((row.segment_lengths[: row.num_samples].astype(np.int64) ** 2).sum()) for row in rows),
-        int(own.stop_requested),
     ]
     message = np.concatenate([totals, weights.view(np.int64), np.array(tiles, dtype=np.int64).ravel()])
     gathered = gather_integers(message, groups.host_data)
     split = [np.split(values, [len(totals), len(totals) + len(rows)]) for values in gathered]
     sums = np.sum([part[0] for part in split], axis=0).tolist()
+    if sums[4]:
+        raise error or DataError("another rank has an image that cannot be decoded; its message says which")
     return StepAgreement(
         rows=rows,
         table=_table([part[2] for part in split]),
@@ -92,9 +101,7 @@ def agree(
         num_samples=sums[1],
         num_supervised_tokens=sums[2],
         num_failed_images=sums[3],
-        num_skipped_samples=sums[4],
         attention_pairs=sums[5],
-        stop_requested=sums[6] > 0,
     )
 
 
@@ -111,33 +118,27 @@ def decoded_tiles(batch: StepRows, tile_pixels: int, rows: range) -> np.ndarray:
     return np.concatenate(parts)
 
 
-@dataclass(frozen=True)
-class _ReplicaAgreement:
-    """What the ranks of one replica know together."""
-
-    rows: list[Row]
-    """Without loss on samples with an image that some rank failed to decode."""
-    num_failed_images: int
-    num_skipped_samples: int
-    stop_requested: bool
-
-
 def _agree_in_replica(
-    batch: StepRows, groups: Groups, num_skipped_samples: int, stop_requested: bool
-) -> _ReplicaAgreement:
-    """Put together what each rank of the replica may know alone: broken images, skipped samples, a request to stop."""
+    batch: StepRows, groups: Groups, failed: Iterable[ImageKey], must_stop: bool
+) -> tuple[list[Row], int, bool]:
+    """Put together what each rank of the replica may know alone.
+
+    Returns:
+        Rows without loss on samples with an image that some rank failed to decode, the number of those images, and whether
+        some rank must stop.
+    """
     first = np.concatenate([[0], np.cumsum([len(row.images) for row in batch.rows])])
-    known = torch.zeros(2 + int(first[-1]), dtype=torch.int64)
-    known[0], known[1] = int(stop_requested), num_skipped_samples
-    for row, image in batch.tiles().failed:
-        known[2 + int(first[row]) + image] = 1
+    known = torch.zeros(1 + int(first[-1]), dtype=torch.int64)
+    known[0] = int(must_stop)
+    for row, image in failed:
+        known[1 + int(first[row]) + image] = 1
     dist.all_reduce(known, op=dist.ReduceOp.MAX, group=groups.host_replica)
-    failed = known[2:].numpy()
+    broken = known[1:].numpy()
     rows = [
-        row.without_samples_of_images(set(np.flatnonzero(failed[first[index] : first[index + 1]]).tolist()))
+        row.without_samples_of_images(set(np.flatnonzero(broken[first[index] : first[index + 1]]).tolist()))
         for index, row in enumerate(batch.rows)
     ]
-    return _ReplicaAgreement(rows, int(failed.sum()), int(known[1]), bool(known[0]))
+    return rows, int(broken.sum()), bool(known[0])
 
 
 def _image_of_tiles(row: Row) -> list[int]:
@@ -146,6 +147,6 @@ def _image_of_tiles(row: Row) -> list[int]:
 
 def _table(replicas: list[np.ndarray]) -> TileTable:
     parts = [values.reshape(-1, _COLUMNS) for values in replicas]
-    row, start, decoder, number = np.concatenate(parts).T
+    row, row_tokens, start, decoder, number = np.concatenate(parts).T
     replica = np.repeat(np.arange(len(parts)), [len(part) for part in parts])
-    return TileTable(replica=replica, row=row, start=start, decoder=decoder, number=number)
+    return TileTable(replica=replica, row=row, row_tokens=row_tokens, start=start, decoder=decoder, number=number)

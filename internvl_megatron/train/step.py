@@ -24,7 +24,7 @@ from torch import Tensor
 from internvl_megatron.config.schema import RunConfig
 from internvl_megatron.data.step_rows import StepRows
 from internvl_megatron.device import Device
-from internvl_megatron.model.build import Model
+from internvl_megatron.model.build import Model, torch_dtype
 from internvl_megatron.model.drop_path import residual_scale
 from internvl_megatron.model.language import ImageTokens
 from internvl_megatron.model.loss import weighted_loss
@@ -32,11 +32,13 @@ from internvl_megatron.parallel.embedding_store import EmbeddingStore
 from internvl_megatron.parallel.exchange import Exchange
 from internvl_megatron.parallel.groups import Groups
 from internvl_megatron.parallel.host import sum_floats
-from internvl_megatron.parallel.tile_plan import TilePlan, plan_tiles
-from internvl_megatron.train.agreement import StepAgreement, agree, decoded_tiles
+from internvl_megatron.parallel.tile_plan import TilePlan
+from internvl_megatron.train.agreement import StepAgreement
 from internvl_megatron.train.batch import DeviceRow, device_row
 from internvl_megatron.train.optimizer import JointOptimizer, UpdateResult, distributed
 from internvl_megatron.train.phases import PhaseClock, Span
+from internvl_megatron.train.row_encoder import RowEncoder
+from internvl_megatron.train.windows import Window, WindowMaker
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,10 @@ class StepResult:
     updated: bool
     """False if the gradient norm was not finite or there was nothing to learn from."""
     agreement: StepAgreement
+    num_skipped_samples: int
+    """Samples all leaders have left out since the run began."""
+    stop_requested: bool
+    """Some rank was asked to stop after this step."""
     most_tiles_per_rank: int
     """Tiles the busiest rank encoded."""
     sent_bytes: int
@@ -86,98 +92,105 @@ class Step:
             groups,
             device,
             tokens_per_tile=config.model.vision.tokens_per_tile,
-            tokens_per_row=config.data.tokens_per_row,
             sequence_parallel=config.parallel.sequence_parallel,
         )
+        self.windows = WindowMaker(config, groups, device, self.exchange)
         parts = config.optimizer
         self._trains_vision = parts.vision.trainable or parts.projector.trainable
-        self._part = slice(*groups.layout.row_slice(groups.rank, config.data.tokens_per_row))
         self.clock = PhaseClock(device)
         self._p2p = P2PCommunicator(groups.language.pp, model.language[0].config)
 
     def run(
-        self, batch: StepRows, step: int, num_skipped_samples: int = 0, stop_requested: bool = False
+        self,
+        batch: StepRows,
+        step: int,
+        following: StepRows | None = None,
+        num_skipped_samples: int = 0,
+        stop_requested: bool = False,
     ) -> StepResult:
         """Train on one global batch; collective over all ranks.
 
         Args:
             batch: this replica's rows and this rank's tiles.
             step: number of the step, from 0; sets the learning rate and the drop-path draws.
+            following: the batch of the next step, if there is one: it is prepared while this one is trained on.
             num_skipped_samples: samples this replica's leader has left out so far; 0 on the other ranks.
             stop_requested: this rank was asked to stop; shared with all ranks through the result.
         """
         phase, losses = self.clock.phase, []
         self.clock.clear()
         self.exchange.sent_bytes = 0
-        with phase("plan"):
-            agreement = agree(batch, self.groups, self.config.data.tiles_per_row, num_skipped_samples, stop_requested)
         for module in (self.vision, *self.language):
             module.train()
             module.zero_grad_buffer()
         self.optimizer.zero_grad()
-        tiles_per_rank = np.zeros(self.groups.layout.world_size, dtype=np.int64)
-        for rows in self._windows(len(agreement.rows)):
-            with phase("plan"):
-                plan = self._plan(agreement, rows)
-            tiles_per_rank += np.bincount(plan.encoder, minlength=len(tiles_per_rank))
+        with phase("plan"):
+            window = self.windows.first(batch)
+        agreement = window.agreement
+        tiles_per_unit = np.zeros(len(self.groups.vision_layout.units), dtype=np.int64)
+        while True:
+            tiles_per_unit += np.bincount(window.plan.encoder, minlength=len(tiles_per_unit))
             with phase("encode"):
-                store, chunks = self._encode(plan, batch, rows, step, training=True)
+                images, chunks = self._encode(window, step, training=True)
+            self.windows.prepare_after(window, following)
             with phase("decode"):
-                losses += self._decode(agreement, rows, store, training=True)
+                losses += self._decode(window, images, training=True)
             with phase("backprop"):
-                self._backprop(plan, store, chunks)
+                self._backprop(window.plan, images, chunks)
+            if window.is_last:
+                break
+            with phase("plan"):
+                window = self.windows.after(window)
         with phase("update"):
             self._reduce(agreement)
             rate = self.optimizer.set_learning_rate(step)
             has_targets = agreement.row_weights.sum() > 0
             update = self.optimizer.clip_and_step() if has_targets else UpdateResult(0.0, updated=False)
-        loss, sent_bytes = self._totals(losses)
+        totals = [self._own_loss(losses), self.exchange.sent_bytes, num_skipped_samples, float(stop_requested)]
+        loss, sent_bytes, num_skipped, num_stopping = sum_floats(totals, self.groups.host_world)
+        self.windows.wait()
         return StepResult(
             loss=loss,
             grad_norm=update.grad_norm,
             learning_rate=rate,
             updated=update.updated,
             agreement=agreement,
-            most_tiles_per_rank=int(tiles_per_rank.max()),
-            sent_bytes=sent_bytes,
+            num_skipped_samples=int(num_skipped),
+            stop_requested=num_stopping > 0,
+            most_tiles_per_rank=int(tiles_per_unit.max()),
+            sent_bytes=int(sent_bytes),
             spans=self.clock.spans(),
         )
 
     @torch.no_grad()
     def evaluate(self, batch: StepRows) -> float:
         """Loss of held-out rows, without drop path; collective over all ranks."""
-        agreement = agree(batch, self.groups, self.config.data.tiles_per_row)
         for module in (self.vision, *self.language):
             module.eval()
-        losses = []
-        for rows in self._windows(len(agreement.rows)):
-            store, _ = self._encode(self._plan(agreement, rows), batch, rows, step=0, training=False)
-            losses += self._decode(agreement, rows, store, training=False)
-        return self._totals(losses)[0]
-
-    def _windows(self, num_rows: int) -> Iterator[range]:
-        size = self.config.parallel.vision_window_rows or num_rows
-        return (range(first, min(first + size, num_rows)) for first in range(0, num_rows, size))
-
-    def _plan(self, agreement: StepAgreement, rows: range) -> TilePlan:
-        chosen = (agreement.table.row >= rows.start) & (agreement.table.row < rows.stop)
-        return plan_tiles(
-            agreement.table.select(chosen), self.groups.layout.world_size, self.config.parallel.vision_chunk_tiles
-        )
+        window, losses = self.windows.first(batch), []
+        while True:
+            images, _ = self._encode(window, step=0, training=False)
+            losses += self._decode(window, images, training=False)
+            if window.is_last:
+                break
+            window = self.windows.after(window)
+        return sum_floats([self._own_loss(losses)], self.groups.host_world)[0]
 
     def _encode(
-        self, plan: TilePlan, batch: StepRows, rows: range, step: int, training: bool
-    ) -> tuple[EmbeddingStore | None, list[EncodedChunk]]:
+        self, window: Window, step: int, training: bool
+    ) -> tuple[EmbeddingStore | RowEncoder | None, list[EncodedChunk]]:
         """Embeddings of the window's images at their owners; a window without images costs nothing."""
-        if plan.num_tiles == 0:
+        if window.tiles is None:
             return None, []
-        decoded = decoded_tiles(batch, self.config.model.vision.tile_pixels, rows)
-        tiles = self.exchange.send_tiles(plan, self.device.put(decoded))
-        numbers = plan.table.number[plan.tiles_of(self.groups.rank)]
+        plan, exchange = window.plan, self.exchange
+        tiles = exchange.receive_tiles(window.tiles)
+        if self.groups.vision_layout.first_stage_only:
+            return self._row_encoder(plan, tiles, step, training), []
+        numbers = plan.table.number[plan.tiles_of(exchange.unit)]
         chunks = [self._encode_chunk(tiles, numbers, chunk, step, training) for chunk in range(plan.num_chunks)]
         embeddings = torch.cat([chunk.output.detach()[: chunk.num_real_tiles] for chunk in chunks])
-        received = self.exchange.send_embeddings(plan, embeddings)
-        return EmbeddingStore(received, self.exchange.owned(plan), self.device), chunks
+        received = exchange.send_embeddings(plan, embeddings)
+        return EmbeddingStore(received, exchange.owned(plan), self.device), chunks
 
     def _encode_chunk(self, tiles: Tensor, numbers: np.ndarray, chunk: int, step: int, training: bool) -> EncodedChunk:
         size = self.config.parallel.vision_chunk_tiles
@@ -187,20 +200,33 @@ class Step:
         if num_real == 0:
             # Every rank runs every chunk: collectives of sharded parameters would otherwise wait for this rank.
             mine, numbers = tiles.new_zeros(1, *tiles.shape[1:]), np.zeros(1, dtype=np.int64)
+        scale = self._residual_scale(numbers, step, training)
+        keep_graph = training and self._trains_vision and self.config.parallel.vision_recompute != "full"
+        with torch.set_grad_enabled(keep_graph):
+            output = self.vision(mine, scale)
+        return EncodedChunk(mine, scale, num_real, output)
+
+    def _residual_scale(self, numbers: np.ndarray, step: int, training: bool) -> Tensor | None:
+        """Drop path of tiles with these numbers."""
         vision = self.config.model.vision
         rate = vision.drop_path_rate if training else 0.0
         scale = residual_scale(rate, vision.num_layers, numbers, self.config.seed, step)
-        on_device = None if scale is None else self.device.put(scale)
-        keep_graph = training and self._trains_vision and self.config.parallel.vision_recompute != "full"
-        with torch.set_grad_enabled(keep_graph):
-            output = self.vision(mine, on_device)
-        return EncodedChunk(mine, on_device, num_real, output)
+        return None if scale is None else self.device.put(scale)
 
-    def _decode(
-        self, agreement: StepAgreement, rows: range, store: EmbeddingStore | None, training: bool
-    ) -> list[Tensor]:
+    def _row_encoder(self, plan: TilePlan, tiles: Tensor, step: int, training: bool) -> RowEncoder:
+        model = self.config.model
+        shape = 0, model.vision.tokens_per_tile, model.language.hidden_size
+        nothing = torch.empty(shape, dtype=torch_dtype(self.config.dtype), device=self.device.torch_device)
+
+        def encode(tiles: Tensor, numbers: np.ndarray) -> Tensor:
+            with torch.set_grad_enabled(training and self._trains_vision):
+                return self.vision(tiles, self._residual_scale(numbers, step, training))
+
+        return RowEncoder(plan, tiles, encode, self.exchange, self.device, nothing)
+
+    def _decode(self, window: Window, embeddings: EmbeddingStore | RowEncoder | None, training: bool) -> list[Tensor]:
         """Run the language model over the window; losses of its rows on the last stage, nothing elsewhere."""
-        layout = self.groups.layout
+        agreement, rows, layout = window.agreement, window.rows, self.groups.layout
         interleaved = layout.virtual_size > 1
         chunks = list[torch.nn.Module](self.language)
         schedule = get_forward_backward_func(layout.pipeline_size, layout.virtual_size if interleaved else None)
@@ -210,9 +236,10 @@ class Step:
         ) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]]:
             number = next(numbers)
             images = None
-            if store is not None and language.module.pre_process:
-                images = store.row(number, requires_grad=training and self._trains_vision)
-            row = device_row(agreement.rows[number], self.config.model.language, self.device, self._part)
+            if embeddings is not None and language.module.pre_process:
+                images = embeddings.row(number, requires_grad=training and self._trains_vision)
+            part = slice(*layout.row_slice(self.groups.rank, len(agreement.rows[number].token_ids)))
+            row = device_row(agreement.rows[number], self.config.model.language, self.device, part)
             output = language(row.token_ids, row.packed, self._image_tokens(images), row.target_positions)
             return output, lambda logits: self._row_loss(logits, row, self._loss_scale(agreement, number))
 
@@ -245,11 +272,13 @@ class Step:
             weight = float(agreement.row_weights[row]) * len(agreement.rows)
         return 1.0 / weight if weight > 0 else 0.0
 
-    def _backprop(self, plan: TilePlan, store: EmbeddingStore | None, chunks: list[EncodedChunk]) -> None:
+    def _backprop(
+        self, plan: TilePlan, embeddings: EmbeddingStore | RowEncoder | None, chunks: list[EncodedChunk]
+    ) -> None:
         """Bring the gradients of the embeddings back and run the vision side backward."""
-        if store is None or not self._trains_vision:
-            return
-        gradients = self.exchange.send_gradients(plan, store.gradients())
+        if not isinstance(embeddings, EmbeddingStore) or not self._trains_vision:
+            return  # no images, nothing to train, or done row by row
+        gradients = self.exchange.send_gradients(plan, embeddings.gradients())
         last = len(chunks) - 1
         first_tile = 0
         for index, chunk in enumerate(chunks):
@@ -272,10 +301,7 @@ class Step:
         if len(agreement.table) and self._trains_vision:
             finalize_model_grads([self.vision], None, pg_collection=self.groups.vision)
 
-    def _totals(self, losses: list[Tensor]) -> tuple[float, int]:
-        """The loss, as the sum of all rows' shares, and the bytes all ranks have sent; on every rank."""
-        layout, rank = self.groups.layout, self.groups.rank
-        counts = self.groups.is_last_stage and layout.tensor_index(rank) == 0
-        mine = float(torch.stack(losses).double().sum()) if counts and losses else 0.0
-        loss, sent_bytes = sum_floats([mine, self.exchange.sent_bytes], self.groups.host_world)
-        return loss, int(sent_bytes)
+    def _own_loss(self, losses: list[Tensor]) -> float:
+        """What this rank adds to the loss, which is the sum of all rows' shares."""
+        counts = self.groups.is_last_stage and self.groups.layout.tensor_index(self.groups.rank) == 0
+        return float(torch.stack(losses).double().sum()) if counts and losses else 0.0

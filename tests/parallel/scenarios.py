@@ -18,6 +18,12 @@ SCENARIOS = {
     "sample_weights": Scenario(weight_exponent=1.0, changes=_TWO_STEPS),
     # How the vision side does its work must not matter.
     "window": Scenario(parallel_changes={"vision_window_rows": 1}, changes=_TWO_STEPS),
+    "nothing_ahead": Scenario(parallel_changes={"prepare_ahead": False}),
+    "window_nothing_ahead": Scenario(
+        parallel_changes={"prepare_ahead": False, "vision_window_rows": 1}, changes=_TWO_STEPS
+    ),
+    "short_rows": Scenario(parallel_changes={"pad_rows": False}, changes=_TWO_STEPS),
+    "short_text_rows": Scenario(rows="text", parallel_changes={"pad_rows": False}, changes=_TWO_STEPS),
     "uneven_window": Scenario(parallel_changes={"vision_window_rows": 3}, changes=_TWO_STEPS),
     "recompute": Scenario(
         parallel_changes={"vision_recompute": "full", "language_recompute": "full"}, changes=_TWO_STEPS
@@ -74,14 +80,17 @@ LAYOUTS_OF = {name: ["TP2xPP2"] for name in SCENARIOS} | {
     "micro_batch": ["1", "DP2", "TP2xPP2"],
     "sample_weights": ["1"],
     "window": ["DP2", "TP2xPP2"],
+    "nothing_ahead": ["TP2xPP2"],
+    "window_nothing_ahead": ["TP2xPP2"],
+    "short_rows": ["1", "TP2+SPxPP2xVPP2", "PP2xDP2", "TP2+SPxCP2", "TP2xPP2 first stage"],
     "recompute": ["1", "TP2xPP2", "TP2+SPxCP2"],
     "recompute_less": ["1", "TP2+SPxPP2xVPP2"],
     "large_chunks": ["1"],
     "frozen_vision": ["1", "DP2", "TP2xPP2"],
     "projector_only": ["1", "TP2+SPxPP2"],
     "own_ways": ["1", "TP2xDP2", "PP2xVPP2"],
-    "text": ["1", "TP2xPP2", "CP2xPP2"],
-    "one_tile": ["DP2", "TP2xPP2", "TP2xCP2"],
+    "text": ["1", "TP2xPP2", "CP2xPP2", "TP2xPP2 first stage"],
+    "one_tile": ["DP2", "TP2xPP2", "TP2xCP2", "PP2xDP2 apart", "TP2xPP2 first stage"],
     "no_targets": ["1", "TP2xPP2", "CP2"],
     "broken_image": ["DP2", "TP2xPP2"],
     "vision_overflow": ["1", "TP2xPP2"],

@@ -40,7 +40,7 @@ def _train(
     device = open_device("cpu")
     config = scenario.config(ranks)
     with joined(info, device, 60):
-        groups = make_groups(ranks.layout, device, 60)
+        groups = make_groups(ranks.layout, device, 60, ranks.vision_layout)
         step, model = make_step(config, weights, groups, device)
         if first > 0:
             loaded, positions = save_load.load(folders.finished(root)[-1], model, step.optimizer, groups)

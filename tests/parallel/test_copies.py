@@ -21,7 +21,7 @@ def _check(info: RankInfo, ranks: Ranks, spoiled: str | None) -> None:
     torch.set_num_threads(1)
     device = open_device("cpu")
     with joined(info, device, 60):
-        groups = make_groups(ranks.layout, device, 60)
+        groups = make_groups(ranks.layout, device, 60, ranks.vision_layout)
         model = build_model(run_config(small_model(), parallel=ranks.config()), groups, device)
         if info.rank == info.world_size - 1 and spoiled is not None:
             with torch.no_grad():

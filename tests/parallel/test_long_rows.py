@@ -42,7 +42,7 @@ def _train(info: RankInfo, ranks: Ranks) -> list[tuple[float, float]]:
         rows_per_step=1,
     )
     with joined(info, device, 600):
-        groups = make_groups(ranks.layout, device, 600)
+        groups = make_groups(ranks.layout, device, 600, ranks.vision_layout)
         step, _ = make_step(config, None, groups, device)
         place = ranks.layout.replica_ranks(0).index(info.rank)
         history = []

@@ -219,7 +219,7 @@ def vision_side_with_poison(info: RankInfo, ranks: Ranks, scenario: Scenario) ->
     device = open_device("cpu")
     config = scenario.config(ranks)
     with joined(info, device, 60):
-        groups = make_groups(ranks.layout, device, 60)
+        groups = make_groups(ranks.layout, device, 60, ranks.vision_layout)
         step, _ = make_step(config, None, groups, device)
 
         def with_poison(function: Callable[..., Any]) -> Callable[..., Any]:

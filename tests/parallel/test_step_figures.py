@@ -28,7 +28,7 @@ def _figures(info: RankInfo, ranks: Ranks, scenario: Scenario) -> dict[str, Any]
     device = open_device("cpu")
     config = scenario.config(ranks)
     with joined(info, device, 60):
-        groups = make_groups(ranks.layout, device, 60)
+        groups = make_groups(ranks.layout, device, 60, ranks.vision_layout)
         step, _ = make_step(config, None, groups, device)
         rows: Any = replica_rows(scenario, config, 0, ranks.layout, info.rank)
         result = step.run(rows, 0)

@@ -1,7 +1,7 @@
 """Configurations for tests: layouts, and what is trained under them."""
 
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 from internvl_megatron.config.schema import (
     DataConfig,
@@ -12,7 +12,7 @@ from internvl_megatron.config.schema import (
     RunConfig,
 )
 from internvl_megatron.data.step_rows import ImageKey
-from internvl_megatron.parallel.layout import Layout
+from internvl_megatron.parallel.layout import Layout, VisionLayout
 from tests.support.models import small_model
 from tests.support.rows import RowKind, StepData, random_step, without_targets
 
@@ -28,16 +28,26 @@ class Ranks:
     context_size: int = 1
     virtual_size: int = 1
     stage_layers: tuple[int, ...] | None = None
+    vision_placement: Literal["all_ranks", "first_stage", "colocated"] = "all_ranks"
+    vision_tensor_size: int = 1
+    vision_exchange_replicas: int | None = None
+    """None = tiles travel between all replicas."""
 
     @property
     def layout(self) -> Layout:
         data_size = self.num_ranks // (self.tensor_size * self.pipeline_size * self.context_size)
         return Layout(self.tensor_size, self.pipeline_size, data_size, self.context_size, self.virtual_size)
 
+    @property
+    def vision_layout(self) -> VisionLayout:
+        layout, placement = self.layout, self.vision_placement
+        unit = self.tensor_size if placement == "colocated" else self.vision_tensor_size
+        replicas = self.vision_exchange_replicas or (layout.data_size if placement == "all_ranks" else 1)
+        return VisionLayout(layout, unit, replicas, first_stage_only=placement == "first_stage")
+
     def config(self, **changes: Any) -> ParallelConfig:
         """This layout as a configuration; two tiles at a time through the vision encoder, so that there are chunks."""
-        names = ("tensor_size", "pipeline_size", "sequence_parallel", "context_size", "virtual_size", "stage_layers")
-        sizes = {name: getattr(self, name) for name in names}
+        sizes = {name: value for name, value in vars(self).items() if name != "num_ranks"}
         return ParallelConfig(**{"vision_chunk_tiles": 2, **sizes, **changes})
 
 
@@ -62,6 +72,11 @@ LAYOUTS = {
     "PP2xVPP2xDP2": Ranks(4, pipeline_size=2, virtual_size=2),
     "PP2 uneven": Ranks(2, pipeline_size=2, stage_layers=(3, 1)),
     "PP4": Ranks(4, pipeline_size=4),
+    "PP2xDP2 apart": Ranks(4, pipeline_size=2, vision_exchange_replicas=1),
+    "TP2xPP2 first stage": Ranks(4, tensor_size=2, pipeline_size=2, vision_placement="first_stage"),
+    "TP2+SPxDP2 first stage": Ranks(4, tensor_size=2, sequence_parallel=True, vision_placement="first_stage"),
+    "PP2xVPP2xDP2 first stage": Ranks(4, pipeline_size=2, virtual_size=2, vision_placement="first_stage"),
+    "CP2xPP2 first stage": Ranks(4, context_size=2, pipeline_size=2, vision_placement="first_stage"),
 }
 
 SGD = OptimizerConfig(

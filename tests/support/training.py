@@ -2,7 +2,8 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from itertools import product
+from itertools import product, zip_longest
+from typing import Any
 
 import numpy as np
 import torch
@@ -53,7 +54,7 @@ def train_scenarios(
     torch.set_num_threads(1)
     device = open_device("cpu")
     with joined(info, device, 60):
-        groups = make_groups(ranks.layout, device, 60)
+        groups = make_groups(ranks.layout, device, 60, ranks.vision_layout)
         return {
             name: _train(scenario, scenario.config(ranks), weights[scenario.family], groups, device)
             for name, scenario in scenarios.items()
@@ -87,9 +88,11 @@ def _train(
     calls: list[int] = []
     model.vision.register_forward_pre_hook(lambda _module, inputs: calls.append(len(inputs[0])))
     overflow = _overflow(scenario, model, groups)
-    for number in range(config.num_steps):
-        batch = replica_rows(scenario, config, number, groups.layout, groups.rank)
-        outcome = step.run(batch, number)  # pyright: ignore[reportArgumentType]
+    batches: list[Any] = [
+        replica_rows(scenario, config, number, groups.layout, groups.rank) for number in range(config.num_steps)
+    ]
+    for number, (batch, following) in enumerate(zip_longest(batches, batches[1:])):
+        outcome = step.run(batch, number, following)
         result.losses.append(outcome.loss)
         result.grad_norms.append(outcome.grad_norm)
         result.updated.append(outcome.updated)

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from internvl_megatron.parallel.layout import Layout
+from internvl_megatron.parallel.layout import Layout, VisionLayout
 from internvl_megatron.ranks import RankInfo
 from tests.support.layouts import LAYOUTS, Ranks
 
@@ -24,6 +24,33 @@ def test_coordinates_and_ranks_are_inverse(layout: Layout) -> None:
     replicas = [layout.replica_ranks(replica) for replica in range(layout.data_size)]
     assert sorted(rank for replica in replicas for rank in replica) == list(range(layout.world_size))
     assert all(replica == sorted(replica) and layout.stage(replica[0]) == 0 for replica in replicas)
+
+
+VISION_LAYOUTS = [
+    VisionLayout(Layout(2, 2, 4), exchange_replicas=4),
+    VisionLayout(Layout(2, 2, 4, 2), tensor_size=4, exchange_replicas=2),
+    VisionLayout(Layout(4, 2, 2), tensor_size=2, exchange_replicas=1, first_stage_only=True),
+]
+
+
+@pytest.mark.parametrize("layout", VISION_LAYOUTS)
+def test_units_and_exchange_groups_cover_the_ranks(layout: VisionLayout) -> None:
+    members = [layout.members(group) for group in range(layout.num_groups)]
+    assert sorted([rank for part in members for rank in part]) == list(range(layout.language.world_size))
+    assert all(layout.group_of(rank) == group for group, ranks in enumerate(members) for rank in ranks)
+    for number, unit in enumerate(layout.units):
+        assert len(unit) == layout.tensor_size
+        assert all(layout.unit_of_rank[rank] == number for rank in unit)
+        assert {layout.group_of(rank) for rank in unit} == {number // layout.units_per_group}
+    encoding = sorted(rank for unit in layout.units for rank in unit)
+    wanted = [
+        rank
+        for rank in range(layout.language.world_size)
+        if layout.language.stage(rank) == 0 or not layout.first_stage_only
+    ]
+    assert encoding == wanted
+    for group in range(layout.num_groups):
+        assert sorted(rank for part in layout.parts(group, whole=False) for rank in part) == members[group]
 
 
 def groups_of_rank(info: RankInfo, ranks: Ranks) -> dict[str, list[int]]:
@@ -52,11 +79,17 @@ def groups_of_rank(info: RankInfo, ranks: Ranks) -> dict[str, list[int]]:
             "host replica": groups.host_replica,
             "host data": groups.host_data,
             "host copies": groups.host_copies,
-            "tiles": groups.tiles,
-            "embeddings": groups.embeddings,
-            "gradients": groups.gradients,
+            "tiles": groups.tiles.group,
+            "embeddings": groups.embeddings.group,
+            "gradients": groups.gradients.group,
         }
-        exchange = [groups.tiles, groups.embeddings, groups.gradients, groups.vision.dp_cp, dist.group.WORLD]
+        exchange = [
+            groups.tiles.group,
+            groups.embeddings.group,
+            groups.gradients.group,
+            groups.vision.dp_cp,
+            dist.group.WORLD,
+        ]
         assert len({id(group) for group in exchange}) == len(exchange), "each kind of message has a group of its own"
         return {name: dist.get_process_group_ranks(group) for name, group in found.items()}
 
