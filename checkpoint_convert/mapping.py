@@ -19,8 +19,7 @@ from typing import Literal, NamedTuple
 import torch
 
 from checkpoint_convert.transforms import GateUp, GroupedQKV, PaddedVocab, Same, ThirdsQKV, Transform
-from internvl_megatron.config.plan import padded_vocab_size
-from internvl_megatron.config.schema import ModelConfig
+from internvl_megatron.config.schema import ModelConfig, padded_vocab_size
 from internvl_megatron.errors import CheckpointError
 
 Layout = Literal["internvl-chat", "transformers"]

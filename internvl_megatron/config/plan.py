@@ -1,15 +1,13 @@
 """Checks a configuration as a whole and derives the numbers that follow from it. Pure: no torch, no files."""
 
 import math
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
-from internvl_megatron.config.schema import ModelConfig, RunConfig
+from internvl_megatron.config.schema import ModelConfig, RunConfig, padded_vocab_size
 from internvl_megatron.errors import ConfigError
 from internvl_megatron.parallel.layout import Layout, VisionLayout
-
-VOCAB_MULTIPLE = 512
-"""The embedding table is padded to this multiple whatever the tensor-parallel size, so checkpoints fit every layout."""
+from internvl_megatron.scaling.counts import forward_flops
 
 MAY_BE_ZERO = {
     "drop_path_rate", "learning_rate", "min_learning_rate", "warmup_ratio", "weight_decay", "beta1", "beta2",
@@ -23,11 +21,6 @@ ACCEPTED_IMBALANCE = 0.03
 LARGEST_SEED = 2**32 - 1
 LARGEST_SIZE = 10**7
 MOST_LAYERS = 10**4
-
-
-def padded_vocab_size(vocab_size: int) -> int:
-    """Rows of the embedding table and of the output layer."""
-    return -(-vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
 
 
 @dataclass(frozen=True)
@@ -228,8 +221,35 @@ def _layout(config: RunConfig, world_size: int) -> list[str]:
 def stage_layers(config: RunConfig) -> tuple[int, ...]:
     """Layers of every pipeline stage in the order rows pass them."""
     parallel = config.parallel
-    num_stages = parallel.pipeline_size * parallel.virtual_size
-    return parallel.stage_layers or (config.model.language.num_layers // num_stages,) * num_stages
+    if parallel.stage_layers is not None:
+        return parallel.stage_layers
+    num_layers, num_stages = config.model.language.num_layers, parallel.pipeline_size * parallel.virtual_size
+    if parallel.vision_placement == "first_stage" and parallel.virtual_size == 1 < num_stages <= num_layers:
+        return _beside_the_encoder(config)
+    return (num_layers // num_stages,) * num_stages
+
+
+def _beside_the_encoder(config: RunConfig) -> tuple[int, ...]:
+    """Layers of every stage where the first one also runs the vision encoder, for the fastest slowest stage.
+
+    Counted for rows that are half image tokens (or as many as fit the tile budget), half of the rest supervised.
+    """
+    model, data, num_stages = config.model, config.data, config.parallel.pipeline_size
+    tiles = min(data.tiles_per_row, data.tokens_per_row // 2 // model.vision.tokens_per_tile)
+    supervised = (data.tokens_per_row - tiles * model.vision.tokens_per_tile) // 2
+    work = forward_flops(model, data.tokens_per_row, tiles, data.tokens_per_row**2)
+    tables = replace(model, language=replace(model.language, num_layers=0))
+    head = forward_flops(tables, supervised, 0, 0).language
+    layers = work.language - forward_flops(tables, data.tokens_per_row, 0, 0).language
+    cost = [0.0] * num_stages
+    cost[0] += work.vision + work.projector
+    cost[-1] += head
+    counts = [1] * num_stages
+    per_layer = layers / model.language.num_layers
+    for _ in range(model.language.num_layers - num_stages):
+        lightest = min(range(num_stages), key=lambda stage: cost[stage] + counts[stage] * per_layer)
+        counts[lightest] += 1
+    return tuple(counts)
 
 
 def _stages(config: RunConfig, data_size: int) -> list[str]:
@@ -239,8 +259,9 @@ def _stages(config: RunConfig, data_size: int) -> list[str]:
     num_stages = pipeline * virtual
     what = f"parallel.pipeline_size={pipeline}" + (f" x parallel.virtual_size={virtual}" if virtual > 1 else "")
     problems = []
+    chosen = parallel.vision_placement == "first_stage" and virtual == 1 and pipeline <= num_layers
     if parallel.stage_layers is None:
-        if num_layers % num_stages:
+        if not chosen and num_layers % num_stages:
             more = num_layers % num_stages
             split = [num_layers // num_stages + (index < more) for index in range(num_stages)]
             problems.append(

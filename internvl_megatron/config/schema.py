@@ -60,6 +60,15 @@ class LanguageConfig:
     qkv_bias: bool = True
 
 
+VOCAB_MULTIPLE = 512
+"""The embedding table is padded to this multiple whatever the tensor-parallel size, so checkpoints fit every layout."""
+
+
+def padded_vocab_size(vocab_size: int) -> int:
+    """Rows of the embedding table and of the output layer."""
+    return -(-vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """The three parts of InternVL3: vision encoder, projector (two-layer MLP) and language model."""

@@ -16,8 +16,8 @@ from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from internvl_megatron.config.plan import padded_vocab_size, stage_layers
-from internvl_megatron.config.schema import LanguageConfig, RunConfig
+from internvl_megatron.config.plan import stage_layers
+from internvl_megatron.config.schema import LanguageConfig, RunConfig, padded_vocab_size
 from internvl_megatron.device import AttentionKernel
 from internvl_megatron.model.attention import PackedRow
 from internvl_megatron.model.layer_specs import language_block, recompute_settings, shared_settings

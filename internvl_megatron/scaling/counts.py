@@ -6,8 +6,7 @@ Letters follow the spec: H, F, L of the vision encoder (width, feed-forward widt
 
 from dataclasses import dataclass
 
-from internvl_megatron.config.plan import padded_vocab_size
-from internvl_megatron.config.schema import LanguageConfig, ModelConfig, VisionConfig
+from internvl_megatron.config.schema import LanguageConfig, ModelConfig, VisionConfig, padded_vocab_size
 
 BACKWARD_AND_FORWARD = 3
 """A training step's matrix products over those of its forward pass: one more for inputs, one more for weights."""

@@ -14,10 +14,12 @@ PACKAGE = ROOT / "internvl_megatron"
 ROOMS = ("internvl_megatron", "checkpoint_convert", "tools", "launch")
 
 # Lowest first; a file imports from its own room or from lower layers. Modules named nowhere are on top: the command
-# line and what it starts, which may import everything and which no room imports. `parallel.layout` is pure arithmetic.
+# line and what it starts, which may import everything and which no room imports. `parallel.layout` and `scaling.counts` are
+# pure arithmetic.
 LAYERS = (
     {"errors"},
-    {"parallel.layout"},
+    {"parallel.layout", "config.schema"},
+    {"scaling.counts"},
     {"config"},
     {"cpu_shim"},
     {"device"},
@@ -31,7 +33,20 @@ LAYERS = (
     {"evaluate"},
 )
 
-UNITS = ("tokens", "samples", "pixels", "rows", "tiles", "steps", "seconds", "bytes", "heads", "layers")
+UNITS = (
+    "tokens",
+    "samples",
+    "pixels",
+    "rows",
+    "tiles",
+    "steps",
+    "seconds",
+    "bytes",
+    "heads",
+    "layers",
+    "ranks",
+    "replicas",
+)
 FACTORS = ("size", "ratio", "rate", "scale", "factor", "std", "eps", "theta", "init", "decay", "numerator")
 UNITLESS = {"seed", "beta1", "beta2", "clip_grad_norm", "keep_last"}
 

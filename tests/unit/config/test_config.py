@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 
 from internvl_megatron.config.overrides import apply_overrides, changed_fields, field_paths, from_json, to_json
-from internvl_megatron.config.plan import padded_vocab_size, plan
+from internvl_megatron.config.plan import plan
 from internvl_megatron.config.recipes import RECIPES, demo_digits, find_recipe
+from internvl_megatron.config.schema import padded_vocab_size
 from internvl_megatron.errors import ConfigError
 
 
@@ -187,12 +188,58 @@ def test_vocabulary_padding_does_not_depend_on_the_layout() -> None:
         (["data.tokenizer="], 4, "data.tokenizer is not set"),
         (["num_steps=0"], 4, "num_steps=0 must be greater than 0"),
         (["optimizer.weight_decay=-1"], 4, "optimizer.weight_decay=-1.0 must be at least 0"),
+        (["parallel.vision_exchange_replicas=3"], 8, "vision_exchange_replicas=3 must divide the 2 replicas"),
+        (["parallel.vision_tensor_size=3"], 4, "vision_tensor_size=3 must divide the 4 ranks"),
+        (
+            ["parallel.vision_placement=first_stage", "parallel.vision_recompute=full"],
+            4,
+            "set parallel.vision_recompute=layer",
+        ),
+        (["parallel.vision_placement=first_stage", "parallel.vision_exchange_replicas=2"], 8, "tiles stay in their"),
+        (["parallel.vision_placement=first_stage", "parallel.vision_tensor_size=4"], 4, "must divide the 2 ranks"),
+        (["parallel.vision_placement=colocated"], 4, "needs parallel.pipeline_size=1"),
         (["model.vision.hidden_size=126"], 4, "must be a multiple of model.vision.num_heads"),
     ],
 )
 def test_plan_refuses_what_cannot_work(overrides: list[str], world_size: int, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         plan(apply_overrides(demo_digits(), overrides), world_size)
+
+
+def test_the_exchange_group_is_the_smallest_that_is_even() -> None:
+    config = apply_overrides(demo_digits(), ["eval_every_steps=null"])
+    found = {}
+    for rows, data_size in ((2, 1), (64, 8), (4096, 128), (2**17, 128)):
+        made = plan(apply_overrides(config, [f"rows_per_step={rows}"]), 4 * data_size)
+        found[rows, data_size] = made.vision_layout.exchange_replicas
+    # Groups of fewer rows differ more; one group of all replicas is always even.
+    assert found == {(2, 1): 1, (64, 8): 8, (4096, 128): 64, (2**17, 128): 4}
+    made = plan(apply_overrides(config, ["rows_per_step=64", "parallel.vision_exchange_replicas=2"]), 32)
+    assert made.vision_layout.num_groups == 4
+
+
+def test_tiles_of_colocated_encoders_stay_in_their_replica() -> None:
+    settings = ["parallel.vision_placement=colocated", "parallel.pipeline_size=1", "rows_per_step=4", "eval_rows=4"]
+    made = plan(apply_overrides(demo_digits(), settings), world_size=4)
+    assert made.vision_layout.units == [[0, 1], [2, 3]]
+    assert made.vision_layout.num_groups == 2
+
+
+def test_a_stage_with_the_encoder_gets_fewer_layers() -> None:
+    config = find_recipe("internvl3_1b_sft")
+    settings = [
+        "parallel.pipeline_size=4",
+        "data.meta=m",
+        "data.tokenizer=t",
+        "parallel.vision_placement=first_stage",
+        "parallel.vision_recompute=layer",
+    ]
+    made = plan(apply_overrides(config, settings), world_size=4)
+    assert sum(made.stage_layers) == 24
+    assert made.stage_layers[0] == 1, "InternViT-300M costs more than a quarter of the 1B"
+    assert made.stage_layers[1] == made.stage_layers[2] > made.stage_layers[3], "the output layer is on the last stage"
+    chosen = plan(apply_overrides(config, [*settings, "parallel.stage_layers=6,6,6,6"]), world_size=4)
+    assert chosen.stage_layers == (6, 6, 6, 6)
 
 
 def test_plan_names_all_problems_at_once() -> None:
