@@ -214,6 +214,7 @@ class Trainer:
             layout=str(self.plan.layout),
             optimizer_state=config.optimizer.name == "adamw",
         )
+        self.trainer_step.gather_parameters()
         state: dict[str, Any] | None = self.loader.state_dict() if self.is_leader else None
         path = save_load.save(
             self.root / folders.CHECKPOINTS,

@@ -119,6 +119,11 @@ class ParallelConfig:
     vision_exchange_replicas: int | None = None
     """Replicas between which tiles travel so that all their ranks encode equally many: 1 = tiles stay in their replica; None =
     the fewest that are predicted to keep all ranks within 3 % of the mean."""
+    overlap_gradients: bool = True
+    """Begin to sum gradients over the copies of a module while its last backward pass goes on."""
+    overlap_parameters: bool = True
+    """Gather updated parameters when the next forward pass needs them, bucket by bucket, instead of at the end of the update
+    (AdamW, whose state is sharded)."""
     prepare_ahead: bool = True
     """Plan the next window and send its tiles to their encoders while the language model computes."""
     vision_window_rows: int | None = None

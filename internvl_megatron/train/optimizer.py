@@ -35,12 +35,21 @@ def learning_rate(config: OptimizerConfig, step: int, num_steps: int) -> float:
     return config.min_learning_rate + cosine * (config.learning_rate - config.min_learning_rate)
 
 
-def distributed(module: MegatronModule, groups: ProcessGroupCollection, config: RunConfig) -> DistributedDataParallel:
+BUCKET_PARAMETERS: int | None = None
+"""Parameters whose gradients travel together where communication overlaps; None = Megatron Core's choice (40 M or more)."""
+
+
+def distributed(
+    module: MegatronModule, groups: ProcessGroupCollection, config: RunConfig, may_overlap: bool = True
+) -> DistributedDataParallel:
     """Wrap one side of the model for data parallelism, with ZeRO-1 where the optimizer supports it."""
+    parallel, is_sharded = config.parallel, _is_sharded(config.optimizer)
     settings = DistributedDataParallelConfig(
         grad_reduce_in_fp32=config.dtype == "bf16",
-        overlap_grad_reduce=False,
-        use_distributed_optimizer=_is_sharded(config.optimizer),
+        overlap_grad_reduce=may_overlap and parallel.overlap_gradients,
+        overlap_param_gather=may_overlap and parallel.overlap_parameters and is_sharded,
+        bucket_size=BUCKET_PARAMETERS,
+        use_distributed_optimizer=is_sharded,
         check_for_nan_in_grad=False,
     )
     return DistributedDataParallel(module.config, settings, module, pg_collection=groups)
@@ -155,6 +164,7 @@ def _optimizer(
         "bf16": dtype == torch.bfloat16,
         "params_dtype": dtype,
         "use_distributed_optimizer": _is_sharded(optimizer),
+        "overlap_param_gather": config.parallel.overlap_parameters and _is_sharded(optimizer),
     }
     # Only these two of the keys that Megatron Core's type lists for a group differ; `set_learning_rate` applies them.
     overrides: Any = {

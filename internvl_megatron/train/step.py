@@ -13,6 +13,7 @@ then gradients are reduced in each module's own groups, clipped by one norm, and
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -85,7 +86,9 @@ class Step:
         self.groups = groups
         self.device = device
         self.model = model
-        self.vision = distributed(model.vision, groups.vision, config)
+        # Inside the pipeline the encoder runs backward once a row, and only some of its ranks do.
+        in_pipeline = groups.vision_layout.first_stage_only
+        self.vision = distributed(model.vision, groups.vision, config, may_overlap=not in_pipeline)
         self.language = [distributed(chunk, groups.language, config) for chunk in model.language]
         self.optimizer = JointOptimizer(config, self.vision, self.language, groups.vision, groups.language)
         self.exchange = Exchange(
@@ -136,7 +139,7 @@ class Step:
             with phase("decode"):
                 losses += self._decode(window, images, training=True)
             with phase("backprop"):
-                self._backprop(window.plan, images, chunks)
+                self._backprop(window, images, chunks)
             if window.is_last:
                 break
             with phase("plan"):
@@ -146,6 +149,7 @@ class Step:
             rate = self.optimizer.set_learning_rate(step)
             has_targets = agreement.row_weights.sum() > 0
             update = self.optimizer.clip_and_step() if has_targets else UpdateResult(0.0, updated=False)
+            self._gather_in_next_forward()
         totals = [self._own_loss(losses), self.exchange.sent_bytes, num_skipped_samples, float(stop_requested)]
         loss, sent_bytes, num_skipped, num_stopping = sum_floats(totals, self.groups.host_world)
         self.windows.wait()
@@ -243,17 +247,33 @@ class Step:
             output = language(row.token_ids, row.packed, self._image_tokens(images), row.target_positions)
             return output, lambda logits: self._row_loss(logits, row, self._loss_scale(agreement, number))
 
-        return schedule(
-            forward_step_func=forward_step,
-            data_iterator=[iter(rows) for _ in self.language] if interleaved else iter(rows),
-            model=chunks if interleaved else chunks[0],
-            num_microbatches=len(rows),
-            seq_length=self.config.data.tokens_per_row,
-            micro_batch_size=1,
-            forward_only=not training,
-            p2p_communicator=self._p2p,
-            pg_collection=self.groups.language,
-        )
+        with self._reducing_at_the_end(window.is_last):
+            return schedule(
+                forward_step_func=forward_step,
+                data_iterator=[iter(rows) for _ in self.language] if interleaved else iter(rows),
+                model=chunks if interleaved else chunks[0],
+                num_microbatches=len(rows),
+                seq_length=self.config.data.tokens_per_row,
+                micro_batch_size=1,
+                forward_only=not training,
+                p2p_communicator=self._p2p,
+                pg_collection=self.groups.language,
+            )
+
+    @contextlib.contextmanager
+    def _reducing_at_the_end(self, is_last_window: bool) -> Iterator[None]:
+        """Let reductions of the language model start in the last backward pass of the step, and in no other."""
+        settings: Any = self.language[0].config
+        no_sync = [chunk.no_sync for chunk in self.language]
+        with contextlib.ExitStack() as stack:
+            if is_last_window:
+                # Megatron Core's schedule enters these before all passes but the last.
+                settings.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
+                stack.callback(setattr, settings, "no_sync_func", None)
+            else:
+                for context in no_sync:
+                    stack.enter_context(context())
+            yield
 
     @staticmethod
     def _image_tokens(images: tuple[Tensor, Tensor] | None) -> ImageTokens | None:
@@ -273,13 +293,13 @@ class Step:
         return 1.0 / weight if weight > 0 else 0.0
 
     def _backprop(
-        self, plan: TilePlan, embeddings: EmbeddingStore | RowEncoder | None, chunks: list[EncodedChunk]
+        self, window: Window, embeddings: EmbeddingStore | RowEncoder | None, chunks: list[EncodedChunk]
     ) -> None:
         """Bring the gradients of the embeddings back and run the vision side backward."""
         if not isinstance(embeddings, EmbeddingStore) or not self._trains_vision:
             return  # no images, nothing to train, or done row by row
-        gradients = self.exchange.send_gradients(plan, embeddings.gradients())
-        last = len(chunks) - 1
+        gradients = self.exchange.send_gradients(window.plan, embeddings.gradients())
+        is_last_with_images = not (window.agreement.table.row >= window.rows.stop).any()
         first_tile = 0
         for index, chunk in enumerate(chunks):
             gradient = gradients[first_tile : first_tile + chunk.num_real_tiles]
@@ -290,7 +310,8 @@ class Step:
             if chunk.num_real_tiles == 0:
                 gradient = torch.zeros_like(output)
             # Reductions may start in the one backward pass that every rank has: the last.
-            with contextlib.nullcontext() if index == last else self.vision.no_sync():
+            is_last = is_last_with_images and index == len(chunks) - 1
+            with contextlib.nullcontext() if is_last else self.vision.no_sync():
                 output.backward(gradient.to(output.dtype))
             chunks[index].output = output.detach()
 
@@ -300,6 +321,22 @@ class Step:
             finalize_model_grads(list[torch.nn.Module](self.language), None, pg_collection=self.groups.language)
         if len(agreement.table) and self._trains_vision:
             finalize_model_grads([self.vision], None, pg_collection=self.groups.vision)
+
+    def _gather_in_next_forward(self) -> None:
+        """Make the next forward pass gather what the optimizers have updated, where that overlaps.
+
+        Megatron Core notes it when it finishes reducing gradients, which the vision side does not do in a step without
+        images.
+        """
+        for module in (self.vision, *self.language):
+            if module.ddp_config.overlap_param_gather:
+                module.reset_param_sync_dispatch_state()
+
+    def gather_parameters(self) -> None:
+        """Have all parameters up to date on this rank, as whoever reads them outside of a forward pass needs; collective."""
+        for module in (self.vision, *self.language):
+            if module.ddp_config.overlap_param_gather:
+                module.start_param_sync(force_sync=True)
 
     def _own_loss(self, losses: list[Tensor]) -> float:
         """What this rank adds to the loss, which is the sum of all rows' shares."""

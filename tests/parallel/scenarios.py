@@ -18,6 +18,14 @@ SCENARIOS = {
     "sample_weights": Scenario(weight_exponent=1.0, changes=_TWO_STEPS),
     # How the vision side does its work must not matter.
     "window": Scenario(parallel_changes={"vision_window_rows": 1}, changes=_TWO_STEPS),
+    "no_overlap": Scenario(
+        changes={"optimizer": ADAMW}, parallel_changes={"overlap_gradients": False, "overlap_parameters": False}
+    ),
+    "overlapped_window": Scenario(
+        changes={"optimizer": ADAMW}, parallel_changes={"vision_window_rows": 1, "vision_recompute": "full"}
+    ),
+    # Images come late or not at all: reductions of the encoder may start in any window, and gathers are due later.
+    "sparse_images": Scenario(rows="sparse", changes={"optimizer": ADAMW}, parallel_changes={"vision_window_rows": 1}),
     "nothing_ahead": Scenario(parallel_changes={"prepare_ahead": False}),
     "window_nothing_ahead": Scenario(
         parallel_changes={"prepare_ahead": False, "vision_window_rows": 1}, changes=_TWO_STEPS
@@ -80,6 +88,9 @@ LAYOUTS_OF = {name: ["TP2xPP2"] for name in SCENARIOS} | {
     "micro_batch": ["1", "DP2", "TP2xPP2"],
     "sample_weights": ["1"],
     "window": ["DP2", "TP2xPP2"],
+    "no_overlap": ["DP2", "TP2xDP2"],
+    "overlapped_window": ["DP2", "TP2xDP2"],
+    "sparse_images": ["DP2", "TP2xPP2", "PP2xDP2"],
     "nothing_ahead": ["TP2xPP2"],
     "window_nothing_ahead": ["TP2xPP2"],
     "short_rows": ["1", "TP2+SPxPP2xVPP2", "PP2xDP2", "TP2+SPxCP2", "TP2xPP2 first stage"],

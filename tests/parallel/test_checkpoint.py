@@ -52,6 +52,7 @@ def _train(
         if last == SAVED_AT:
             marker = folders.CheckpointInfo(last, 10, 20, str(ranks.layout), optimizer_state=True)
             state = {"0": [True]} if info.rank == 0 else None
+            step.gather_parameters()
             save_load.save(root, marker, model, step.optimizer, groups, state, keep_last=1)
         return history
 

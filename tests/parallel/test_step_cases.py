@@ -68,6 +68,15 @@ def test_broken_images_are_counted_on_every_rank(trained: TrainedBy, layout: str
         assert found.failed_images == [2, 1], "two rows have a first image in step 0, one of them in step 1"
 
 
+@pytest.mark.parametrize("layout", LAYOUTS_OF["no_overlap"])
+def test_overlapped_communication_changes_nothing(trained: TrainedBy, layout: str) -> None:
+    for one, other in zip(trained(layout, "adamw"), trained(layout, "no_overlap"), strict=True):
+        np.testing.assert_allclose(one.losses, other.losses, rtol=1e-6)
+        np.testing.assert_allclose(one.grad_norms, other.grad_norms, rtol=1e-6)
+        for name, tensor in other.parameters.items():
+            np.testing.assert_allclose(one.parameters[name], tensor, rtol=0, atol=1e-6, err_msg=name)
+
+
 @pytest.mark.parametrize(("ahead", "alone"), [("300m", "nothing_ahead"), ("window", "window_nothing_ahead")])
 def test_preparing_windows_ahead_changes_no_bit(trained: TrainedBy, ahead: str, alone: str) -> None:
     for one, other in zip(trained("TP2xPP2", ahead), trained("TP2xPP2", alone), strict=True):

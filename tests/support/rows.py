@@ -18,7 +18,7 @@ IMAGE_TOKEN = 7
 FIRST_TEXT_TOKEN = 8
 IGNORED = -100
 
-RowKind = Literal["mixed", "text", "one_tile"]
+RowKind = Literal["mixed", "text", "one_tile", "sparse"]
 Tiles = dict[ImageKey, np.ndarray]
 
 
@@ -79,7 +79,7 @@ def random_step(
     rows: list[Row] = []
     tiles: Tiles = {}
     for index in range(num_rows):
-        samples = _samples(rng, kind, index, (index + seed) % 4, tokens_per_row, per_tile)
+        samples = _samples(rng, kind, index, seed, tokens_per_row, per_tile)
         row = _row(rng, samples, tokens_per_row, per_tile, model.language.vocab_size, weight_exponent)
         for image, reference in enumerate(row.images):
             tiles[index, image] = rng.integers(0, 256, (reference.num_tiles, 3, pixels, pixels), dtype=np.uint8)
@@ -97,10 +97,13 @@ def without_targets(data: StepData) -> StepData:
 
 
 def _samples(
-    rng: np.random.Generator, kind: RowKind, index: int, turn: int, tokens_per_row: int, per_tile: int
+    rng: np.random.Generator, kind: RowKind, index: int, seed: int, tokens_per_row: int, per_tile: int
 ) -> list[Sample]:
+    turn = (index + seed) % 4
     if kind == "one_tile" and index == 0:
         return [[5, Picture(1, 64), 7], [12]]
+    if kind == "sparse" and seed % 2 and index == seed // 2 % 4:
+        return [[5, Picture(3, 64), 7], [12]]
     if kind != "mixed" or turn == 2:
         return [[_text(rng)] for _ in range(int(rng.integers(2, 5)))]
     if (

@@ -15,6 +15,7 @@ from internvl_megatron.model.build import Model, build_model
 from internvl_megatron.parallel.groups import Groups, make_groups
 from internvl_megatron.parallel.layout import Layout
 from internvl_megatron.ranks import RankInfo, joined
+from internvl_megatron.train import optimizer
 from internvl_megatron.train.step import Step
 from tests.support.layouts import Ranks, Scenario
 from tests.support.rows import MemoryRows
@@ -52,6 +53,7 @@ def train_scenarios(
         weights: full starting parameters by family.
     """
     torch.set_num_threads(1)
+    optimizer.BUCKET_PARAMETERS = 4000  # several buckets, in models as small as these
     device = open_device("cpu")
     with joined(info, device, 60):
         groups = make_groups(ranks.layout, device, 60, ranks.vision_layout)
@@ -107,7 +109,9 @@ def _train(
                 }
             if overflow is not None:
                 overflow.remove()
+            step.gather_parameters()
             result.after_first_step = _parameters(model)
+    step.gather_parameters()
     result.parameters = _parameters(model)
     batch = replica_rows(scenario, config, 0, groups.layout, groups.rank)
     result.evaluation = step.evaluate(batch)  # pyright: ignore[reportArgumentType]
