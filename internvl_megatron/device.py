@@ -77,6 +77,13 @@ class Device:
             return tensor
         return tensor.pin_memory().to(self.torch_device, non_blocking=True)
 
+    def copy_to_host(self, tensor: "torch.Tensor") -> "torch.Tensor":
+        """A copy in host memory, complete when the device has come so far; `put` brings it back in the right order."""
+        import torch
+
+        copy = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=self.kind == "cuda")
+        return copy.copy_(tensor, non_blocking=True)
+
     def side_stream(self) -> "AbstractContextManager[object]":
         """What is given to the device in the block does not wait for what it was given before, nor the other way round."""
         if self.kind == "cpu":

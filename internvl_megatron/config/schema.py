@@ -136,6 +136,11 @@ class ParallelConfig:
     language_recompute: Literal["none", "selective", "full"] = "none"
     """What of the language model is computed again in backward: nothing; attention inside every layer; or every layer from
     its input."""
+    vision_offload: bool = False
+    """Keep what the vision encoder's backward pass needs in host memory until then. Activations that are computed again are not
+    kept at all, and parameters stay."""
+    language_offload: bool = False
+    """The same for the language model; with `language_recompute=full` it moves the inputs of the layers."""
     collective_timeout_seconds: int = 600
 
 

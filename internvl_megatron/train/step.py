@@ -36,6 +36,7 @@ from internvl_megatron.parallel.host import sum_floats
 from internvl_megatron.parallel.tile_plan import TilePlan
 from internvl_megatron.train.agreement import StepAgreement
 from internvl_megatron.train.batch import DeviceRow, device_row
+from internvl_megatron.train.host_memory import keep_on_host
 from internvl_megatron.train.optimizer import JointOptimizer, UpdateResult, distributed
 from internvl_megatron.train.phases import PhaseClock, Span
 from internvl_megatron.train.row_encoder import RowEncoder
@@ -206,7 +207,7 @@ class Step:
             mine, numbers = tiles.new_zeros(1, *tiles.shape[1:]), np.zeros(1, dtype=np.int64)
         scale = self._residual_scale(numbers, step, training)
         keep_graph = training and self._trains_vision and self.config.parallel.vision_recompute != "full"
-        with torch.set_grad_enabled(keep_graph):
+        with torch.set_grad_enabled(keep_graph), keep_on_host(self.device, self.config.parallel.vision_offload):
             output = self.vision(mine, scale)
         return EncodedChunk(mine, scale, num_real, output)
 
@@ -223,7 +224,8 @@ class Step:
         nothing = torch.empty(shape, dtype=torch_dtype(self.config.dtype), device=self.device.torch_device)
 
         def encode(tiles: Tensor, numbers: np.ndarray) -> Tensor:
-            with torch.set_grad_enabled(training and self._trains_vision):
+            trains, offload = training and self._trains_vision, self.config.parallel.vision_offload
+            with torch.set_grad_enabled(trains), keep_on_host(self.device, offload):
                 return self.vision(tiles, self._residual_scale(numbers, step, training))
 
         return RowEncoder(plan, tiles, encode, self.exchange, self.device, nothing)
@@ -244,7 +246,8 @@ class Step:
                 images = embeddings.row(number, requires_grad=training and self._trains_vision)
             part = slice(*layout.row_slice(self.groups.rank, len(agreement.rows[number].token_ids)))
             row = device_row(agreement.rows[number], self.config.model.language, self.device, part)
-            output = language(row.token_ids, row.packed, self._image_tokens(images), row.target_positions)
+            with keep_on_host(self.device, self.config.parallel.language_offload):
+                output = language(row.token_ids, row.packed, self._image_tokens(images), row.target_positions)
             return output, lambda logits: self._row_loss(logits, row, self._loss_scale(agreement, number))
 
         with self._reducing_at_the_end(window.is_last):

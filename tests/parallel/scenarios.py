@@ -39,6 +39,10 @@ SCENARIOS = {
     "recompute_less": Scenario(
         parallel_changes={"vision_recompute": "layer", "language_recompute": "selective"}, changes=_TWO_STEPS
     ),
+    "offload": Scenario(parallel_changes={"vision_offload": True, "language_offload": True}, changes=_TWO_STEPS),
+    "offload_recomputed": Scenario(
+        parallel_changes={"language_offload": True, "language_recompute": "full"}, changes=_TWO_STEPS
+    ),
     "small_chunks": Scenario(parallel_changes={"vision_chunk_tiles": 1}, changes=_TWO_STEPS),
     "large_chunks": Scenario(parallel_changes={"vision_chunk_tiles": 16}, changes=_TWO_STEPS),
     # Parts that are frozen, or trained in ways of their own.
@@ -95,6 +99,7 @@ LAYOUTS_OF = {name: ["TP2xPP2"] for name in SCENARIOS} | {
     "window_nothing_ahead": ["TP2xPP2"],
     "short_rows": ["1", "TP2+SPxPP2xVPP2", "PP2xDP2", "TP2+SPxCP2", "TP2xPP2 first stage"],
     "recompute": ["1", "TP2xPP2", "TP2+SPxCP2"],
+    "offload": ["1", "TP2+SPxPP2xVPP2", "TP2xPP2 first stage"],
     "recompute_less": ["1", "TP2+SPxPP2xVPP2"],
     "large_chunks": ["1"],
     "frozen_vision": ["1", "DP2", "TP2xPP2"],

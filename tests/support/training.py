@@ -15,7 +15,7 @@ from internvl_megatron.model.build import Model, build_model
 from internvl_megatron.parallel.groups import Groups, make_groups
 from internvl_megatron.parallel.layout import Layout
 from internvl_megatron.ranks import RankInfo, joined
-from internvl_megatron.train import optimizer
+from internvl_megatron.train import host_memory, optimizer
 from internvl_megatron.train.step import Step
 from tests.support.layouts import Ranks, Scenario
 from tests.support.rows import MemoryRows
@@ -53,7 +53,8 @@ def train_scenarios(
         weights: full starting parameters by family.
     """
     torch.set_num_threads(1)
-    optimizer.BUCKET_PARAMETERS = 4000  # several buckets, in models as small as these
+    # Several buckets, and activations to move, in models as small as these.
+    optimizer.BUCKET_PARAMETERS, host_memory.SMALLEST_BYTES = 4000, 64
     device = open_device("cpu")
     with joined(info, device, 60):
         groups = make_groups(ranks.layout, device, 60, ranks.vision_layout)
