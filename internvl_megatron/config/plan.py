@@ -49,7 +49,12 @@ def plan(config: RunConfig, world_size: int) -> RunPlan:
     parallel = config.parallel
     data_size = world_size // _replica_size(config)
     layout = Layout(
-        parallel.tensor_size, parallel.pipeline_size, data_size, parallel.context_size, parallel.virtual_size
+        parallel.tensor_size,
+        parallel.pipeline_size,
+        data_size,
+        parallel.context_size,
+        parallel.virtual_size,
+        parallel.context_ring_size,
     )
     return RunPlan(
         layout=layout,
@@ -164,6 +169,11 @@ def _data(config: RunConfig) -> list[str]:
         )
     if data.v2pe == "fixed" and (data.v2pe_numerator & (data.v2pe_numerator - 1) or data.v2pe_numerator > 256):
         problems.append(f"data.v2pe_numerator={data.v2pe_numerator} must be one of 1, 2, 4, 8, 16, 32, 64, 128, 256")
+    if data.tokens_per_row % data.sample_multiple_tokens:
+        problems.append(
+            f"data.tokens_per_row={data.tokens_per_row} must be a multiple of "
+            f"data.sample_multiple_tokens={data.sample_multiple_tokens}"
+        )
     if config.eval_every_steps and not data.eval_meta:
         problems.append("eval_every_steps is set but data.eval_meta is not: give held-out data, or set it to null")
     return problems
@@ -341,20 +351,40 @@ def _vision(config: RunConfig, data_size: int) -> list[str]:
 
 def _context(config: RunConfig) -> list[str]:
     """Context parallelism trades parts of the row for heads: both kinds of heads must go around."""
-    language, tensor, context = config.model.language, config.parallel.tensor_size, config.parallel.context_size
+    language, data, tensor, ring = (
+        config.model.language,
+        config.data,
+        config.parallel.tensor_size,
+        config.parallel.context_ring_size,
+    )
     problems = []
+    if config.parallel.context_size % ring:
+        problems.append(
+            f"parallel.context_ring_size={ring} must divide parallel.context_size={config.parallel.context_size}"
+        )
+    if ring > 1 and data.sample_multiple_tokens % (2 * ring):
+        problems.append(
+            f"data.sample_multiple_tokens={data.sample_multiple_tokens} must be a multiple of {2 * ring} (twice "
+            "parallel.context_ring_size): every sample is divided over the ring by itself"
+        )
+    context = max(1, config.parallel.context_size // ring)  # ranks that share heads
     if language.num_heads % (tensor * context):
         problems.append(
-            f"parallel.tensor_size={tensor} x parallel.context_size={context} must divide "
-            f"model.language.num_heads={language.num_heads}"
+            f"parallel.tensor_size={tensor} x {_sharing(config)} must divide model.language.num_heads={language.num_heads}"
         )
     local_kv_heads = max(1, language.num_kv_heads // tensor)
     if local_kv_heads % context and context % local_kv_heads:
         problems.append(
-            f"parallel.context_size={context} must divide the {local_kv_heads} key/value heads of a tensor-parallel rank "
+            f"{_sharing(config)} must divide the {local_kv_heads} key/value heads of a tensor-parallel rank "
             f"(model.language.num_kv_heads={language.num_kv_heads}), or be a multiple of them"
         )
     return problems
+
+
+def _sharing(config: RunConfig) -> str:
+    """The context-parallel ranks that share heads, in words."""
+    size, ring = config.parallel.context_size, config.parallel.context_ring_size
+    return f"parallel.context_size={size}" + (f" / parallel.context_ring_size={ring}" if ring > 1 else "")
 
 
 def _replica_size(config: RunConfig) -> int:

@@ -98,6 +98,10 @@ class ParallelConfig:
     """Split every row into this many parts along the sequence (context parallelism). Attention trades parts for heads by
     all-to-all (Ulysses), so the heads of a tensor-parallel rank must divide; key/value heads are repeated where they are
     fewer."""
+    context_ring_size: int = 1
+    """Of the `context_size` ranks, those over which every sample is divided by itself and which gather each other's keys and
+    values, instead of trading parts for heads; the others still trade. For more ranks than heads go around. Samples are
+    padded to `data.sample_multiple_tokens`, a multiple of twice this number."""
     sequence_parallel: bool = False
     """Split activations between tensor-parallel blocks along the sequence (Megatron SP); needs `tensor_size` > 1."""
     pad_rows: bool = True
@@ -158,6 +162,8 @@ class DataConfig:
     """Token budget of one packed row (= one micro-batch); rows are padded to it."""
     tiles_per_row: int = 16
     """Tile budget of one packed row (upstream: `num_images_expected`)."""
+    sample_multiple_tokens: int = 1
+    """Pad every sample to a multiple of so many tokens (which carry no loss); `parallel.context_ring_size` asks for it."""
     packing_buffer_rows: int = 20
     """Unfinished rows the packer may hold (upstream: `max_buffer_size`)."""
     min_tiles: int = 1

@@ -164,6 +164,12 @@ def token_weight(labels: np.ndarray, weighting: Literal["token", "square", "samp
     return count**-exponent if count else 0.0
 
 
+def padded_length(sample: Sample, settings: SampleSettings) -> int:
+    """Tokens of a sample in its row: up to the next multiple they are padding that belongs to it."""
+    multiple = settings.data.sample_multiple_tokens
+    return -(-len(sample.token_ids) // multiple) * multiple
+
+
 def build_row(samples: Sequence[tuple[SampleSource, Sample]], settings: SampleSettings, padding_id: int) -> Row:
     """Lay samples one after the other and pad the row to `tokens_per_row` with `padding_id`.
 
@@ -186,8 +192,8 @@ def build_row(samples: Sequence[tuple[SampleSource, Sample]], settings: SampleSe
         weights[at:end][supervised] = token_weight(sample.labels, settings.weighting)
         images.extend(sample.images)
         image_starts.extend((sample.image_starts + at).tolist())
-        at = end
-    segments = [len(sample.token_ids) for _, sample in samples]
+        at += padded_length(sample, settings)
+    segments = [padded_length(sample, settings) for _, sample in samples]
     segments += [tokens_per_row - at] if at < tokens_per_row else []
     tile_starts = [
         start + tile * settings.tokens_per_tile

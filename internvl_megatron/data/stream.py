@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from internvl_megatron.data.meta import Dataset
-from internvl_megatron.data.packing import Pack, Packer, Row, SampleSource, build_row
+from internvl_megatron.data.packing import Pack, Packer, Row, SampleSource, build_row, padded_length
 from internvl_megatron.data.records import ImageRng, Sample, SampleError, SampleSettings, parse_record, render_sample
 from internvl_megatron.data.seeds import Purpose, generator
 from internvl_megatron.data.tokenizer import Tokenizer
@@ -22,7 +22,7 @@ _logger = logging.getLogger(__name__)
 
 _SHAPING_SETTINGS = (
     "tokens_per_row", "tiles_per_row", "packing_buffer_rows", "min_tiles", "max_tiles", "use_thumbnail",
-    "system_prompt", "v2pe", "v2pe_numerator", "on_bad_sample", "on_long_sample",
+    "system_prompt", "v2pe", "v2pe_numerator", "on_bad_sample", "on_long_sample", "sample_multiple_tokens",
 )  # fmt: skip
 """Settings of `DataConfig` that decide which samples a row has and what they look like."""
 
@@ -75,7 +75,7 @@ class SampleStream:
             source = self._draw()
             sample = self._render_or_skip(source)
             if sample is not None:
-                pack = self._packer.add((source, sample), len(sample.token_ids), sample.num_tiles)
+                pack = self._packer.add((source, sample), padded_length(sample, self._settings), sample.num_tiles)
         return build_row(pack.items, self._settings, self._tokenizer.pad_id)
 
     def state_dict(self) -> dict[str, Any]:
@@ -169,7 +169,7 @@ class SampleStream:
         """A pack from the references of its samples."""
         sources = [SampleSource(*reference) for reference in pack]
         items = [(source, self._render(source)) for source in sources]
-        tokens = sum(len(sample.token_ids) for _, sample in items)
+        tokens = sum(padded_length(sample, self._settings) for _, sample in items)
         return Pack(items, tokens, sum(sample.num_tiles for _, sample in items))
 
 

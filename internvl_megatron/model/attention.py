@@ -17,10 +17,11 @@ import torch
 import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel import all_to_all
+from megatron.core.tensor_parallel import all_to_all, gather_from_sequence_parallel_region
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
 
 from internvl_megatron.device import AttentionKernel
 from internvl_megatron.model.rotary import RotaryTables, rotate
@@ -38,6 +39,8 @@ class PackedRow(PackedSeqParams):
     num_padding_tokens: int = 0
     """Length of the last segment when it is padding; nothing needs its attention output."""
     rotary: RotaryTables | None = None
+    ring_order: Tensor | None = None
+    """int64 [S]: where each token of the row is in the parts of the ring's ranks laid end to end (`Layout.ring_order`)."""
 
     @property
     def max_segment_tokens(self) -> int:
@@ -61,9 +64,7 @@ class CoreAttention(torch.nn.Module):
         pg_collection: ProcessGroupCollection | None = None,
     ) -> None:
         super().__init__()
-        del config, layer_number, attention_type, cp_comm_type
-        assert pg_collection is not None, "the layer passes its process groups on"
-        self.context_group = pg_collection.cp
+        del config, layer_number, attention_type, cp_comm_type, pg_collection
         assert attn_mask_type == self.mask_type, f"{type(self).__name__} cannot do {attn_mask_type}"
         assert softmax_scale is None, f"{type(self).__name__} has no scale of its own, not {softmax_scale}"
 
@@ -75,13 +76,21 @@ class PackedAttention(CoreAttention):
     part of the heads, attention runs as without, and another one trades back (DeepSpeed-Ulysses, arXiv 2309.14509). Positions
     are applied before, each rank its own. Key/value heads that are fewer than ranks are repeated; autograd sums their
     gradients.
+
+    With a ring of several ranks the all-to-all gives what one of them has of the row, two chunks of every sample
+    (`Layout.context_place`), and keys and values are gathered from the ring.
     """
 
     mask_type = AttnMaskType.causal
 
-    def __init__(self, *args: Any, kernel: AttentionKernel, **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, kernel: AttentionKernel, pg_collection: ProcessGroupCollection | None = None, **kwargs: Any
+    ) -> None:
         super().__init__(*args, **kwargs)
+        assert pg_collection is not None, "the layer passes its process groups on"
         self.kernel: AttentionKernel = kernel
+        # Of the context-parallel ranks, those that share heads, and those over which every sample is divided.
+        self.heads_group, self.ring_group = pg_collection.hcp
 
     def forward(
         self,
@@ -111,13 +120,17 @@ class PackedAttention(CoreAttention):
         if row.rotary is not None:
             query, key = rotate(query, row.rotary), rotate(key, row.rotary)
         query, key, value = query.squeeze(1), key.squeeze(1), value.squeeze(1)
-        if self.context_group.size() > 1:
-            query, key, value = trade_tokens_for_heads(query, key, value, self.context_group)
-        assert len(query) == row.segment_ends[-1], f"{len(query)} tokens in a row of {row.segment_ends[-1]}"
-        attend = {"sdpa": _per_segment, "flash_attn": _flash_attention, "torch_varlen": _torch_varlen}[self.kernel]
-        attended = attend(query, key, value, row)
-        if self.context_group.size() > 1:
-            attended = trade_heads_for_tokens(attended, self.context_group)
+        if self.heads_group.size() > 1:
+            query, key, value = trade_tokens_for_heads(query, key, value, self.heads_group)
+        expected = row.segment_ends[-1] // self.ring_group.size()
+        assert len(query) == expected, f"{len(query)} tokens of a row of {row.segment_ends[-1]}, not {expected}"
+        if self.ring_group.size() > 1:
+            attended = ring_attention(query, key, value, row, self.ring_group)
+        else:
+            attend = {"sdpa": _per_segment, "flash_attn": _flash_attention, "torch_varlen": _torch_varlen}[self.kernel]
+            attended = attend(query, key, value, row)
+        if self.heads_group.size() > 1:
+            attended = trade_heads_for_tokens(attended, self.heads_group)
         return attended.reshape(len(attended), 1, -1)
 
 
@@ -148,6 +161,45 @@ def trade_heads_for_tokens(attended: Tensor, group: torch.distributed.ProcessGro
     """The way back: [S, H / c, D] to [s, H, D]."""
     received = all_to_all(group, attended.unflatten(0, (group.size(), -1)).contiguous())  # [c, s, H / c, D]
     return received.transpose(0, 1).flatten(1, 2)
+
+
+def ring_attention(
+    query: Tensor, key: Tensor, value: Tensor, row: PackedRow, group: torch.distributed.ProcessGroup
+) -> Tensor:
+    """Attention of this rank's two chunks of every sample to all of the sample before them.
+
+    The chunks are those of ring attention (arXiv 2310.01889, in the order that balances causal masks); keys and values, which
+    grouped-query attention keeps small, are gathered at once (as in the Llama 3 report, arXiv 2407.21783, sec. 3.3.2).
+
+    Args:
+        query: [S / r, H, D]; key and value [S / r, G, D], chunk i and chunk 2r - 1 - i of every span on rank i.
+        row: the whole row; every segment a multiple of 2r tokens.
+        group: r ranks.
+
+    Returns:
+        [S / r, H, D].
+    """
+    size, rank = group.size(), group.rank()
+    assert row.ring_order is not None, "the packed row does not say which rank of the ring has which tokens"
+    # Backward sums the gradients of keys and values over the ring.
+    keys, values = (
+        gather_from_sequence_parallel_region(tensor, group=group)[row.ring_order] for tensor in (key, value)
+    )
+    repeats = query.shape[1] // key.shape[1]
+    if repeats > 1:
+        keys, values = keys.repeat_interleave(repeats, dim=1), values.repeat_interleave(repeats, dim=1)
+    lengths = [end - start for start, end in pairwise(row.segment_ends)]
+    of_queries = query.transpose(0, 1).split([length // size for length in lengths], dim=1)
+    of_keys, of_values = (tensor.transpose(0, 1).split(lengths, dim=1) for tensor in (keys, values))
+    outputs = []
+    for q, k, v in _real(zip(of_queries, of_keys, of_values, strict=True), row):
+        for chunk, index in zip(q.chunk(2, dim=1), (rank, 2 * size - 1 - rank), strict=True):
+            seen = (index + 1) * chunk.shape[1]
+            mask = causal_lower_right(chunk.shape[1], seen)
+            outputs.append(F.scaled_dot_product_attention(chunk[None], k[None, :, :seen], v[None, :, :seen], mask)[0])
+    if row.num_padding_tokens:
+        outputs.append(query.new_zeros(query.shape[1], row.num_padding_tokens // size, query.shape[2]))
+    return torch.cat(outputs, dim=1).transpose(0, 1)
 
 
 def _per_segment(query: Tensor, key: Tensor, value: Tensor, row: PackedRow) -> Tensor:

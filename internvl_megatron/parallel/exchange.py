@@ -101,9 +101,10 @@ class Exchange:
     def owned(self, plan: TilePlan) -> TokenSlice:
         """The image tokens this rank puts into its slice of the sequence; none outside the first stage."""
         tokens = self._tokens(plan, self.groups.rank, for_gradients=False)
-        tile, place = np.divmod(tokens, self.tokens_per_tile)
-        first, _ = self._bounds(self.groups.rank, plan.table.row_tokens[tile], for_gradients=False)
-        return TokenSlice(tokens, plan.table.row[tile], plan.table.start[tile] + place - first)
+        tile = tokens // self.tokens_per_tile
+        _, place = self._place(plan, tokens)
+        first, _ = self._share(self.groups.rank, plan.table.row_tokens[tile], for_gradients=False)
+        return TokenSlice(tokens, plan.table.row[tile], place - first)
 
     def send_embeddings(self, plan: TilePlan, embeddings: Tensor) -> Tensor:
         """Send embeddings to their owners; each from one rank of its unit.
@@ -158,13 +159,13 @@ class Exchange:
             # All ranks of a unit have the same embeddings; they take turns in sending them.
             tiles = tiles[tiles % vision.tensor_size == vision.units[unit].index(rank)]
         tokens = (tiles[:, None] * self.tokens_per_tile + np.arange(self.tokens_per_tile)).ravel()
-        tile, place = np.divmod(tokens, self.tokens_per_tile)
-        position, row_tokens = plan.table.start[tile] + place, plan.table.row_tokens[tile]
+        tile = tokens // self.tokens_per_tile
+        context, place = self._place(plan, tokens)
+        row_tokens = plan.table.row_tokens[tile]
         ranks = np.array([layout.rank(tensor, 0, 0, context) for context in range(layout.context_size)
                           for tensor in range(layout.tensor_size)])  # fmt: skip
-        bounds = [self._bounds(owner, row_tokens, for_gradients) for owner in ranks.tolist()]
         # Of the first replica; the others' ranks are farther by the same step.
-        inside = np.array([(position >= first) & (position < end) for first, end in bounds])
+        inside = np.array([self._inside(owner, context, place, row_tokens, for_gradients) for owner in ranks.tolist()])
         which, token = np.nonzero(inside)
         owners = ranks[which] + plan.table.replica[tile[token]] * layout.stage_size
         return Route.ordered(owners, tokens[token], layout.world_size)
@@ -186,25 +187,39 @@ class Exchange:
         if layout.stage(owner) != 0:
             return np.empty(0, dtype=np.int64)
         tiles = np.flatnonzero(plan.table.replica == layout.replica(owner))
-        place = np.arange(self.tokens_per_tile)
-        position = plan.table.start[tiles][:, None] + place
-        first, end = self._bounds(owner, plan.table.row_tokens[tiles][:, None], for_gradients)
-        inside = (position >= first) & (position < end)
-        return (tiles[:, None] * self.tokens_per_tile + place)[inside]
+        tokens = (tiles[:, None] * self.tokens_per_tile + np.arange(self.tokens_per_tile)).ravel()
+        context, place = self._place(plan, tokens)
+        row_tokens = plan.table.row_tokens[tokens // self.tokens_per_tile]
+        return tokens[self._inside(owner, context, place, row_tokens, for_gradients)]
 
-    def _bounds(self, owner: int, row_tokens: np.ndarray, for_gradients: bool) -> tuple[np.ndarray, np.ndarray]:
-        """First and end place, in rows of such lengths, of what an owner receives, or of what it returns gradients for.
+    def _place(self, plan: TilePlan, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Context-parallel rank that has each token, and the place in its part of the row."""
+        table = plan.table
+        tile, place = np.divmod(tokens, self.tokens_per_tile)
+        return self.groups.layout.context_place(
+            table.start[tile] + place, table.span_start[tile], table.span_tokens[tile], table.row_tokens[tile]
+        )
+
+    def _inside(
+        self, owner: int, context: np.ndarray, place: np.ndarray, row_tokens: np.ndarray, for_gradients: bool
+    ) -> np.ndarray:
+        """Which tokens an owner receives, or returns gradients for."""
+        first, end = self._share(owner, row_tokens, for_gradients)
+        return (context == self.groups.layout.context_index(owner)) & (place >= first) & (place < end)
+
+    def _share(self, owner: int, row_tokens: np.ndarray, for_gradients: bool) -> tuple[np.ndarray, np.ndarray]:
+        """First and end place, in its context-parallel part of rows of such lengths, of what an owner has to do with.
 
         Without sequence parallelism every tensor-parallel rank needs all image tokens, and Megatron Core gives each of
         them the whole gradient; each returns its share of it, so that none arrives twice.
         """
         layout = self.groups.layout
-        first, end = layout.row_slice(owner, row_tokens)
+        length = row_tokens // layout.context_size
         if layout.tensor_size == 1 or not (self.sequence_parallel or for_gradients):
-            return first, end
-        index, size, length = layout.tensor_index(owner), layout.tensor_size, end - first
+            return np.zeros_like(length), length
+        index, size = layout.tensor_index(owner), layout.tensor_size
         # Shares may differ by a token: only sequence parallelism needs a part that divides evenly.
-        return first + length * index // size, first + length * (index + 1) // size
+        return length * index // size, length * (index + 1) // size
 
     def _local(self, plan: TilePlan, tokens: np.ndarray) -> np.ndarray:
         """Places of tokens in this rank's flattened [e * K, D] embeddings."""

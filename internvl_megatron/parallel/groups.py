@@ -93,16 +93,25 @@ def make_groups(
             Peers(_checked(group), np.array(part)) for part, group in zip(parts, made, strict=True) if rank in part
         )
 
-    def host_group_of_mine(partition: list[list[int]]) -> dist.ProcessGroup:
+    def group_of_mine(partition: list[list[int]], backend: str) -> dist.ProcessGroup:
         """Create a group per part, as all ranks must, and return the one this rank is in."""
-        made = [dist.new_group(part, timeout=timeout, backend=device.host_backend) for part in partition]
+        made = [dist.new_group(part, timeout=timeout, backend=backend) for part in partition]
         return _checked(next(group for part, group in zip(partition, made, strict=True) if rank in part))
 
+    def host_group_of_mine(partition: list[list[int]]) -> dist.ProcessGroup:
+        return group_of_mine(partition, device.host_backend)
+
+    language = ProcessGroupCollection.use_mpu_process_groups()
+    # Megatron Core's own hierarchical groups need a package that is not among its dependencies.
+    language.hcp = [
+        group_of_mine(layout.sharing_heads(), device.backend),
+        group_of_mine(layout.rings(), device.backend),
+    ]
     return Groups(
         layout=layout,
         vision_layout=vision_layout,
         rank=rank,
-        language=ProcessGroupCollection.use_mpu_process_groups(),
+        language=language,
         vision=_vision_groups(alone, whole_world(device.backend)),
         tiles=exchange(whole=True),
         # An encoder inside the pipeline exchanges with its own stage alone: the others are busy with other rows.

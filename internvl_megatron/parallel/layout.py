@@ -5,7 +5,7 @@ context-parallel ones, pipeline stages are farthest apart. A *replica* is one da
 vision encoder has a layout of its own over the same ranks: by default it is data parallel over all of them.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -21,6 +21,8 @@ class Layout:
     context_size: int = 1
     virtual_size: int = 1
     """Model chunks of a pipeline rank; they are passed one after the other, all ranks between two of them."""
+    ring_size: int = 1
+    """Context-parallel ranks, of `context_size`, over which every sample is divided; the others of them share its heads."""
 
     @property
     def world_size(self) -> int:
@@ -52,13 +54,50 @@ class Layout:
         """Pipeline stage of a rank."""
         return rank // (self.stage_size * self.data_size)
 
-    def row_slice[Numbers: (int, np.ndarray)](self, rank: int, num_tokens: Numbers) -> tuple[Numbers, Numbers]:
-        """First and end place, in a row of so many tokens, of the part a rank's attention queries come from.
+    def context_place(
+        self, position: np.ndarray, span_start: np.ndarray, span_tokens: np.ndarray, row_tokens: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Which context-parallel rank has a token, and where in its part of the row.
+
+        Parts are runs of the row, unless the ring has several ranks. It cuts every span (sample, or padding at the end) into
+        twice as many chunks as it has ranks and gives rank i the i-th and the i-th from the end, which makes causal
+        attention cost the same everywhere; what a ring rank has is then cut into runs for the ranks that share heads.
+
+        Args:
+            position: places of tokens in their rows.
+            span_start: first place of the token's span.
+            span_tokens: its length, a multiple of twice the ring's ranks.
+            row_tokens: length of the row.
+        """
+        ring = np.zeros_like(position)
+        if self.ring_size > 1:
+            chunk_tokens = span_tokens // (2 * self.ring_size)
+            chunk, rest = np.divmod(position - span_start, chunk_tokens)
+            in_second_half = chunk >= self.ring_size
+            ring = np.where(in_second_half, 2 * self.ring_size - 1 - chunk, chunk)
+            position = span_start // self.ring_size + in_second_half * chunk_tokens + rest
+        sharing = self.context_size // self.ring_size
+        index, place = np.divmod(position, row_tokens // self.context_size)
+        return ring * sharing + index, place
+
+    def row_part(self, rank: int, segment_lengths: np.ndarray) -> slice | np.ndarray:
+        """Places in a row, of the part a rank's attention queries come from, in the order it has them.
 
         Under sequence parallelism the ranks of its tensor-parallel group share this part between the blocks.
         """
-        index = self.context_index(rank)
-        return num_tokens * index // self.context_size, num_tokens * (index + 1) // self.context_size
+        num_tokens, index = int(segment_lengths.sum()), self.context_index(rank)
+        if self.ring_size == 1:
+            return slice(num_tokens * index // self.context_size, num_tokens * (index + 1) // self.context_size)
+        owner, place = self.context_place(*_tokens_of(segment_lengths), np.array(num_tokens))
+        mine = np.flatnonzero(owner == index)
+        return mine[np.argsort(place[mine])]
+
+    def ring_order(self, segment_lengths: np.ndarray) -> np.ndarray:
+        """Where each token of a row is in the parts of the ring's ranks laid end to end."""
+        ring = replace(self, context_size=self.ring_size)
+        num_tokens = int(segment_lengths.sum())
+        owner, place = ring.context_place(*_tokens_of(segment_lengths), np.array(num_tokens))
+        return owner * (num_tokens // self.ring_size) + place
 
     def replica_ranks(self, replica: int) -> list[int]:
         """Global ranks of one replica in ascending order; the first is on the first stage and leads the replica."""
@@ -66,6 +105,29 @@ class Layout:
             self.rank(tensor, replica, stage, context)
             for stage in range(self.pipeline_size)
             for context in range(self.context_size)
+            for tensor in range(self.tensor_size)
+        ]
+
+    def sharing_heads(self) -> list[list[int]]:
+        """Context-parallel ranks that have one ring rank's tokens between them; neighbours, whose messages are fastest."""
+        sharing = self.context_size // self.ring_size
+        return [
+            context[first : first + sharing]
+            for context in self._contexts()
+            for first in range(0, len(context), sharing)
+        ]
+
+    def rings(self) -> list[list[int]]:
+        """Context-parallel ranks that have the same heads of different tokens."""
+        sharing = self.context_size // self.ring_size
+        return [context[first::sharing] for context in self._contexts() for first in range(sharing)]
+
+    def _contexts(self) -> list[list[int]]:
+        """Context-parallel groups."""
+        return [
+            [self.rank(tensor, replica, stage, context) for context in range(self.context_size)]
+            for stage in range(self.pipeline_size)
+            for replica in range(self.data_size)
             for tensor in range(self.tensor_size)
         ]
 
@@ -84,8 +146,17 @@ class Layout:
     def __str__(self) -> str:
         """Short form for logs, like TP2 x PP2 x DP1."""
         context = f" x CP{self.context_size}" if self.context_size > 1 else ""
+        if self.ring_size > 1:
+            context += f" (ring {self.ring_size})"
         virtual = f" x VPP{self.virtual_size}" if self.virtual_size > 1 else ""
         return f"TP{self.tensor_size}{context} x PP{self.pipeline_size}{virtual} x DP{self.data_size}"
+
+
+def _tokens_of(segment_lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """For every token of a row: its place, first place and length of its segment."""
+    lengths = segment_lengths.astype(np.int64)
+    starts = np.cumsum(lengths) - lengths
+    return np.arange(lengths.sum()), np.repeat(starts, lengths), np.repeat(lengths, lengths)
 
 
 @dataclass(frozen=True)

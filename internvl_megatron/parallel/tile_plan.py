@@ -21,6 +21,10 @@ class TileTable:
     """Micro-batch of the replica the tile's tokens are in."""
     row_tokens: np.ndarray
     """Length of that row."""
+    span_start: np.ndarray
+    """Place of the first token of the tile's sample in the row."""
+    span_tokens: np.ndarray
+    """Length of the tile's sample."""
     start: np.ndarray
     """Place of the tile's first token in its row."""
     decoder: np.ndarray

@@ -4,6 +4,7 @@ All of it is host data, so the global loss weight is known before the first forw
 from a device or rescaled after backward.
 """
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -19,7 +20,7 @@ from internvl_megatron.parallel.groups import Groups
 from internvl_megatron.parallel.host import gather_integers
 from internvl_megatron.parallel.tile_plan import TileTable
 
-_COLUMNS = 5  # row, row_tokens, start, decoder, number
+_COLUMNS = 7  # row, row_tokens, span_start, span_tokens, start, decoder, number
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,8 @@ def agree(batch: StepRows, groups: Groups, data: DataConfig, pad_rows: bool) -> 
         error, failed = raised, {}
     rows, num_failed_images, must_stop = _agree_in_replica(batch, groups, failed, error is not None)
     if not pad_rows:
-        rows = [row.cut(groups.layout.stage_size) for row in rows]
+        multiple = math.lcm(groups.layout.stage_size, 2 * groups.layout.ring_size)
+        rows = [row.cut(multiple) for row in rows]
     layout = groups.layout
     replica = layout.replica(groups.rank)
     ranks = layout.replica_ranks(replica)
@@ -71,12 +73,15 @@ def agree(batch: StepRows, groups: Groups, data: DataConfig, pad_rows: bool) -> 
         (
             index,
             len(row.token_ids),
+            *span,
             start,
             ranks[batch.image_owner[index][image]],
             (index * layout.data_size + replica) * data.tiles_per_row + number,
         )
         for index, row in enumerate(rows)
-        for number, (start, image) in enumerate(zip(row.tile_starts.tolist(), _image_of_tiles(row), strict=True))
+        for number, (start, span, image) in enumerate(
+            zip(row.tile_starts.tolist(), _samples_of_tiles(row), _image_of_tiles(row), strict=True)
+        )
     ]
     weights = np.array([row.weights.sum(dtype=np.float64) for row in rows])
     totals = [
@@ -145,8 +150,14 @@ def _image_of_tiles(row: Row) -> list[int]:
     return [image for image, reference in enumerate(row.images) for _ in range(reference.num_tiles)]
 
 
+def _samples_of_tiles(row: Row) -> list[tuple[int, int]]:
+    """First place and length of each tile's sample."""
+    bounds = row.sample_bounds
+    sample = np.searchsorted(bounds, row.tile_starts, side="right") - 1
+    return list(zip(bounds[sample].tolist(), np.diff(bounds)[sample].tolist(), strict=True))
+
+
 def _table(replicas: list[np.ndarray]) -> TileTable:
     parts = [values.reshape(-1, _COLUMNS) for values in replicas]
-    row, row_tokens, start, decoder, number = np.concatenate(parts).T
     replica = np.repeat(np.arange(len(parts)), [len(part) for part in parts])
-    return TileTable(replica=replica, row=row, row_tokens=row_tokens, start=start, decoder=decoder, number=number)
+    return TileTable(replica, *np.concatenate(parts).T)

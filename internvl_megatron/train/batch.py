@@ -10,6 +10,7 @@ from internvl_megatron.data.packing import Row
 from internvl_megatron.device import Device
 from internvl_megatron.model.attention import PackedRow
 from internvl_megatron.model.rotary import rotary_tables
+from internvl_megatron.parallel.layout import Layout
 
 
 @dataclass(frozen=True)
@@ -28,15 +29,17 @@ class DeviceRow:
     """fp32 [n]."""
 
 
-def device_row(row: Row, language: LanguageConfig, device: Device, part: slice = slice(None)) -> DeviceRow:
+def device_row(row: Row, language: LanguageConfig, device: Device, layout: Layout, rank: int) -> DeviceRow:
     """Copy a rank's part of a row to the device; lengths stay on the host as well, so that nothing has to be read back.
 
     Args:
         row: the whole row.
         language: sizes.
         device: where to.
-        part: places of this rank under context parallelism.
+        layout: says which part of the row this is.
+        rank: this rank.
     """
+    part = layout.row_part(rank, row.segment_lengths)
     weights = row.weights[part]
     ends = np.concatenate([[0], np.cumsum(row.segment_lengths)]).astype(np.int32)
     on_device = device.put(ends)
@@ -46,6 +49,7 @@ def device_row(row: Row, language: LanguageConfig, device: Device, part: slice =
         segment_ends=tuple(ends.tolist()),
         num_padding_tokens=len(row.token_ids) - row.num_tokens,
         rotary=rotary_tables(device.put(row.positions[part]), language.head_size, language.rope_theta),
+        ring_order=device.put(layout.ring_order(row.segment_lengths)) if layout.ring_size > 1 else None,
     )
     # A part without any target keeps one position at weight 0: kernels do not take empty matrices.
     supervised = np.flatnonzero(weights) if weights.any() else np.zeros(1, dtype=np.int64)

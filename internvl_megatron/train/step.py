@@ -244,8 +244,8 @@ class Step:
             images = None
             if embeddings is not None and language.module.pre_process:
                 images = embeddings.row(number, requires_grad=training and self._trains_vision)
-            part = slice(*layout.row_slice(self.groups.rank, len(agreement.rows[number].token_ids)))
-            row = device_row(agreement.rows[number], self.config.model.language, self.device, part)
+            language_model, rank = self.config.model.language, self.groups.rank
+            row = device_row(agreement.rows[number], language_model, self.device, layout, rank)
             with keep_on_host(self.device, self.config.parallel.language_offload):
                 output = language(row.token_ids, row.packed, self._image_tokens(images), row.target_positions)
             return output, lambda logits: self._row_loss(logits, row, self._loss_scale(agreement, number))

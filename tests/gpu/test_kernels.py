@@ -1,6 +1,7 @@
 """On a GPU: fast kernels against plain fp32 ones. Marked `gpu`; each skips, saying so, where there is none."""
 
 import importlib.util
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -38,7 +39,8 @@ def _attend(kernel: AttentionKernel, dtype: torch.dtype) -> list[Tensor]:
         segment_ends=tuple(ends.tolist()),
         rotary=rotary_tables(device.put(torch.arange(total, dtype=torch.int32) * 64), HEAD_SIZE, 1e6),
     )
-    attention = PackedAttention(None, 1, AttnMaskType.causal, "self", kernel=kernel)  # type: ignore[arg-type]
+    alone = SimpleNamespace(hcp=2 * [SimpleNamespace(size=lambda: 1)])
+    attention = PackedAttention(None, 1, AttnMaskType.causal, "self", kernel=kernel, pg_collection=alone)  # type: ignore[arg-type]
     output = attention(*inputs, None, packed_seq_params=row)
     output.backward(device.put(torch.randn(output.shape, generator=generator)).to(dtype))
     gradients = [tensor.grad for tensor in inputs if tensor.grad is not None]

@@ -2,11 +2,12 @@
 
 from dataclasses import replace
 
-from internvl_megatron.config.schema import LossConfig, PartConfig
+from internvl_megatron.config.schema import DataConfig, LossConfig, PartConfig
 from tests.support.layouts import ADAMW, LAYOUTS, SGD, Scenario
 
 _TWO_STEPS = {"num_steps": 2}
 _DROP_PATH = 0.5
+_PADDED_SAMPLES = DataConfig(tokens_per_row=96, tiles_per_row=16, sample_multiple_tokens=4)
 _FROZEN = PartConfig(trainable=False)
 
 SCENARIOS = {
@@ -42,6 +43,10 @@ SCENARIOS = {
     "offload": Scenario(parallel_changes={"vision_offload": True, "language_offload": True}, changes=_TWO_STEPS),
     "offload_recomputed": Scenario(
         parallel_changes={"language_offload": True, "language_recompute": "full"}, changes=_TWO_STEPS
+    ),
+    "padded_samples": Scenario(changes={"data": _PADDED_SAMPLES, **_TWO_STEPS}),
+    "short_padded_samples": Scenario(
+        changes={"data": _PADDED_SAMPLES, **_TWO_STEPS}, parallel_changes={"pad_rows": False}
     ),
     "small_chunks": Scenario(parallel_changes={"vision_chunk_tiles": 1}, changes=_TWO_STEPS),
     "large_chunks": Scenario(parallel_changes={"vision_chunk_tiles": 16}, changes=_TWO_STEPS),
@@ -85,7 +90,9 @@ SCENARIOS = {
 }
 
 LAYOUTS_OF = {name: ["TP2xPP2"] for name in SCENARIOS} | {
-    "300m": list(LAYOUTS),
+    "300m": [name for name in LAYOUTS if "ring" not in name],
+    "padded_samples": ["1", *(name for name in LAYOUTS if "ring" in name)],
+    "short_padded_samples": ["CP2 ring", "TP2+SPxCP2 ring"],
     "6b": ["1", "TP2+SP", "TP2xPP2", "TP2+SPxPP2", "TP2+SPxCP2"],
     "adamw": ["1", "DP2", "TP2xPP2", "TP2xDP2", "CP2xDP2"],
     "bf16": ["1", "TP2+SPxPP2", "PP2xDP2"],

@@ -1,4 +1,4 @@
-"""Rows of 32768 tokens and positions beyond, split over TP2 x CP2, equal one rank."""
+"""Rows of 32768 tokens and positions beyond, split over TP2 x CP2 (heads or ring), equal one rank."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -37,7 +37,7 @@ def _train(info: RankInfo, ranks: Ranks) -> list[tuple[float, float]]:
     config = run_config(
         model,
         parallel=ranks.config(vision_chunk_tiles=64),
-        data=DataConfig(tokens_per_row=TOKENS, tiles_per_row=4096),
+        data=DataConfig(tokens_per_row=TOKENS, tiles_per_row=4096, sample_multiple_tokens=4),
         optimizer=replace(SGD, learning_rate=0.05),
         rows_per_step=1,
     )
@@ -47,7 +47,7 @@ def _train(info: RankInfo, ranks: Ranks) -> list[tuple[float, float]]:
         place = ranks.layout.replica_ranks(0).index(info.rank)
         history = []
         for number, seed in enumerate(FULL_ROWS):
-            data = random_step(model, 1, seed, TOKENS, "mixed", 0.5)
+            data = random_step(model, 1, seed, TOKENS, "mixed", 0.5, config.data.sample_multiple_tokens)
             row = data.rows[0]
             data = replace(data, rows=[replace(row, positions=row.positions + FIRST_POSITION * 256)])
             rows: Any = MemoryRows(data, range(1), place, ranks.num_ranks, frozenset())
@@ -58,6 +58,7 @@ def _train(info: RankInfo, ranks: Ranks) -> list[tuple[float, float]]:
 
 def test_long_packed_rows(run_ranks: Callable[..., list[Any]]) -> None:
     one = run_ranks(_train, 1, LAYOUTS["1"])[0]
-    four = run_ranks(_train, 4, LAYOUTS["TP2+SPxCP2"])[0]
-    np.testing.assert_allclose([loss for loss, _ in four], [loss for loss, _ in one], rtol=1e-5)
-    np.testing.assert_allclose([norm for _, norm in four], [norm for _, norm in one], rtol=1e-4)
+    for layout in ("TP2+SPxCP2", "TP2+SPxCP2 ring"):
+        four = run_ranks(_train, 4, LAYOUTS[layout])[0]
+        np.testing.assert_allclose([loss for loss, _ in four], [loss for loss, _ in one], rtol=1e-5, err_msg=layout)
+        np.testing.assert_allclose([norm for _, norm in four], [norm for _, norm in one], rtol=1e-4, err_msg=layout)

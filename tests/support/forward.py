@@ -48,7 +48,7 @@ def logits_of_rows(model: Model, config: RunConfig, device: Device, data: StepDa
 def row_output(model: Model, config: RunConfig, device: Device, data: StepData, index: int) -> torch.Tensor:
     """Logits [T, padded V] of one row."""
     row = data.rows[index]
-    on_device = device_row(row, config.model.language, device)
+    on_device = device_row(row, config.model.language, device, Layout(1, 1, 1), 0)
     images = None
     if row.images:
         tiles = device.put(np.concatenate([data.tiles[index, image] for image in range(len(row.images))]))

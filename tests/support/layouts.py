@@ -26,6 +26,7 @@ class Ranks:
     pipeline_size: int = 1
     sequence_parallel: bool = False
     context_size: int = 1
+    context_ring_size: int = 1
     virtual_size: int = 1
     stage_layers: tuple[int, ...] | None = None
     vision_placement: Literal["all_ranks", "first_stage", "colocated"] = "all_ranks"
@@ -36,7 +37,14 @@ class Ranks:
     @property
     def layout(self) -> Layout:
         data_size = self.num_ranks // (self.tensor_size * self.pipeline_size * self.context_size)
-        return Layout(self.tensor_size, self.pipeline_size, data_size, self.context_size, self.virtual_size)
+        return Layout(
+            self.tensor_size,
+            self.pipeline_size,
+            data_size,
+            self.context_size,
+            self.virtual_size,
+            self.context_ring_size,
+        )
 
     @property
     def vision_layout(self) -> VisionLayout:
@@ -62,6 +70,10 @@ LAYOUTS = {
     "TP2xDP2": Ranks(4, tensor_size=2),
     "PP2xDP2": Ranks(4, pipeline_size=2),
     "CP2": Ranks(2, context_size=2),
+    "CP2 ring": Ranks(2, context_size=2, context_ring_size=2),
+    "TP2+SPxCP2 ring": Ranks(4, tensor_size=2, context_size=2, sequence_parallel=True, context_ring_size=2),
+    "CP4 ring 2": Ranks(4, context_size=4, context_ring_size=2),
+    "CP2xPP2 ring": Ranks(4, context_size=2, pipeline_size=2, context_ring_size=2),
     "CP4": Ranks(4, context_size=4),
     "TP2xCP2": Ranks(4, tensor_size=2, context_size=2),
     "TP2+SPxCP2": Ranks(4, tensor_size=2, context_size=2, sequence_parallel=True),
@@ -144,5 +156,6 @@ class Scenario:
             config.data.tokens_per_row,
             self.rows,
             self.weight_exponent,
+            config.data.sample_multiple_tokens,
         )
         return data if self.has_targets else without_targets(data)

@@ -72,6 +72,7 @@ def random_step(
     tokens_per_row: int = 64,
     kind: RowKind = "mixed",
     weight_exponent: float = 0.5,
+    sample_multiple: int = 1,
 ) -> StepData:
     """Rows of a step; the weight of a token in a sample with l supervised tokens is l to the minus `weight_exponent`."""
     rng = np.random.default_rng(seed)
@@ -79,8 +80,8 @@ def random_step(
     rows: list[Row] = []
     tiles: Tiles = {}
     for index in range(num_rows):
-        samples = _samples(rng, kind, index, seed, tokens_per_row, per_tile)
-        row = _row(rng, samples, tokens_per_row, per_tile, model.language.vocab_size, weight_exponent)
+        samples = _samples(rng, kind, index, seed, tokens_per_row - 4 * (sample_multiple - 1), per_tile)
+        row = _row(rng, samples, tokens_per_row, per_tile, model.language.vocab_size, weight_exponent, sample_multiple)
         for image, reference in enumerate(row.images):
             tiles[index, image] = rng.integers(0, 256, (reference.num_tiles, 3, pixels, pixels), dtype=np.uint8)
         rows.append(row)
@@ -133,6 +134,7 @@ def _row(
     per_tile: int,
     vocab_size: int,
     weight_exponent: float,
+    sample_multiple: int,
 ) -> Row:
     token_ids: list[int] = []
     positions: list[int] = []
@@ -166,6 +168,10 @@ def _row(
         answer = min(int(rng.integers(0, last_text + 1)), last - first - 1)
         targets[last - 1 - answer : last - 1] = token_ids[last - answer :]
         weights[last - 1 - answer : last - 1] = answer**-weight_exponent if answer else 0.0
+        more = -(last - first) % sample_multiple
+        token_ids += [0] * more
+        positions += [0] * more
+        lengths[-1] += more
     padding = tokens_per_row - len(token_ids)
     assert padding >= 0, f"{len(token_ids)} tokens in a row of {tokens_per_row}"
     return Row(

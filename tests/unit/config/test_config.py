@@ -124,6 +124,20 @@ def test_plan_of_a_split_row_and_an_interleaved_pipeline() -> None:
     assert made.stage_layers == (1, 1, 1, 1)
 
 
+def test_a_ring_takes_the_place_of_heads() -> None:
+    settings = [
+        "parallel.tensor_size=2",
+        "parallel.context_size=4",
+        "parallel.context_ring_size=2",
+        "data.sample_multiple_tokens=4",
+        "parallel.pipeline_size=1",
+    ]
+    made = plan(apply_overrides(demo_digits(), settings), world_size=8)
+    assert str(made.layout) == "TP2 x CP4 (ring 2) x PP1 x DP1"
+    with pytest.raises(ConfigError, match="tensor_size=2 x parallel.context_size=4 must divide"):
+        plan(apply_overrides(demo_digits(), [*settings, "parallel.context_ring_size=1"]), world_size=8)
+
+
 def test_stage_layers_survive_json(tmp_path: Path) -> None:
     config = apply_overrides(demo_digits(), ["parallel.stage_layers=3,1"])
     assert config.parallel.stage_layers == (3, 1)
@@ -188,6 +202,17 @@ def test_vocabulary_padding_does_not_depend_on_the_layout() -> None:
         (["data.tokenizer="], 4, "data.tokenizer is not set"),
         (["num_steps=0"], 4, "num_steps=0 must be greater than 0"),
         (["optimizer.weight_decay=-1"], 4, "optimizer.weight_decay=-1.0 must be at least 0"),
+        (["parallel.context_size=2", "parallel.context_ring_size=3"], 8, "context_ring_size=3 must divide"),
+        (
+            ["parallel.context_size=2", "parallel.context_ring_size=2"],
+            8,
+            "sample_multiple_tokens=1 must be a multiple of 4",
+        ),
+        (
+            ["data.sample_multiple_tokens=5"],
+            4,
+            "tokens_per_row=1792 must be a multiple of data.sample_multiple_tokens=5",
+        ),
         (["parallel.vision_exchange_replicas=3"], 8, "vision_exchange_replicas=3 must divide the 2 replicas"),
         (["parallel.vision_tensor_size=3"], 4, "vision_tensor_size=3 must divide the 4 ranks"),
         (

@@ -78,8 +78,8 @@ def sample(length, supervised, images=()):
     return Sample(ids, labels, 256 * np.arange(length, dtype=np.int32), refs, starts)
 
 
-def row_of(*samples, tokens=64, weighting="square", make_settings):
-    settings = make_settings(tokens_per_row=tokens)
+def row_of(*samples, tokens=64, weighting="square", make_settings, **settings):
+    settings = make_settings(tokens_per_row=tokens, **settings)
     settings = type(settings)(data=settings.data, tile_pixels=28, tokens_per_tile=4, weighting=weighting)
     sources = [SampleSource(0, index, index) for index in range(len(samples))]
     return build_row(list(zip(sources, samples, strict=True)), settings, PAD)
@@ -125,6 +125,25 @@ def test_a_full_row_has_no_padding_segment_and_an_empty_row_is_all_padding(make_
     empty = row_of(tokens=8, make_settings=make_settings)
     assert empty.segment_lengths.tolist() == [8] and empty.num_samples == empty.num_tokens == 0
     assert (empty.token_ids == PAD).all() and not empty.weights.any()
+
+
+def test_samples_are_padded_to_a_multiple(make_settings):
+    row = row_of(sample(5, [4]), sample(4, [2]), tokens=16, make_settings=make_settings, sample_multiple_tokens=4)
+    assert row.token_ids.tolist() == [1, 2, 3, 4, 5, PAD, PAD, PAD, 1, 2, 3, 4, PAD, PAD, PAD, PAD]
+    assert row.targets.tolist() == [-100, -100, -100, 5, *[-100] * 5, 3, *[-100] * 6]
+    assert row.segment_lengths.tolist() == [8, 4, 4]
+
+
+def test_a_row_is_cut_where_its_samples_end(make_settings):
+    row = row_of(sample(5, [4]), sample(4, [2]), tokens=64, make_settings=make_settings)
+    for multiple, length, segments in ((1, 9, [5, 4]), (4, 12, [5, 4, 3]), (9, 9, [5, 4])):
+        cut = row.cut(multiple)
+        for array in ("token_ids", "targets", "weights", "positions"):
+            np.testing.assert_array_equal(getattr(cut, array), getattr(row, array)[:length])
+        assert cut.segment_lengths.tolist() == segments
+        assert (cut.num_tokens, cut.num_samples) == (9, 2)
+    empty = row_of(tokens=8, make_settings=make_settings).cut(4)
+    assert empty.segment_lengths.tolist() == [4] and len(empty.token_ids) == 4
 
 
 def image_row(make_settings):

@@ -22,6 +22,8 @@ VISION_LAYOUTS = [VisionLayout(layout, exchange_replicas=layout.data_size) for l
     VisionLayout(Layout(2, 2, 2), tensor_size=2, exchange_replicas=2),
     VisionLayout(Layout(1, 2, 2), tensor_size=4, exchange_replicas=2),
     VisionLayout(Layout(1, 2, 2), tensor_size=2, exchange_replicas=1),
+    VisionLayout(Layout(2, 1, 2, 2, ring_size=2), exchange_replicas=2),
+    VisionLayout(Layout(1, 1, 1, 4, ring_size=2)),
     VisionLayout(Layout(2, 2, 2), first_stage_only=True),
     VisionLayout(Layout(2, 2, 2, 2), tensor_size=2, first_stage_only=True),
 ]
@@ -45,12 +47,24 @@ def random_plan(vision: VisionLayout, tokens_per_row: int) -> TilePlan:
             length = tokens_per_row - row * layout.stage_size
             start = np.sort(rng.choice(np.arange(length - PER_TILE, -1, -PER_TILE), tiles, replace=False))
             decoder = rng.choice(layout.replica_ranks(replica), tiles)
-            columns = [np.full(tiles, replica), np.full(tiles, row), np.full(tiles, length), start, decoder, start]
-            parts.append(np.stack(columns))
-    last = [[0], [NUM_ROWS], [tokens_per_row], [tokens_per_row - PER_TILE], [0], [999]]
+            full = [np.full(tiles, value) for value in (replica, row, length, 0, length)]
+            parts.append(np.stack([*full, start, decoder, start]))
+    last = [[0], [NUM_ROWS], [tokens_per_row], [0], [tokens_per_row], [tokens_per_row - PER_TILE], [0], [999]]
     table = np.concatenate([*parts, last], axis=1)
-    table = table[:, np.lexsort((table[3], table[1], table[0]))]
+    table = table[:, np.lexsort((table[5], table[1], table[0]))]
     return plan_tiles(TileTable(*table), vision, 2)
+
+
+def zigzag(length: int, layout: Layout) -> list[list[int]]:
+    """Places in a row of one sample, by context-parallel rank."""
+    ring, sharing = layout.ring_size, layout.context_size // layout.ring_size
+    places = [list(range(length))]
+    if ring > 1:
+        chunk = length // (2 * ring)
+        chunks = [list(range(first, first + chunk)) for first in range(0, length, chunk)]
+        places = [chunks[index] + chunks[2 * ring - 1 - index] for index in range(ring)]
+    size = length // layout.context_size
+    return [part[size * index : size * (index + 1)] for part in places for index in range(sharing)]
 
 
 def exchanges(vision: VisionLayout, sequence_parallel: bool) -> list[Exchange]:
@@ -118,13 +132,16 @@ def test_first_stage_ranks_own_what_lies_in_their_slice(
         owned = one.owned(plan)
         wanted = []
         for tile in range(plan.num_tiles):
-            part = int(plan.table.row_tokens[tile]) // layout.context_size
-            share = part // layout.tensor_size if sequence_parallel else part
-            first = layout.context_index(rank) * part + (layout.tensor_index(rank) * share if sequence_parallel else 0)
+            if layout.stage(rank) != 0 or plan.table.replica[tile] != layout.replica(rank):
+                continue
+            # One sample is the whole row.
+            part = zigzag(int(plan.table.row_tokens[tile]), layout)[layout.context_index(rank)]
+            if sequence_parallel:
+                share = len(part) // layout.tensor_size
+                part = part[layout.tensor_index(rank) * share :][:share]
             wanted += [
-                (tile * PER_TILE + place, int(plan.table.row[tile]), int(plan.table.start[tile]) + place - first)
-                for place in range(PER_TILE)
-                if layout.stage(rank) == 0 and plan.table.replica[tile] == layout.replica(rank)
-                if first <= plan.table.start[tile] + place < first + share
+                (tile * PER_TILE + place, int(plan.table.row[tile]), part.index(position))
+                for place, position in enumerate(range(plan.table.start[tile], plan.table.start[tile] + PER_TILE))
+                if position in part
             ]
         assert list(zip(owned.tokens.tolist(), owned.row.tolist(), owned.position.tolist(), strict=True)) == wanted

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch.distributed as dist
 
@@ -24,6 +25,33 @@ def test_coordinates_and_ranks_are_inverse(layout: Layout) -> None:
     replicas = [layout.replica_ranks(replica) for replica in range(layout.data_size)]
     assert sorted(rank for replica in replicas for rank in replica) == list(range(layout.world_size))
     assert all(replica == sorted(replica) and layout.stage(replica[0]) == 0 for replica in replicas)
+
+
+def test_a_row_of_several_samples_over_a_ring() -> None:
+    layout = Layout(1, 1, 1, context_size=4, ring_size=2)
+    lengths = np.array([8, 4, 4])  # the last one padding
+    parts = [layout.row_part(rank, lengths) for rank in range(4)]
+    # Chunks 0 and 3 of every sample, then 1 and 2; of each, the first half of the tokens and the second.
+    assert [part.tolist() for part in parts if isinstance(part, np.ndarray)] == [
+        [0, 1, 6, 7],
+        [8, 11, 12, 15],
+        [2, 3, 4, 5],
+        [9, 10, 13, 14],
+    ]
+    order = layout.ring_order(lengths)
+    end_to_end = np.concatenate([np.asarray(part) for part in parts])
+    np.testing.assert_array_equal(end_to_end[order], np.arange(16))
+    assert layout.sharing_heads() == [[0, 1], [2, 3]]
+    assert layout.rings() == [[0, 2], [1, 3]]
+    assert str(layout) == "TP1 x CP4 (ring 2) x PP1 x DP1"
+
+
+@pytest.mark.parametrize("layout", [Layout(2, 1, 1), Layout(1, 2, 1, context_size=4)])
+def test_without_a_ring_a_part_is_a_run(layout: Layout) -> None:
+    size = 16 // layout.context_size
+    for rank in range(layout.world_size):
+        index = layout.context_index(rank)
+        assert layout.row_part(rank, np.array([5, 11])) == slice(size * index, size * (index + 1))
 
 
 VISION_LAYOUTS = [

@@ -35,7 +35,7 @@ def random_table(rng: np.random.Generator, layout: VisionLayout, num_tiles: int)
     place = np.minimum(rng.geometric(0.4, num_tiles) - 1, len(language.replica_ranks(0)) - 1)
     decoder = np.array([language.replica_ranks(r)[p] for r, p in zip(replica, place, strict=True)], dtype=np.int64)
     number, length = np.arange(num_tiles), np.full(num_tiles, 64)
-    return TileTable(replica, rng.integers(0, 4, num_tiles), length, number, decoder, number)
+    return TileTable(replica, rng.integers(0, 4, num_tiles), length, 0 * length, length, number, decoder, number)
 
 
 def cases(layout: VisionLayout) -> list[TilePlan]:
@@ -83,7 +83,7 @@ def test_no_even_plan_moves_fewer_tiles_of_any_small_table() -> None:
     layout = world(3)
     for decoders in product(range(3), repeat=5):
         number, zeros = np.arange(5), np.zeros(5, dtype=np.int64)
-        table = TileTable(zeros, zeros, zeros + 64, number, np.array(decoders), number)
+        table = TileTable(zeros, zeros, zeros + 64, zeros, zeros + 64, number, np.array(decoders), number)
         fewest = min(
             sum(encoder != decoder for encoder, decoder in zip(encoders, decoders, strict=True))
             for encoders in product(range(3), repeat=5)
@@ -115,7 +115,10 @@ def test_the_number_of_chunks_is_that_of_the_busiest_rank(num_tiles: int, chunk_
 def test_all_exchange_groups_run_as_many_chunks_as_the_busiest() -> None:
     layout = VisionLayout(Layout(1, 1, 2), exchange_replicas=1)
     number, zeros = np.arange(5), np.zeros(5, dtype=np.int64)
-    assert plan_tiles(TileTable(zeros, zeros, zeros + 64, number, zeros, number), layout, 2).num_chunks == 3
+    assert (
+        plan_tiles(TileTable(zeros, zeros, zeros + 64, zeros, zeros + 64, number, zeros, number), layout, 2).num_chunks
+        == 3
+    )
 
 
 def test_a_plan_is_a_function_of_its_table() -> None:
