@@ -134,7 +134,7 @@ def test_a_ring_takes_the_place_of_heads() -> None:
     ]
     made = plan(apply_overrides(demo_digits(), settings), world_size=8)
     assert str(made.layout) == "TP2 x CP4 (ring 2) x PP1 x DP1"
-    with pytest.raises(ConfigError, match="tensor_size=2 x parallel.context_size=4 must divide"):
+    with pytest.raises(ConfigError, match=r"tensor_size=2 x parallel\.context_size=4 must divide"):
         plan(apply_overrides(demo_digits(), [*settings, "parallel.context_ring_size=1"]), world_size=8)
 
 
