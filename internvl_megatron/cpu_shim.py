@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.utils._device import _device_constructors
 
 FACTORIES = ("empty", "zeros", "ones", "full", "tensor", "arange", "rand", "randn", "as_tensor", "empty_strided")
 
@@ -61,6 +62,7 @@ def install() -> None:
         setattr(torch.cuda, name, replacement)
         if hasattr(torch.cuda.random, name):
             setattr(torch.cuda.random, name, replacement)
+    _device_constructors()  # `with torch.device(..)` knows factories by identity: let it note them before they are replaced
     for name in FACTORIES:
         setattr(torch, name, _on_cpu(getattr(torch, name)))
     plain_type = torch.Tensor.type

@@ -346,6 +346,35 @@ def _vision(config: RunConfig, data_size: int) -> list[str]:
             "parallel.vision_placement=first_stage: the encoder runs inside the pipeline, which cannot run it a second time "
             "from tiles; set parallel.vision_recompute=layer"
         )
+    return problems + _vision_shards(config, data_size * _replica_size(config))
+
+
+def _vision_shards(config: RunConfig, world_size: int) -> list[str]:
+    """What goes together with a sharded vision side."""
+    parallel = config.parallel
+    shard_ranks, problems = parallel.vision_shard_ranks, []
+    if parallel.vision_sharding == "replicated":
+        if shard_ranks is not None:
+            problems.append(
+                f"parallel.vision_shard_ranks={shard_ranks} needs parallel.vision_sharding=sharded; leave it out"
+            )
+        return problems
+    if parallel.vision_placement != "all_ranks":
+        problems.append(
+            f"parallel.vision_sharding=sharded: needs all ranks to encode at the same time, and with "
+            f"parallel.vision_placement={parallel.vision_placement} they do not; set parallel.vision_sharding=replicated, or "
+            "leave parallel.vision_placement out"
+        )
+    if parallel.vision_tensor_size > 1:
+        problems.append(
+            f"parallel.vision_sharding=sharded: the encoder is split already and is not tensor parallel as well; leave "
+            f"parallel.vision_tensor_size={parallel.vision_tensor_size} out"
+        )
+    if shard_ranks is not None and world_size % shard_ranks:
+        problems.append(
+            f"parallel.vision_shard_ranks={shard_ranks} must divide the {world_size} ranks of this run; leave it out to split "
+            "the vision side over all of them"
+        )
     return problems
 
 

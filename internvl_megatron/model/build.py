@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 
 from internvl_megatron.config.plan import stage_layers
 from internvl_megatron.config.schema import OptimizerConfig, PartConfig, RunConfig
@@ -15,19 +17,22 @@ from internvl_megatron.device import Device
 from internvl_megatron.errors import CheckpointError
 from internvl_megatron.model.initial import fresh_parameter
 from internvl_megatron.model.language import LanguageModel, language_transformer_config
-from internvl_megatron.model.layer_specs import recompute_settings
 from internvl_megatron.model.vision import VisionTower, vision_transformer_config
+from internvl_megatron.model.vision_shards import local_shard, own_rows, shard
 from internvl_megatron.parallel.groups import Groups
 from internvl_megatron.parallel.host import gather_integers
+from internvl_megatron.parallel.vision_mesh import holders_of_copies, vision_mesh
 
 
 @dataclass(frozen=True)
 class Model:
-    """What every rank holds: its stages and shard of the language model, and the whole vision tower."""
+    """What every rank holds: its stages and shard of the language model, and the vision tower, whole or its shards."""
 
     vision: VisionTower
     language: tuple[LanguageModel, ...]
     """One stage, or several chunks under the interleaved pipeline schedule, in the order rows pass them."""
+    vision_mesh: DeviceMesh | None = None
+    """Ranks the vision tower is sharded over (`parallel.vision_mesh`); None where every rank has all of it."""
 
     def named_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
         """Parameters by names that do not depend on the layout: layers are counted over all pipeline stages."""
@@ -61,8 +66,8 @@ class Model:
                 f"{name}: the weights have shape {tuple(full.shape)}, the model {wanted}. Choose the recipe of the "
                 "checkpoint's size."
             )
-        shard = _local_shard(name, full, parameter, group)
-        parameter.copy_(shard.to(parameter.dtype))
+        part = full[own_rows(parameter)] if isinstance(parameter, DTensor) else _part(name, full, parameter, group)
+        local_shard(parameter).copy_(part.to(parameter.dtype))
 
 
 def torch_dtype(name: str) -> torch.dtype:
@@ -74,15 +79,15 @@ def build_model(config: RunConfig, groups: Groups, device: Device, initialize: b
     """Create this rank's modules with freshly initialised parameters.
 
     Without `initialize` their values are undefined: for parameters that are about to be loaded, which is much faster.
+    Collective over all ranks where the vision side is sharded.
     """
-    dtype = torch_dtype(config.dtype)
     # Sequence parallelism forks Megatron Core's random state around dropout, even at rate 0: it has to exist.
     model_parallel_cuda_manual_seed(config.seed, tp_rank=groups.language.tp.rank(), ep_rank=0, etp_rank=0)
-    by_layer = "layer" if config.parallel.vision_recompute == "layer" else "none"
-    vision_config = vision_transformer_config(config.model, dtype, **recompute_settings(by_layer))
-    language_config = language_transformer_config(config, dtype)
+    language_config = language_transformer_config(config, torch_dtype(config.dtype))
+    vision, mesh = _vision(config, groups, device)
     model = Model(
-        vision=VisionTower(config.model, vision_config, groups.vision, device.torch_device),
+        vision=vision,
+        vision_mesh=mesh,
         language=tuple(
             LanguageModel(
                 config.model.language,
@@ -105,6 +110,23 @@ def build_model(config: RunConfig, groups: Groups, device: Device, initialize: b
     return model
 
 
+def _vision(config: RunConfig, groups: Groups, device: Device) -> tuple[VisionTower, DeviceMesh | None]:
+    """The vision tower, whole; or this rank's shards of it, and the mesh they are spread over."""
+    dtype, parallel, where = torch_dtype(config.dtype), config.parallel, device.torch_device
+    by_layer = parallel.vision_recompute == "layer"
+    if parallel.vision_sharding == "replicated":
+        settings = vision_transformer_config(config.model, dtype)
+        return VisionTower(config.model, settings, groups.vision, where, by_layer), None
+    # Megatron Core names the GPU in its layers, unless it is told to begin on the CPU; then it names nothing, and all
+    # parameters are made without values: the whole tower never is on this rank.
+    settings = vision_transformer_config(config.model, dtype, use_cpu_initialization=True)
+    with torch.device("meta") as meta:
+        tower = VisionTower(config.model, settings, groups.vision, meta, by_layer)
+    mesh = vision_mesh(groups, parallel.vision_shard_ranks, device, parallel.collective_timeout_seconds)
+    shard(tower, mesh, dtype, where)
+    return tower, mesh
+
+
 def part_of(name: str, optimizer: OptimizerConfig) -> PartConfig:
     """How the part of the model is trained that a parameter belongs to."""
     if name.startswith("vision.projector."):
@@ -123,8 +145,10 @@ def check_copies_agree(model: Model, groups: Groups) -> None:
     """
     for side, group in (("vision", groups.host_world), ("language", groups.host_copies)):
         named = [(name, parameter) for name, parameter in model.named_parameters() if name.startswith(side)]
-        sums = torch.stack([parameter.detach().double().sum() for _, parameter in named])
+        sums = torch.stack([local_shard(parameter.detach()).double().sum() for _, parameter in named])
         copies = gather_integers(sums.cpu().numpy().view(np.int64), group)
+        if side == "vision" and model.vision_mesh is not None:
+            copies = [copies[rank] for rank in holders_of_copies(model.vision_mesh)]
         differing = np.flatnonzero((np.stack(copies) != copies[0]).any(axis=0))
         if len(differing):
             raise RuntimeError(
@@ -141,14 +165,14 @@ def _initialize(model: Model, config: RunConfig) -> None:
 
 
 def _full_shape(parameter: torch.nn.Parameter, tensor_size: int) -> tuple[int, ...]:
-    """Shape of a parameter over all tensor-parallel ranks."""
+    """Shape of a parameter over all ranks it is split over."""
     shape = list(parameter.shape)
     if getattr(parameter, "tensor_model_parallel", False) and tensor_size > 1:
         shape[_axis(parameter)] *= tensor_size
     return tuple(shape)
 
 
-def _local_shard(
+def _part(
     name: str, full: Tensor, parameter: torch.nn.Parameter, tensor_group: torch.distributed.ProcessGroup
 ) -> Tensor:
     """This rank's part of a full parameter.

@@ -40,7 +40,7 @@ def shared_settings(dtype: torch.dtype) -> dict[str, Any]:
     }
 
 
-def recompute_settings(what: Literal["none", "selective", "layer", "full"]) -> dict[str, Any]:
+def recompute_settings(what: Literal["none", "selective", "full"]) -> dict[str, Any]:
     """Megatron Core's settings for activations that are computed again: of attention alone, or of every layer."""
     if what == "none":
         return {}

@@ -20,7 +20,9 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlock, TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from megatron.core.utils import make_viewless_tensor
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from internvl_megatron.config.schema import ModelConfig, VisionConfig
 from internvl_megatron.model.attention import TileAttention
@@ -44,8 +46,8 @@ class TileBatch(PackedSeqParams):
     """Drop path: fp32 [layers, 2, T], 0 where a tile skips the branch and 1 / (1 - rate) where it does not."""
 
 
-def vision_transformer_config(model: ModelConfig, dtype: torch.dtype, **parallel: Any) -> TransformerConfig:
-    """Megatron Core's view of InternViT."""
+def vision_transformer_config(model: ModelConfig, dtype: torch.dtype, **settings: Any) -> TransformerConfig:
+    """Megatron Core's view of InternViT, with settings that are not the same everywhere."""
     vision = model.vision
     return TransformerConfig(
         num_layers=vision.num_layers,
@@ -58,8 +60,7 @@ def vision_transformer_config(model: ModelConfig, dtype: torch.dtype, **parallel
         activation_func=F.gelu,
         gated_linear_unit=False,
         add_bias_linear=True,
-        **shared_settings(dtype),
-        **parallel,
+        **(shared_settings(dtype) | settings),
     )
 
 
@@ -85,8 +86,9 @@ class InternViTAttention(SelfAttention):
 class InternViTLayer(TransformerLayer):
     """x + drop_path(ls1 * attention(norm1 x)), then x + drop_path(ls2 * mlp(norm2 x))."""
 
-    def __init__(self, *args: Any, layer_scale_init: float, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, layer_scale_init: float, recompute: bool, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self._recompute = recompute
         width, dtype = self.config.hidden_size, self.config.params_dtype
         self.ls1 = torch.nn.Parameter(torch.full((width,), layer_scale_init, dtype=dtype))
         self.ls2 = torch.nn.Parameter(torch.full((width,), layer_scale_init, dtype=dtype))
@@ -98,6 +100,13 @@ class InternViTLayer(TransformerLayer):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the layer; the tile batch in `packed_seq_params` carries the drop-path decisions."""
+        if not self._recompute or not torch.is_grad_enabled():
+            return self._run(*args, **kwargs)
+        # In here, so that hooks of the layer itself (which gather a sharded layer) run around it and not inside. Nothing is
+        # random: drop path is decided outside.
+        return checkpoint(self._run, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+
+    def _run(self, *args: Any, **kwargs: Any) -> Any:
         tiles = kwargs.get("packed_seq_params")
         assert isinstance(tiles, TileBatch), f"the vision encoder needs a TileBatch, got {type(tiles).__name__}"
         scale = tiles.residual_scale
@@ -119,10 +128,10 @@ class InternViTLayer(TransformerLayer):
         return add
 
 
-def _vision_block(vision: VisionConfig) -> TransformerBlockSubmodules:
+def _vision_block(vision: VisionConfig, recompute_layers: bool) -> TransformerBlockSubmodules:
     layer = ModuleSpec(
         module=InternViTLayer,
-        params={"layer_scale_init": vision.layer_scale_init},
+        params={"layer_scale_init": vision.layer_scale_init, "recompute": recompute_layers},
         submodules=TransformerLayerSubmodules(
             input_layernorm=plain_norm,
             self_attention=ModuleSpec(
@@ -145,7 +154,12 @@ class VisionTower(MegatronModule):
     """Pixels of tiles to image embeddings: InternViT, pixel shuffle, projector."""
 
     def __init__(
-        self, model: ModelConfig, config: TransformerConfig, groups: ProcessGroupCollection, device: torch.device
+        self,
+        model: ModelConfig,
+        config: TransformerConfig,
+        groups: ProcessGroupCollection,
+        device: torch.device,
+        recompute_layers: bool = False,
     ) -> None:
         super().__init__(config)
         vision, language = model.vision, model.language
@@ -156,7 +170,8 @@ class VisionTower(MegatronModule):
         self.patch_embedding = torch.nn.Conv2d(3, width, vision.patch_pixels, stride=vision.patch_pixels, **options)
         self.position_embedding = torch.nn.Parameter(torch.empty(1, 1 + vision.patches_per_side**2, width, **options))
         # No norm after the last block: the projector's LayerNorm takes its output as it is.
-        self.encoder = TransformerBlock(config, _vision_block(vision), post_layer_norm=False, pg_collection=groups)
+        block = _vision_block(vision, recompute_layers)
+        self.encoder = TransformerBlock(config, block, post_layer_norm=False, pg_collection=groups)
         shuffled = width * vision.shuffle_factor**2
         self.projector = Projector(shuffled, language.hidden_size, model.projector_norm_eps, options)
         self.to(device)
@@ -204,7 +219,9 @@ class Projector(torch.nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """[T, K, in_size] to [T, K, out_size]."""
-        return self.linear_2(F.gelu(self.linear_1(self.norm(features))))
+        output = self.linear_2(F.gelu(self.linear_1(self.norm(features))))
+        # A linear layer's output is a view of two dimensions; FSDP2 warns that its hooks on one are lost by changes in place.
+        return make_viewless_tensor(output, requires_grad=output.requires_grad, keep_graph=True)
 
 
 def normalize_pixels(tiles: Tensor, dtype: torch.dtype) -> Tensor:

@@ -1,7 +1,6 @@
 """Both sides' optimizers behind one: one learning rate, one gradient norm, one decision to update.
 
-The language model and the vision tower are sharded differently, so each has its own Megatron Core optimizer. Whatever
-must be joint is joined here: the global gradient norm, clipping by it, and that either both take a step or none does.
+The language model and the vision tower are sharded differently, so each has its own optimizer. Whatever must be joint is joined here: the global gradient norm, clipping by it, and that either both take a step or none does.
 """
 
 import math
@@ -21,6 +20,7 @@ from megatron.core.transformer.module import MegatronModule
 
 from internvl_megatron.config.schema import OptimizerConfig, PartConfig, RunConfig
 from internvl_megatron.model.build import torch_dtype
+from internvl_megatron.train.sharded_optimizer import ShardedOptimizer
 
 
 def learning_rate(config: OptimizerConfig, step: int, num_steps: int) -> float:
@@ -76,17 +76,14 @@ class JointOptimizer:
     def __init__(
         self,
         config: RunConfig,
-        vision: DistributedDataParallel,
-        language: Sequence[DistributedDataParallel],
-        vision_groups: ProcessGroupCollection,
-        language_groups: ProcessGroupCollection,
+        vision: MegatronOptimizer | ShardedOptimizer | None,
+        language: MegatronOptimizer | None,
     ) -> None:
+        """Join the sides' optimizers; None stands for a side without trainable parameters."""
         self.config = config.optimizer
         self.num_steps = config.num_steps
-        parts = config.optimizer
-        vision_parts = {"module.projector.*": parts.projector, "*": parts.vision}
-        self.vision = _optimizer(config, [vision], vision_groups, vision_parts)
-        self.language = _optimizer(config, language, language_groups, {"*": parts.language})
+        self.vision = vision
+        self.language = language
         self.sides = tuple(side for side in (self.vision, self.language) if side is not None)
         # Kept here, because a checkpoint brings the factors of its own time.
         self._factors = [[(group["lr_mult"], group["wd_mult"]) for group in side.param_groups] for side in self.sides]
@@ -133,7 +130,22 @@ class JointOptimizer:
         return UpdateResult(grad_norm, updated=True)
 
 
-def _optimizer(
+def gather_in_next_forward(module: DistributedDataParallel) -> None:
+    """Make the next forward pass gather what the optimizers have updated, where that overlaps.
+
+    Megatron Core notes it when it finishes reducing gradients, which the vision side does not do in a step without images.
+    """
+    if module.ddp_config.overlap_param_gather:
+        module.reset_param_sync_dispatch_state()
+
+
+def gather_parameters(module: DistributedDataParallel) -> None:
+    """Have all parameters up to date on this rank, as whoever reads them outside of a forward pass needs; collective."""
+    if module.ddp_config.overlap_param_gather:
+        module.start_param_sync(force_sync=True)
+
+
+def megatron_optimizer(
     config: RunConfig,
     modules: Sequence[DistributedDataParallel],
     groups: ProcessGroupCollection,

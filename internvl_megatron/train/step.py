@@ -37,9 +37,17 @@ from internvl_megatron.parallel.tile_plan import TilePlan
 from internvl_megatron.train.agreement import StepAgreement
 from internvl_megatron.train.batch import DeviceRow, device_row
 from internvl_megatron.train.host_memory import keep_on_host
-from internvl_megatron.train.optimizer import JointOptimizer, UpdateResult, distributed
+from internvl_megatron.train.optimizer import (
+    JointOptimizer,
+    UpdateResult,
+    distributed,
+    gather_in_next_forward,
+    gather_parameters,
+    megatron_optimizer,
+)
 from internvl_megatron.train.phases import PhaseClock, Span
 from internvl_megatron.train.row_encoder import RowEncoder
+from internvl_megatron.train.vision_side import vision_side
 from internvl_megatron.train.windows import Window, WindowMaker
 
 
@@ -87,11 +95,11 @@ class Step:
         self.groups = groups
         self.device = device
         self.model = model
-        # Inside the pipeline the encoder runs backward once a row, and only some of its ranks do.
-        in_pipeline = groups.vision_layout.first_stage_only
-        self.vision = distributed(model.vision, groups.vision, config, may_overlap=not in_pipeline)
+        self.vision = vision_side(config, model, groups)
         self.language = [distributed(chunk, groups.language, config) for chunk in model.language]
-        self.optimizer = JointOptimizer(config, self.vision, self.language, groups.vision, groups.language)
+        language_parts = {"*": config.optimizer.language}
+        language_optimizer = megatron_optimizer(config, self.language, groups.language, language_parts)
+        self.optimizer = JointOptimizer(config, self.vision.optimizer, language_optimizer)
         self.exchange = Exchange(
             groups,
             device,
@@ -124,9 +132,11 @@ class Step:
         phase, losses = self.clock.phase, []
         self.clock.clear()
         self.exchange.sent_bytes = 0
+        self.vision.clear()
+        for chunk in self.language:
+            chunk.zero_grad_buffer()
         for module in (self.vision, *self.language):
             module.train()
-            module.zero_grad_buffer()
         self.optimizer.zero_grad()
         with phase("plan"):
             window = self.windows.first(batch)
@@ -150,7 +160,9 @@ class Step:
             rate = self.optimizer.set_learning_rate(step)
             has_targets = agreement.row_weights.sum() > 0
             update = self.optimizer.clip_and_step() if has_targets else UpdateResult(0.0, updated=False)
-            self._gather_in_next_forward()
+            self.vision.gather_in_next_forward()
+            for chunk in self.language:
+                gather_in_next_forward(chunk)
         totals = [self._own_loss(losses), self.exchange.sent_bytes, num_skipped_samples, float(stop_requested)]
         loss, sent_bytes, num_skipped, num_stopping = sum_floats(totals, self.groups.host_world)
         self.windows.wait()
@@ -312,9 +324,7 @@ class Step:
                 output = self.vision(chunk.tiles, chunk.residual_scale)
             if chunk.num_real_tiles == 0:
                 gradient = torch.zeros_like(output)
-            # Reductions may start in the one backward pass that every rank has: the last.
-            is_last = is_last_with_images and index == len(chunks) - 1
-            with contextlib.nullcontext() if is_last else self.vision.no_sync():
+            with self.vision.backward_pass(is_last=is_last_with_images and index == len(chunks) - 1):
                 output.backward(gradient.to(output.dtype))
             chunks[index].output = output.detach()
 
@@ -323,23 +333,13 @@ class Step:
         if self.config.optimizer.language.trainable:
             finalize_model_grads(list[torch.nn.Module](self.language), None, pg_collection=self.groups.language)
         if len(agreement.table) and self._trains_vision:
-            finalize_model_grads([self.vision], None, pg_collection=self.groups.vision)
-
-    def _gather_in_next_forward(self) -> None:
-        """Make the next forward pass gather what the optimizers have updated, where that overlaps.
-
-        Megatron Core notes it when it finishes reducing gradients, which the vision side does not do in a step without
-        images.
-        """
-        for module in (self.vision, *self.language):
-            if module.ddp_config.overlap_param_gather:
-                module.reset_param_sync_dispatch_state()
+            self.vision.reduce()
 
     def gather_parameters(self) -> None:
         """Have all parameters up to date on this rank, as whoever reads them outside of a forward pass needs; collective."""
-        for module in (self.vision, *self.language):
-            if module.ddp_config.overlap_param_gather:
-                module.start_param_sync(force_sync=True)
+        self.vision.gather_parameters()
+        for chunk in self.language:
+            gather_parameters(chunk)
 
     def _own_loss(self, losses: list[Tensor]) -> float:
         """What this rank adds to the loss, which is the sum of all rows' shares."""

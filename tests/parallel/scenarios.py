@@ -87,6 +87,11 @@ SCENARIOS = {
         parallel_changes={"vision_recompute": "full", "vision_window_rows": 1, "vision_chunk_tiles": 1},
         changes=_TWO_STEPS,
     ),
+    "drop_path_by_layer": Scenario(
+        drop_path_rate=_DROP_PATH,
+        parallel_changes={"vision_recompute": "layer", "vision_chunk_tiles": 1},
+        changes=_TWO_STEPS,
+    ),
 }
 
 LAYOUTS_OF = {name: ["TP2xPP2"] for name in SCENARIOS} | {

@@ -2,21 +2,15 @@
 
 from collections.abc import Callable
 
-import numpy as np
 import pytest
 
 from tests.parallel.conftest import TrainedBy
 from tests.parallel.scenarios import LAYOUTS_OF, SCENARIOS
+from tests.support.comparison import expect_same_training
 from tests.support.layouts import LAYOUTS
-from tests.support.training import Tensors, Trained, merge
+from tests.support.training import Tensors, Trained
 
 pytestmark = pytest.mark.parallel
-
-LOSS_TOLERANCE = 1e-5
-GRADIENT_TOLERANCE = 1e-4
-"""Of a tensor's norm."""
-FLOOR = 1e-6
-"""Of the norm over all tensors: some gradients are zero in truth and rounding noise in practice (key biases)."""
 
 Reference = Callable[[str, str], Trained]
 
@@ -28,44 +22,12 @@ COMPARABLE = [
 ]
 
 
-def expect_close(found: Tensors, wanted: Tensors, what: str) -> None:
-    """Compare tensor by tensor, in units of the tensor's norm and never finer than the floor."""
-    assert found.keys() == wanted.keys(), f"{what}: {sorted(found.keys() ^ wanted.keys())} are on one side only"
-    floor = FLOOR * np.sqrt(sum(np.square(tensor, dtype=np.float64).sum() for tensor in wanted.values()))
-    wrong = {
-        name: float(np.linalg.norm(found[name] - tensor) / (np.linalg.norm(tensor) + 1e-30))
-        for name, tensor in wanted.items()
-        if not np.linalg.norm(found[name] - tensor) <= GRADIENT_TOLERANCE * np.linalg.norm(tensor) + floor
-    }
-    assert not wrong, f"{what}: relative errors {wrong}"
-
-
-def change(trained: Tensors, start: Tensors) -> Tensors:
-    return {name: trained[name] - start[name] for name in trained}
-
-
 @pytest.mark.parametrize(("layout", "scenario"), COMPARABLE)
 def test_training_equals_plain_pytorch(
     trained: TrainedBy, reference: Reference, weights: dict[str, Tensors], layout: str, scenario: str
 ) -> None:
-    ranks, wanted = trained(layout, scenario), reference(layout, scenario)
     start = weights[SCENARIOS[scenario].family]
-    for found in ranks:
-        np.testing.assert_allclose(found.losses, wanted.losses, rtol=LOSS_TOLERANCE, err_msg="losses")
-        assert found.updated == wanted.updated, "the same steps change the model"
-        np.testing.assert_allclose(found.evaluation, wanted.evaluation, rtol=LOSS_TOLERANCE, err_msg="evaluation")
-    finite = [step for step, updated in enumerate(wanted.updated) if updated]
-    for found in ranks:
-        norms = [found.grad_norms[step] for step in finite]
-        expected = [wanted.grad_norms[step] for step in finite]
-        np.testing.assert_allclose(norms, expected, rtol=GRADIENT_TOLERANCE, err_msg="gradient norms")
-    shape = LAYOUTS[layout].layout
-    if wanted.updated[0] and ranks[0].gradients:
-        expect_close(
-            merge([found.gradients for found in ranks], shape), wanted.gradients, "gradients of the first step"
-        )
-    parameters = merge([found.parameters for found in ranks], shape)
-    expect_close(change(parameters, start), change(wanted.parameters, start), "change of the parameters")
+    expect_same_training(trained(layout, scenario), reference(layout, scenario), start, LAYOUTS[layout].layout)
 
 
 def test_the_scenarios_clip(reference: Reference) -> None:

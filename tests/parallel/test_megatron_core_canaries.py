@@ -237,7 +237,7 @@ def vision_side_with_poison(info: RankInfo, ranks: Ranks, scenario: Scenario) ->
                 works = False
             except AssertionError:
                 works = True
-            finalize_model_grads([step.vision], None, pg_collection=groups.vision)
+            finalize_model_grads([step.vision.module], None, pg_collection=groups.vision)
         outcome = step.run(replica_rows(scenario, config, 0, groups.layout, groups.rank), 0)  # pyright: ignore[reportArgumentType]
         return len(names), works, outcome.loss
 

@@ -8,6 +8,7 @@ import pytest
 
 from tests.parallel.conftest import TrainedBy
 from tests.parallel.scenarios import LAYOUTS_OF
+from tests.support.comparison import expect_equal
 from tests.support.layouts import LAYOUTS
 from tests.support.training import Tensors, Trained, merge
 
@@ -91,9 +92,9 @@ def test_drop_path_draws_do_not_depend_on_the_layout(trained: TrainedBy, layout:
         np.testing.assert_allclose(found.losses, trained("1", "drop_path")[0].losses, rtol=1e-5)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS_OF["drop_path_otherwise"])
-def test_drop_path_draws_do_not_depend_on_windows_chunks_and_recomputation(trained: TrainedBy, layout: str) -> None:
-    for found in trained(layout, "drop_path_otherwise"):
+@pytest.mark.parametrize("scenario", ["drop_path_otherwise", "drop_path_by_layer"])
+def test_drop_path_draws_do_not_depend_on_windows_chunks_and_recomputation(trained: TrainedBy, scenario: str) -> None:
+    for found in trained("TP2xPP2", scenario):
         np.testing.assert_allclose(found.losses, trained("1", "drop_path")[0].losses, rtol=1e-5)
 
 
@@ -117,8 +118,3 @@ def test_bf16_stays_near_fp32(trained: TrainedBy, layout: str) -> None:
         assert found.losses != wanted.losses, "bf16 was not used"
         np.testing.assert_allclose(found.losses, wanted.losses, rtol=0.01)
         np.testing.assert_allclose(found.grad_norms, wanted.grad_norms, rtol=0.05)
-
-
-def expect_equal(found: Tensors, wanted: Tensors) -> None:
-    for name, tensor in wanted.items():
-        np.testing.assert_array_equal(found[name], tensor, err_msg=name)

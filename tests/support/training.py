@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
 
 from internvl_megatron.config.schema import RunConfig
@@ -104,10 +105,7 @@ def _train(
         calls.clear()
         if number == 0:
             if config.optimizer.name == "sgd":
-                result.gradients = {
-                    name: _array(parameter.main_grad if parameter.requires_grad else torch.zeros_like(parameter))  # pyright: ignore[reportAttributeAccessIssue]
-                    for name, parameter in model.named_parameters()
-                }
+                result.gradients = {name: _array(_gradient(parameter)) for name, parameter in model.named_parameters()}
             if overflow is not None:
                 overflow.remove()
             step.gather_parameters()
@@ -123,15 +121,30 @@ def _overflow(scenario: Scenario, model: Model, groups: Groups) -> RemovableHand
     parameter = dict(model.named_parameters()).get(scenario.overflow_in or "")
     if parameter is None or groups.rank != groups.layout.world_size - 1:
         return None
+    if isinstance(parameter, DTensor):  # autograd sees gathered parameters only: spoil this rank's rows of the sum
+        return parameter.register_post_accumulate_grad_hook(_spoil)
     return parameter.register_hook(lambda gradient: gradient + float("inf"))
+
+
+def _spoil(parameter: torch.Tensor) -> None:
+    assert isinstance(parameter.grad, DTensor), "sharded parameters get sharded gradients"
+    parameter.grad.to_local().fill_(float("inf"))
 
 
 def _parameters(model: Model) -> Tensors:
     return {name: _array(parameter) for name, parameter in model.named_parameters()}
 
 
+def _gradient(parameter: torch.nn.Parameter) -> torch.Tensor:
+    """What the optimizer has seen; zero if it was frozen or no tile gave one."""
+    gradient = parameter.grad if isinstance(parameter, DTensor) else getattr(parameter, "main_grad", None)
+    return torch.zeros_like(parameter) if gradient is None or not parameter.requires_grad else gradient
+
+
 def _array(tensor: torch.Tensor) -> np.ndarray:
-    return tensor.detach().float().clone().numpy()
+    """Values of a tensor; those of a sharded one over all ranks (collective)."""
+    whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return whole.detach().float().clone().numpy()
 
 
 def merge(shards: list[Tensors], layout: Layout) -> Tensors:
