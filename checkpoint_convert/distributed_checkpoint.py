@@ -1,6 +1,7 @@
 """Read a run's checkpoint parameter by parameter, without ranks: torch's own reader, one whole tensor at a time.
 
-Megatron Core stacks the same parameter of all layers: our `decoder.layers.3.x` is slice 3 of `decoder.layers.x`.
+Megatron Core stacks the same parameter of all layers of the language model: our `decoder.layers.3.x` is slice 3 of
+`decoder.layers.x`. The vision side's layers have names of their own, as ours.
 """
 
 import re
@@ -40,7 +41,12 @@ class DistributedCheckpoint:
                 for key, entry in self._metadata.state_dict_metadata.items()
                 if isinstance(entry, TensorStorageMetadata) and key.startswith(("vision.", "language."))
             }
-        except (OSError, AttributeError, AssertionError, TypeError, ValueError) as error:
+            self._places = {
+                name: (key, layer)
+                for key, entry in self._entries.items()
+                for name, layer in _parameters_of(key, entry.size)
+            }
+        except (OSError, AttributeError, AssertionError, TypeError, ValueError, IndexError) as error:
             raise CheckpointError(
                 f"{folder}: its table of contents cannot be used ({error!r}); use an older checkpoint"
             ) from error
@@ -48,16 +54,17 @@ class DistributedCheckpoint:
     @property
     def names(self) -> list[str]:
         """Our names of all parameters."""
-        return [name for key, entry in self._entries.items() for name in _unstacked(key, entry.size)]
+        return list(self._places)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape over all ranks."""
-        entry, layer = self._find(name)
-        return tuple(entry.size if layer is None else entry.size[1:])
+        key, layer = self._places[name]
+        size = self._entries[key].size
+        return tuple(size if layer is None else size[1:])
 
     def dtype(self, name: str) -> torch.dtype:
         """Number format."""
-        return self._find(name)[0].properties.dtype
+        return self._entries[self._places[name][0]].properties.dtype
 
     def read(self, name: str) -> Tensor:
         """A whole parameter, assembled from the parts the ranks wrote.
@@ -65,14 +72,14 @@ class DistributedCheckpoint:
         Raises:
             CheckpointError: a file is missing or damaged.
         """
-        entry, layer = self._find(name)
-        shape = self.shape(name)
+        key, layer = self._places[name]
+        entry, shape = self._entries[key], self.shape(name)
         box = ChunkStorageMetadata(
             offsets=torch.Size([0] * len(shape) if layer is None else [layer, *[0] * len(shape)]),
             sizes=torch.Size(shape if layer is None else [1, *shape]),
         )
         target = torch.empty(box.sizes, dtype=entry.properties.dtype)
-        items = create_read_items_for_chunk_list(_stacked_key(name)[0], entry, [box])
+        items = create_read_items_for_chunk_list(key, entry, [box])
         planner = _OneTensor(target)
         try:
             with plain_data_only():
@@ -87,10 +94,6 @@ class DistributedCheckpoint:
                 "incomplete, use an older one"
             )
         return target if layer is None else target[0]
-
-    def _find(self, name: str) -> tuple[TensorStorageMetadata, int | None]:
-        key, layer = _stacked_key(name)
-        return self._entries[key], layer
 
 
 class _OneTensor(DefaultLoadPlanner):
@@ -114,13 +117,8 @@ class _OneTensor(DefaultLoadPlanner):
         self.num_values += tensor.numel()
 
 
-def _stacked_key(name: str) -> tuple[str, int | None]:
-    """Key in the checkpoint, and the layer's place in it."""
-    found = _LAYER.search(name)
-    return (name, None) if found is None else (_LAYER.sub(".layers.", name), int(found[1]))
-
-
-def _unstacked(key: str, size: torch.Size) -> list[str]:
-    if ".layers." not in key:
-        return [key]
-    return [key.replace(".layers.", f".layers.{layer}.") for layer in range(size[0])]
+def _parameters_of(key: str, size: torch.Size) -> list[tuple[str, int | None]]:
+    """Names of the parameters stored under a key, and the layer each is in it, where layers are stacked."""
+    if ".layers." not in key or _LAYER.search(key):
+        return [(key, None)]
+    return [(key.replace(".layers.", f".layers.{layer}."), layer) for layer in range(size[0])]

@@ -29,13 +29,14 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.state_dict_saver import save as save_with_torch
 
-from internvl_megatron.checkpoint import folders, weights
+from internvl_megatron.checkpoint import folders, vision_state, weights
 from internvl_megatron.checkpoint.metadata_guard import check_metadata, plain_data_only
 from internvl_megatron.config.schema import ModelConfig
 from internvl_megatron.errors import CheckpointError
 from internvl_megatron.model.build import Model
 from internvl_megatron.parallel.groups import Groups
 from internvl_megatron.train.optimizer import JointOptimizer
+from internvl_megatron.train.sharded_optimizer import ShardedOptimizer
 
 OPTIMIZER_FORMAT = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
 
@@ -140,29 +141,29 @@ def load(
     info = folders.read_info(folder)
     state = _model_state(model, groups)
     if info.optimizer_state:
-        for side in optimizer.sides:
-            _create_state(side)
+        for side in _sides(optimizer).values():
+            if not isinstance(side, ShardedOptimizer):
+                _create_state(side)
         state |= _optimizer_state(optimizer, state, is_loading=True)
     loaded = _load(folder, state)
     _apply_model(loaded, model)
     if info.optimizer_state:
         with torch.no_grad():
             for name, side in _sides(optimizer).items():
-                side.load_state_dict(loaded[name])
-                _own_step_counts(side)
+                _apply_optimizer(side, loaded[name])
     else:
         optimizer.reload_parameters()
     return info, _loader_state(folder)
 
 
-def _sides(optimizer: JointOptimizer) -> dict[str, MegatronOptimizer]:
+def _sides(optimizer: JointOptimizer) -> dict[str, MegatronOptimizer | ShardedOptimizer]:
     named = {"vision_optimizer": optimizer.vision, "language_optimizer": optimizer.language}
     return {name: side for name, side in named.items() if side is not None}
 
 
 def _model_state(model: Model, groups: Groups) -> dict[str, Any]:
     return {
-        "vision": model.vision.sharded_state_dict(prefix="vision.", metadata={"dp_cp_group": groups.vision.dp_cp}),
+        "vision": vision_state.model_state(model, groups),
         # Chunks number their layers from 0 each, so they need places of their own; in the file layers are counted through.
         "language": {
             str(place): chunk.sharded_state_dict(prefix="language.", metadata={"dp_cp_group": groups.language.dp_cp})
@@ -175,7 +176,10 @@ def _optimizer_state(optimizer: JointOptimizer, model_state: dict[str, Any], is_
     state = {}
     for name, side in _sides(optimizer).items():
         module = model_state[name.removesuffix("_optimizer")]
-        state[name] = side.sharded_state_dict(module, is_loading, metadata=OPTIMIZER_FORMAT)
+        if isinstance(side, ShardedOptimizer):
+            state[name] = vision_state.optimizer_state(side, module, is_loading)
+        else:
+            state[name] = side.sharded_state_dict(module, is_loading, metadata=OPTIMIZER_FORMAT)
         add_prefix_for_sharding(state[name], f"{name}.")
     return state
 
@@ -196,10 +200,22 @@ def _load(folder: Path, state: dict[str, Any]) -> dict[str, Any]:
 
 
 def _apply_model(loaded: dict[str, Any], model: Model) -> None:
-    parts: list[tuple[str, torch.nn.Module, dict[str, Any]]] = [("vision.", model.vision, loaded["vision"])]
-    parts += [("language.", chunk, loaded["language"][str(place)]) for place, chunk in enumerate(model.language)]
-    for prefix, module, values in parts:
-        module.load_state_dict({key.removeprefix(prefix): value for key, value in values.items()})
+    vision_state.apply_model_state(model, loaded["vision"])
+    for place, chunk in enumerate(model.language):
+        values = loaded["language"][str(place)]
+        chunk.load_state_dict({key.removeprefix("language."): value for key, value in values.items()})
+
+
+def _apply_optimizer(optimizer: MegatronOptimizer | ShardedOptimizer, loaded: dict[str, Any]) -> None:
+    if isinstance(optimizer, ShardedOptimizer):
+        vision_state.apply_optimizer_state(optimizer, loaded)
+        return
+    # Of the parameter groups only the step count is taken over: their settings are this run's, and groups of a sharded vision
+    # side have nothing else.
+    step, own = vision_state.num_updates(loaded), optimizer.state_dict()["optimizer"]["param_groups"]
+    groups = [{**group, "step": type(group.get("step", 0))(step)} for group in own]
+    optimizer.load_state_dict({**loaded, "optimizer": {**loaded["optimizer"], "param_groups": groups}})
+    _own_step_counts(optimizer)
 
 
 def _create_state(optimizer: MegatronOptimizer) -> None:

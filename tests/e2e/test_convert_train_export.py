@@ -69,7 +69,7 @@ def _losses(run: Path) -> list[float]:
 def test_train_from_converted_weights_and_export(data: Path, weights: Path, tmp_path: Path) -> None:
     one, four = tmp_path / "one", tmp_path / "four"
     single = ("parallel.tensor_size=1", "parallel.pipeline_size=1")
-    for run, num_ranks, settings in ((one, 1, single), (four, 4, ())):
+    for run, num_ranks, settings in ((one, 1, single), (four, 4, ("parallel.vision_sharding=sharded",))):
         done = _train(data, weights, run, num_ranks, *settings)
         assert done.returncode == 0, done.stderr
         assert f"starting from the weights of {weights}" in done.stderr

@@ -109,9 +109,9 @@ def _train(
             if overflow is not None:
                 overflow.remove()
             step.gather_parameters()
-            result.after_first_step = _parameters(model)
+            result.after_first_step = parameters_of(model)
     step.gather_parameters()
-    result.parameters = _parameters(model)
+    result.parameters = parameters_of(model)
     batch = replica_rows(scenario, config, 0, groups.layout, groups.rank)
     result.evaluation = step.evaluate(batch)  # pyright: ignore[reportArgumentType]
     return result
@@ -131,7 +131,8 @@ def _spoil(parameter: torch.Tensor) -> None:
     parameter.grad.to_local().fill_(float("inf"))
 
 
-def _parameters(model: Model) -> Tensors:
+def parameters_of(model: Model) -> Tensors:
+    """This rank's part of all parameters; sharded ones whole (collective)."""
     return {name: _array(parameter) for name, parameter in model.named_parameters()}
 
 
