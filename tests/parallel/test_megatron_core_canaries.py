@@ -206,11 +206,11 @@ def poisoned_parallel_state() -> Iterator[list[str]]:
 
 
 def vision_side_with_poison(info: RankInfo, ranks: Ranks, scenario: Scenario) -> tuple[int, bool, float]:
-    """A step in which encoding, its backward pass and the vision side's reduction run without the global getters."""
+    """A step whose vision side is built, runs forward and backward and is reduced without the global getters."""
     from megatron.core import parallel_state
-    from megatron.core.distributed import finalize_model_grads
 
     from internvl_megatron.device import open_device
+    from internvl_megatron.model import build
     from internvl_megatron.parallel.groups import make_groups
     from internvl_megatron.ranks import joined
     from tests.support.training import make_step, replica_rows
@@ -218,32 +218,40 @@ def vision_side_with_poison(info: RankInfo, ranks: Ranks, scenario: Scenario) ->
     torch.set_num_threads(1)
     device = open_device("cpu")
     config = scenario.config(ranks)
+
+    def poison(owner: object, name: str) -> None:
+        function = getattr(owner, name)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            with poisoned_parallel_state():
+                return function(*args, **kwargs)
+
+        setattr(owner, name, call)
+
     with joined(info, device, 60):
         groups = make_groups(ranks.layout, device, 60, ranks.vision_layout)
+        poison(build, "_vision")
         step, _ = make_step(config, None, groups, device)
-
-        def with_poison(function: Callable[..., Any]) -> Callable[..., Any]:
-            def call(*args: Any, **kwargs: Any) -> Any:
-                with poisoned_parallel_state():
-                    return function(*args, **kwargs)
-
-            return call
-
-        setattr(step, "_encode", with_poison(step._encode))
-        setattr(step, "_backprop", with_poison(step._backprop))
+        poison(step, "_encode")
+        poison(step, "_backprop")
+        poison(step.vision, "reduce")
         with poisoned_parallel_state() as names:
             try:
                 dist.barrier(parallel_state.get_tensor_model_parallel_group())  # pyright: ignore[reportArgumentType]
                 works = False
             except AssertionError:
                 works = True
-            finalize_model_grads([step.vision.module], None, pg_collection=groups.vision)
         outcome = step.run(replica_rows(scenario, config, 0, groups.layout, groups.rank), 0)  # pyright: ignore[reportArgumentType]
         return len(names), works, outcome.loss
 
 
-def test_the_vision_side_never_asks_for_the_language_models_groups(run_ranks: Run) -> None:
-    for num_getters, works, loss in run_ranks(vision_side_with_poison, 4, LAYOUTS["TP2xPP2"], Scenario()):
+@pytest.mark.parametrize("layout", ["TP2xPP2", "TP2+SPxPP2"])
+@pytest.mark.parametrize("parallel", [{}, {"vision_sharding": "sharded"}, {"vision_recompute": "layer"}], ids=str)
+def test_the_vision_side_never_asks_for_the_language_models_groups(
+    run_ranks: Run, layout: str, parallel: dict[str, Any]
+) -> None:
+    scenario = Scenario(family="6b", parallel_changes=parallel)
+    for num_getters, works, loss in run_ranks(vision_side_with_poison, 4, LAYOUTS[layout], scenario):
         assert num_getters > 40, "the poison covers Megatron Core's getters"
         assert works, "a poisoned getter raises"
         assert loss > 0
