@@ -161,8 +161,9 @@ class Trainer:
         if config.data.eval_meta is None or config.eval_every_steps is None:
             return None
         rows = eval_rows(config.data.eval_meta, self.settings, self.tokenizer, config.eval_rows)
-        mine = rows[self.replica :: self.plan.layout.data_size]
-        return StepRows(mine, self.settings, self.replica_ranks.index(self.groups.rank), len(self.replica_ranks))
+        slots = range(self.replica, config.eval_rows, self.plan.layout.data_size)
+        mine, place = [rows[slot] for slot in slots], self.replica_ranks.index(self.groups.rank)
+        return StepRows(mine, slots, self.settings, place, len(self.replica_ranks))
 
     def _due(self, every: int | None) -> bool:
         return every is not None and (self.step % every == 0 or self.step == self.config.num_steps)

@@ -41,6 +41,7 @@ class SyntheticStep:
         self, model: ModelConfig, num_rows: int, tokens_per_row: int, tiles_per_image: int, seed: int
     ) -> None:
         self.rows = [synthetic_row(model, tokens_per_row, tiles_per_image, seed + row) for row in range(num_rows)]
+        self.slots = list(range(num_rows))
         self.image_owner = [[0] * len(row.images) for row in self.rows]
         rng = np.random.default_rng(seed)
         shape = (tiles_per_image, 3, model.vision.tile_pixels, model.vision.tile_pixels)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from internvl_megatron.data.records import SampleSettings
-from internvl_megatron.data.row_bytes import rows_from_bytes, rows_to_bytes
+from internvl_megatron.data.row_bytes import row_to_bytes, rows_from_bytes
 from internvl_megatron.data.step_rows import StepRows
 from internvl_megatron.data.stream import SampleStream
 from internvl_megatron.errors import DataError
@@ -61,7 +61,7 @@ class ReplicaLoader:
         """Nothing is read before the first `next_step`.
 
         Args:
-            streams: on the leader, the streams of this replica's rows, in the order of the rows; None elsewhere.
+            streams: on the leader, the streams of this replica's rows; None elsewhere.
             broadcast: see `Broadcast`; only called in the thread that calls `next_step`.
             settings: the same on all ranks.
             rank_in_replica: this rank, from 0.
@@ -163,7 +163,7 @@ class ReplicaLoader:
     def _make(self) -> _Made:
         """Make one step's rows (background thread, one at a time)."""
         assert self._streams is not None, "only the leader of a replica makes rows"
-        message = _ROWS + rows_to_bytes([stream.next_row() for stream in self._streams])
+        message = b"".join([_ROWS, *(row_to_bytes(stream.index, stream.next_row()) for stream in self._streams)])
         state = self._streams_state()
         assert state is not None, "the leader knows where its streams stand"
         return _Made(message, state)
@@ -177,7 +177,8 @@ class ReplicaLoader:
             kind = DataError if received[1:2] == _USER_ERROR else RuntimeError
             return _Ahead(error or kind(f"the leader of this replica failed: {received[2:].decode()}"), None)
         rows = rows_from_bytes(received[1:])
-        return _Ahead(StepRows(rows, self._settings, self._rank, self._size, self._workers), state)
+        step = StepRows(list(rows.values()), list(rows), self._settings, self._rank, self._size, self._workers)
+        return _Ahead(step, state)
 
     def _take_made(self) -> tuple[bytes, _State | None, BaseException | None]:
         """On the leader: the next message, the state after it, and the error if it is one."""

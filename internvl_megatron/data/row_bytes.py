@@ -1,8 +1,10 @@
-"""Rows as bytes, to send them from one rank to the others: a JSON header and the raw arrays. Nothing is unpickled."""
+"""Rows as bytes, to send them from one rank to the others: a JSON header and the raw arrays. Nothing is unpickled.
+
+The bytes of several rows, one after the other in any order, are a buffer of rows.
+"""
 
 import json
 import struct
-from collections.abc import Sequence
 from dataclasses import astuple
 from typing import Any
 
@@ -25,33 +27,37 @@ _ARRAYS = {
 _HEADER_SIZE = struct.Struct("<Q")
 
 
-def rows_to_bytes(rows: Sequence[Row]) -> bytes:
-    """All rows in one buffer; `rows_from_bytes` gives them back exactly."""
-    header = json.dumps([_row_header(row) for row in rows]).encode()
-    arrays = [np.ascontiguousarray(getattr(row, name), dtype=kind) for row in rows for name, kind in _ARRAYS.items()]
+def row_to_bytes(slot: int, row: Row) -> bytes:
+    """A row and its slot of the global batch; `rows_from_bytes` gives both back exactly."""
+    header = json.dumps(_header(slot, row)).encode()
+    arrays = [np.ascontiguousarray(getattr(row, name), dtype=kind) for name, kind in _ARRAYS.items()]
     return b"".join([_HEADER_SIZE.pack(len(header)), header, *(array.tobytes() for array in arrays)])
 
 
-def rows_from_bytes(buffer: bytes) -> list[Row]:
-    """Rows out of a buffer made by `rows_to_bytes`."""
-    (header_bytes,) = _HEADER_SIZE.unpack_from(buffer)
-    offset = _HEADER_SIZE.size + header_bytes
-    rows = []
-    for header in json.loads(buffer[_HEADER_SIZE.size : offset]):
+def rows_from_bytes(buffer: bytes) -> dict[int, Row]:
+    """{slot: row} of a buffer of rows, by ascending slot."""
+    rows: dict[int, Row] = {}
+    offset = 0
+    while offset < len(buffer):
+        (header_bytes,) = _HEADER_SIZE.unpack_from(buffer, offset)
+        offset += _HEADER_SIZE.size + header_bytes
+        header = json.loads(buffer[offset - header_bytes : offset])
         arrays: dict[str, np.ndarray] = {}
         for name, kind in _ARRAYS.items():
             array = np.frombuffer(buffer, dtype=kind, count=header["lengths"][name], offset=offset)
             arrays[name] = array.astype(array.dtype.newbyteorder("="))  # a copy that can be written
             offset += array.nbytes
         images = tuple(ImageRef(path, (cols, rows), *rest) for path, (cols, rows), *rest in header["images"])
-        rows.append(Row(sources=tuple(SampleSource(*source) for source in header["sources"]), images=images, **arrays))
-    assert offset == len(buffer), f"{len(buffer)} bytes, rows end at {offset}"
-    return rows
+        sources = tuple(SampleSource(*source) for source in header["sources"])
+        assert header["slot"] not in rows, f"two rows for slot {header['slot']}"
+        rows[header["slot"]] = Row(sources=sources, images=images, **arrays)
+    return dict(sorted(rows.items()))
 
 
-def _row_header(row: Row) -> dict[str, Any]:
+def _header(slot: int, row: Row) -> dict[str, Any]:
     """The part of a row that is not arrays, and the arrays' lengths."""
     return {
+        "slot": slot,
         "lengths": {name: len(getattr(row, name)) for name in _ARRAYS},
         "sources": [astuple(source) for source in row.sources],
         "images": [astuple(image) for image in row.images],

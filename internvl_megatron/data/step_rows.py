@@ -49,13 +49,15 @@ class StepRows:
     """Rows of one step of one replica, the same on all its ranks, and the tiles this rank decodes.
 
     Attributes:
-        rows: in the order of their streams.
+        rows: by ascending slot.
+        slots: place of each row in the global batch, from 0, whatever replica trains on it: row k comes from stream k.
         image_owner: rank of the replica that decodes an image: [row][image] -> rank.
     """
 
     def __init__(
         self,
         rows: Sequence[Row],
+        slots: Sequence[int],
         settings: SampleSettings,
         rank_in_replica: int,
         replica_size: int,
@@ -63,6 +65,7 @@ class StepRows:
     ) -> None:
         """Start decoding this rank's images in `workers`; None = when `tiles` is called."""
         self.rows = list(rows)
+        self.slots = list(slots)
         self.image_owner = assign_images(rows, replica_size)
         self._settings = settings
         self._mine = [

@@ -49,7 +49,7 @@ def agree(batch: StepRows, groups: Groups, data: DataConfig, pad_rows: bool) -> 
     Args:
         batch: this replica's rows and this rank's tiles.
         groups: process groups.
-        data: its tile budget of a row numbers tiles in a way that does not depend on the layout.
+        data: its tile budget numbers tiles by the slots of their rows, so that numbers do not depend on the layout.
         pad_rows: keep rows at their full length; otherwise they end with their last sample, or where the ranks that share a
             row need it.
 
@@ -66,9 +66,7 @@ def agree(batch: StepRows, groups: Groups, data: DataConfig, pad_rows: bool) -> 
     if not pad_rows:
         multiple = math.lcm(groups.layout.stage_size, 2 * groups.layout.ring_size)
         rows = [row.cut(multiple) for row in rows]
-    layout = groups.layout
-    replica = layout.replica(groups.rank)
-    ranks = layout.replica_ranks(replica)
+    ranks = groups.layout.replica_ranks(groups.layout.replica(groups.rank))
     tiles = [
         (
             index,
@@ -76,7 +74,7 @@ def agree(batch: StepRows, groups: Groups, data: DataConfig, pad_rows: bool) -> 
             *span,
             start,
             ranks[batch.image_owner[index][image]],
-            (index * layout.data_size + replica) * data.tiles_per_row + number,
+            batch.slots[index] * data.tiles_per_row + number,
         )
         for index, row in enumerate(rows)
         for number, (start, span, image) in enumerate(

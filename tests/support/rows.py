@@ -51,6 +51,7 @@ class MemoryRows:
     ) -> None:
         """Take one replica's rows; `broken` images, by (row over all replicas, image), cannot be decoded."""
         self.rows = [data.rows[row] for row in own_rows]
+        self.slots = list(own_rows)
         self.image_owner = assign_images(self.rows, replica_size)
         self._decoded = DecodedTiles({}, {})
         for (row, image), tiles in data.tiles.items():

@@ -12,7 +12,7 @@ import pytest
 from internvl_megatron.data.images import decode_tiles
 from internvl_megatron.data.loader import ReplicaLoader
 from internvl_megatron.data.meta import load_datasets
-from internvl_megatron.data.row_bytes import rows_to_bytes
+from internvl_megatron.data.row_bytes import row_to_bytes
 from internvl_megatron.data.step_rows import StepRows, assign_images
 from internvl_megatron.data.stream import SampleStream
 from internvl_megatron.errors import DataError
@@ -39,10 +39,18 @@ def open_loader(make_settings, small):
         loader.close()
 
 
+def as_bytes(slots, rows):
+    return b"".join(map(row_to_bytes, slots, rows))
+
+
 def contents(step):
     """Everything a step holds, comparable."""
     decoded = step.tiles()
-    return rows_to_bytes(step.rows), {key: tiles.tobytes() for key, tiles in decoded.tiles.items()}, decoded.failed
+    return (
+        as_bytes(step.slots, step.rows),
+        {key: tiles.tobytes() for key, tiles in decoded.tiles.items()},
+        decoded.failed,
+    )
 
 
 def steps(loader, count):
@@ -57,7 +65,8 @@ def test_rows_are_those_of_the_streams(data_folder, open_loader, make_settings, 
     ]
     for _ in range(4):
         step = loader.next_step()
-        assert rows_to_bytes(step.rows) == rows_to_bytes([stream.next_row() for stream in streams])
+        assert step.slots == [1, 3]
+        assert as_bytes(step.slots, step.rows) == as_bytes((1, 3), [stream.next_row() for stream in streams])
         decoded = step.tiles()
         assert set(decoded.tiles) == {(r, i) for r, row in enumerate(step.rows) for i in range(len(row.images))}
         for (row, image), tiles in decoded.tiles.items():
@@ -97,7 +106,7 @@ def test_another_number_of_replicas_goes_on_with_the_same_rows(data_folder, open
     one = open_loader(meta, slots=(0, 1, 2, 3))
     one.load_state_dict(state)
     rows = [row for loader in two for row in loader.next_step().rows]
-    assert rows_to_bytes(one.next_step().rows) == rows_to_bytes(rows)
+    assert as_bytes(range(4), one.next_step().rows) == as_bytes(range(4), rows)
     with pytest.raises(DataError, match="no stream 2; rows_per_step must not change"):
         open_loader(meta, slots=(2,)).load_state_dict(two[0].state_dict())
 
@@ -227,7 +236,7 @@ def test_images_that_fail_when_decoded(data_folder, open_loader, talk, num_worke
 
 def test_evaluation_rows_are_decoded_without_a_loader(data_folder, open_loader, make_settings):
     rows = open_loader(data_folder.mixture()).next_step().rows
-    found = [StepRows(rows, make_settings(), rank, 2).tiles().tiles for rank in range(2)]
+    found = [StepRows(rows, (0, 1), make_settings(), rank, 2).tiles().tiles for rank in range(2)]
     assert not found[0].keys() & found[1].keys()
     assert len(found[0]) + len(found[1]) == sum(len(row.images) for row in rows)
 

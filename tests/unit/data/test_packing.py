@@ -8,7 +8,7 @@ import pytest
 from internvl_megatron.data.images import ImageRef
 from internvl_megatron.data.packing import Packer, SampleSource, build_row, token_weight
 from internvl_megatron.data.records import Sample
-from internvl_megatron.data.row_bytes import rows_from_bytes, rows_to_bytes
+from internvl_megatron.data.row_bytes import row_to_bytes, rows_from_bytes
 
 PAD = 999
 
@@ -188,12 +188,14 @@ def same_row(a, b):
 
 def test_rows_survive_the_round_trip_through_bytes(make_settings):
     rows = [image_row(make_settings), row_of(tokens=8, make_settings=make_settings)]
-    buffer = rows_to_bytes(rows)
+    buffer = row_to_bytes(9, rows[1]) + row_to_bytes(4, rows[0])
     back = rows_from_bytes(buffer)
-    assert len(back) == 2
-    for row, copy in zip(rows, back, strict=True):
+    assert list(back) == [4, 9], "by slot, whatever their order in the buffer"
+    for row, copy in zip(rows, back.values(), strict=True):
         same_row(row, copy)
-    assert back[0].weights.flags.writeable
-    assert rows_from_bytes(rows_to_bytes([])) == []
-    with pytest.raises((AssertionError, ValueError)):
+    assert back[4].weights.flags.writeable
+    assert rows_from_bytes(b"") == {}
+    with pytest.raises(ValueError, match="buffer"):
         rows_from_bytes(buffer[:-4])
+    with pytest.raises(AssertionError, match="two rows for slot 4"):
+        rows_from_bytes(buffer + row_to_bytes(4, rows[0]))

@@ -9,7 +9,7 @@ import pytest
 
 from internvl_megatron.data.evaluation_rows import eval_rows
 from internvl_megatron.data.meta import load_datasets
-from internvl_megatron.data.row_bytes import rows_to_bytes
+from internvl_megatron.data.row_bytes import row_to_bytes
 from internvl_megatron.data.stream import SampleStream
 from internvl_megatron.errors import DataError
 
@@ -23,7 +23,7 @@ def open_stream(make_settings, small):
 
 
 def as_bytes(rows):
-    return [rows_to_bytes([row]) for row in rows]
+    return [row_to_bytes(0, row) for row in rows]
 
 
 def take(stream, count):
