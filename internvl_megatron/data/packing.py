@@ -129,9 +129,13 @@ class Row:
         """Tokens of samples, padding not counted."""
         return int(self.sample_bounds[-1])
 
+    def cut_length(self, multiple: int) -> int:
+        """Tokens without the padding the row can do without: the next multiple of a number, and not 0."""
+        return max(1, -(-self.num_tokens // multiple)) * multiple
+
     def cut(self, multiple: int) -> "Row":
-        """The row without the padding it can do without: its length is the next multiple of a number, and not 0."""
-        length = max(1, -(-self.num_tokens // multiple)) * multiple
+        """The row without the padding it can do without, see `cut_length`."""
+        length = self.cut_length(multiple)
         padding = [length - self.num_tokens] if length > self.num_tokens else []
         return replace(
             self,

@@ -28,6 +28,18 @@ class PartCounts:
         return self.vision + self.projector + self.language
 
 
+@dataclass(frozen=True)
+class LanguageFlops:
+    """FLOPs of a forward pass through all of the language model, for one of each."""
+
+    per_token: int
+    """For a token in the layers, attention not counted."""
+    per_prediction: int
+    """For a position in the output layer."""
+    per_attention_pair: int
+    """For two tokens of a sample; causal attention looks at half of the pairs, so this counts half of one."""
+
+
 def parameter_counts(model: ModelConfig, padded_vocab: bool = False) -> PartCounts:
     """Parameters of each part; input embedding and output layer are two tables.
 
@@ -75,6 +87,16 @@ def step_flops(model: ModelConfig, num_tokens: int, num_tiles: int, attention_pa
         vision=BACKWARD_AND_FORWARD * forward.vision,
         projector=BACKWARD_AND_FORWARD * forward.projector,
         language=BACKWARD_AND_FORWARD * forward.language,
+    )
+
+
+def language_flops(language: LanguageConfig) -> LanguageFlops:
+    """What the language model's part of `forward_flops` is made of."""
+    return LanguageFlops(
+        per_token=2 * language.num_layers * _language_layer_weights(language),
+        per_prediction=2 * language.hidden_size * language.vocab_size,
+        # Scores and weighted sum take 4 * heads * head size for a pair; causal attention looks at half of the pairs.
+        per_attention_pair=2 * language.num_layers * language.num_heads * language.head_size,
     )
 
 
@@ -139,7 +161,5 @@ def _language_parameters(language: LanguageConfig, vocab_rows: int) -> int:
 
 
 def _language_flops(language: LanguageConfig, num_tokens: int, attention_pairs: int) -> int:
-    # Scores and weighted sum take 4 * heads * head size for a pair; causal attention looks at half of the pairs.
-    attention = 2 * attention_pairs * language.num_heads * language.head_size
-    layer = 2 * num_tokens * _language_layer_weights(language) + attention
-    return language.num_layers * layer + 2 * num_tokens * language.hidden_size * language.vocab_size
+    flops = language_flops(language)
+    return num_tokens * (flops.per_token + flops.per_prediction) + attention_pairs * flops.per_attention_pair
