@@ -62,6 +62,11 @@ class StepMetrics:
     """Tiles the busiest rank encoded; `num_tiles` over the number of ranks is the mean."""
     sent_bytes: int = 0
     """Tiles, embeddings and gradients that went from one rank to another."""
+    row_cost_imbalance: float | None = None
+    """Work of the language model at the replica with most of it over the mean, in FLOPs; 1 = even. None = replicas keep
+    their rows, and do not tell each other what they cost."""
+    row_cost_imbalance_before: float | None = None
+    """The same before replicas traded rows (`data.balance_rows`)."""
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from internvl_megatron.data.evaluation_rows import eval_rows
 from internvl_megatron.data.loader import ReplicaLoader
 from internvl_megatron.data.meta import load_datasets
 from internvl_megatron.data.records import SampleSettings
+from internvl_megatron.data.row_cost import RowCost
+from internvl_megatron.data.row_exchange import RowExchange
 from internvl_megatron.data.step_rows import StepRows
 from internvl_megatron.data.stream import SampleStream
 from internvl_megatron.data.tokenizer import Tokenizer, load_tokenizer
@@ -29,9 +32,9 @@ from internvl_megatron.logs import configure_logging
 from internvl_megatron.metrics import MetricsWriter, RunSummary, StepMetrics
 from internvl_megatron.model.build import build_model, check_copies_agree, torch_dtype
 from internvl_megatron.parallel.groups import make_groups
-from internvl_megatron.parallel.host import broadcast_bytes, sum_floats
+from internvl_megatron.parallel.host import broadcast_bytes, exchange_bytes, sum_floats
 from internvl_megatron.ranks import RankInfo, joined
-from internvl_megatron.scaling.counts import parameter_counts, step_flops
+from internvl_megatron.scaling.counts import language_flops, parameter_counts, step_flops
 from internvl_megatron.train.phases import total_seconds
 from internvl_megatron.train.step import Step, StepResult
 
@@ -138,8 +141,8 @@ class Trainer:
             self.metrics.close()
 
     def _loader(self) -> ReplicaLoader:
-        """Row slot m * replicas + r of every step belongs to replica r and comes from the stream of that number, so
-        the data of a step do not depend on the layout."""
+        """Row slot m * replicas + r of every step comes from the stream of that number, which the leader of replica r
+        reads, so the data of a step do not depend on the layout."""
         config, layout = self.config, self.plan.layout
         streams = None
         if self.is_leader:
@@ -154,7 +157,24 @@ class Trainer:
             return broadcast_bytes(payload, self.replica_ranks[0], self.groups.host_replica)
 
         place = self.replica_ranks.index(self.groups.rank)
-        return ReplicaLoader(streams, broadcast, self.settings, place, len(self.replica_ranks))
+        return ReplicaLoader(streams, broadcast, self.settings, place, len(self.replica_ranks), self._row_exchange())
+
+    def _row_exchange(self) -> RowExchange | None:
+        """This leader's trade of rows with those of the other replicas, if there is one."""
+        if not self.is_leader or not self.plan.balance_rows:
+            return None
+        flops, layout = language_flops(self.config.model.language), self.plan.layout
+        cost = RowCost(
+            per_token=flops.per_token,
+            per_target=flops.per_prediction,
+            per_attention_pair=flops.per_attention_pair,
+            cut_multiple=None if self.config.parallel.pad_rows else layout.row_multiple,
+        )
+
+        def exchange(payloads: Sequence[bytes]) -> list[bytes]:
+            return exchange_bytes(payloads, self.groups.host_data)
+
+        return RowExchange(exchange, cost, self.replica, layout.data_size)
 
     def _eval_batch(self) -> StepRows | None:
         config = self.config
@@ -234,7 +254,7 @@ class Trainer:
             return
         if eval_loss is not None:
             log.info("step %d: loss %.4f, held-out loss %.4f", self.step, result.loss, eval_loss)
-        agreement = result.agreement
+        agreement, balance = result.agreement, self.loader.balance
         num_tiles = len(agreement.table)
         flops = step_flops(
             self.config.model,
@@ -264,6 +284,8 @@ class Trainer:
                 eval_loss=eval_loss,
                 most_tiles_per_rank=result.most_tiles_per_rank,
                 sent_bytes=result.sent_bytes,
+                row_cost_imbalance=balance.after if balance is not None else None,
+                row_cost_imbalance_before=balance.before if balance is not None else None,
                 **{f"{name}_seconds": value for name, value in total_seconds(result.spans).items()},
             )
         )

@@ -31,6 +31,8 @@ class RunPlan:
     vision_layout: VisionLayout
     rows_per_replica: int
     """Micro-batches of one replica in a step."""
+    balance_rows: bool
+    """Replicas trade rows; False where that would change the loss, or where there is nobody to trade with."""
     stage_layers: tuple[int, ...]
     """Layers of every stage in the order rows pass them."""
     padded_vocab_size: int
@@ -60,6 +62,7 @@ def plan(config: RunConfig, world_size: int) -> RunPlan:
         layout=layout,
         vision_layout=vision_layout(config, layout),
         rows_per_replica=config.rows_per_step // data_size,
+        balance_rows=config.data.balance_rows and config.loss.normalize == "step" and data_size > 1,
         stage_layers=stage_layers(config),
         padded_vocab_size=padded_vocab_size(config.model.language.vocab_size),
     )

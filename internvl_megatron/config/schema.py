@@ -184,6 +184,10 @@ class DataConfig:
     """Threads per rank that decode and cut images; the batches do not depend on it."""
     prefetch_steps: int = 2
     """Steps whose rows are prepared ahead of the step that trains on them."""
+    balance_rows: bool = True
+    """Share out the rows of a step so that the language models of all replicas have about the same work. The rows of a
+    step and its loss stay the same. Without effect with one replica, and with `loss.normalize=micro_batch`, where it
+    matters which rows meet in a micro-step."""
     seed: int = 0
 
 

@@ -2,6 +2,7 @@
 
 Every rank of a replica has a `ReplicaLoader`. The leader makes rows in a background thread, `prefetch_steps` ahead, and
 hands them to the others one step before they are used, so that decoding of the next step overlaps training on this one.
+Before that, leaders may trade rows (`row_exchange.py`).
 """
 
 from collections import deque
@@ -10,8 +11,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
+from internvl_megatron.data.leader_message import Failure, failure_of, from_message, to_message
 from internvl_megatron.data.records import SampleSettings
 from internvl_megatron.data.row_bytes import row_to_bytes, rows_from_bytes
+from internvl_megatron.data.row_exchange import MadeRow, RowBalance, RowExchange
 from internvl_megatron.data.step_rows import StepRows
 from internvl_megatron.data.stream import SampleStream
 from internvl_megatron.errors import DataError
@@ -19,20 +22,26 @@ from internvl_megatron.errors import DataError
 Broadcast = Callable[[bytes | None], bytes]
 """Sends the leader's bytes to all ranks of the replica: the leader passes them, the others None; all get them back."""
 
-_ROWS, _ERROR = b"R", b"E"
-"""First byte of a message: rows follow, or an error the leader met: its kind and its text."""
-
-_USER_ERROR, _INTERNAL_ERROR = b"U", b"I"
-
 _State = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class _Made:
-    """One step made by the leader: the message for the other ranks, and where the streams stand after it."""
+    """One step of the leader's streams, and where they stand after it."""
 
-    message: bytes
+    rows: list[MadeRow]
     state: _State
+
+
+@dataclass(frozen=True)
+class _Led:
+    """One step as the leader hands it to its replica, and what it keeps to itself."""
+
+    content: bytes | Failure
+    state: _State | None = None
+    balance: RowBalance | None = None
+    error: BaseException | None = None
+    """What the leader met itself; None if it was another replica's leader."""
 
 
 @dataclass(frozen=True)
@@ -40,14 +49,18 @@ class _Ahead:
     """One step received but not yet returned: its rows, or the error that takes their place."""
 
     step: StepRows | BaseException
-    state: _State | None
+    state: _State | None = None
+    balance: RowBalance | None = None
 
 
 class ReplicaLoader:
     """Steps of one replica, one after the other, on each of its ranks.
 
-    All ranks must call `next_step` equally often: it broadcasts. On the leader `state_dict` is the position after the
-    last step that `next_step` returned, whatever has been made ahead.
+    All ranks of all replicas must call `next_step` equally often: it broadcasts, and leaders trade rows. On the leader
+    `state_dict` is the position after the last step that `next_step` returned, whatever has been made ahead.
+
+    Attributes:
+        balance: on a leader that trades rows, how even those of the last step returned are; None elsewhere.
     """
 
     def __init__(
@@ -57,6 +70,7 @@ class ReplicaLoader:
         settings: SampleSettings,
         rank_in_replica: int,
         replica_size: int,
+        row_exchange: RowExchange | None = None,
     ) -> None:
         """Nothing is read before the first `next_step`.
 
@@ -66,12 +80,16 @@ class ReplicaLoader:
             settings: the same on all ranks.
             rank_in_replica: this rank, from 0.
             replica_size: ranks that share the decoding.
+            row_exchange: on the leader, its trade with the leaders of other replicas, in the same thread as `broadcast`;
+                None elsewhere, and if all replicas keep their rows.
         """
         self._streams = None if streams is None else list(streams)
         self._broadcast = broadcast
         self._settings = settings
         self._rank = rank_in_replica
         self._size = replica_size
+        self._row_exchange = row_exchange
+        self.balance: RowBalance | None = None
         self._ahead: deque[_Ahead] = deque()
         self._made: deque[Future[_Made]] = deque()
         self._state = self._streams_state()
@@ -85,7 +103,7 @@ class ReplicaLoader:
 
         Raises:
             DataError: the data are bad and the policy says stop. On the leader with the traceback of the background
-                thread; on the other ranks with the leader's message.
+                thread; on the other ranks, those of all replicas if rows are traded, with the leader's message.
         """
         assert not self._closed, "the loader is closed"
         if not self._started:
@@ -97,6 +115,7 @@ class ReplicaLoader:
             raise ahead.step
         self._ahead.popleft()
         self._state = ahead.state
+        self.balance = ahead.balance
         return ahead.step
 
     def peek(self) -> StepRows | None:
@@ -163,31 +182,40 @@ class ReplicaLoader:
     def _make(self) -> _Made:
         """Make one step's rows (background thread, one at a time)."""
         assert self._streams is not None, "only the leader of a replica makes rows"
-        message = b"".join([_ROWS, *(row_to_bytes(stream.index, stream.next_row()) for stream in self._streams)])
+        rows = [self._make_row(stream) for stream in self._streams]
         state = self._streams_state()
         assert state is not None, "the leader knows where its streams stand"
-        return _Made(message, state)
+        return _Made(rows, state)
+
+    def _make_row(self, stream: SampleStream) -> MadeRow:
+        row = stream.next_row()
+        cost = 0 if self._row_exchange is None else self._row_exchange.cost.of(row)
+        return MadeRow(stream.index, row_to_bytes(stream.index, row), cost)
 
     def _receive(self) -> _Ahead:
         """Get one step on all ranks and start to decode this rank's share of its images."""
-        message, state, error = self._take_made() if self._maker is not None else (None, None, None)
-        received = self._broadcast(message)
-        if received[:1] == _ERROR:
-            # The leader raises its own error; the others must not pass an internal one off as the user's.
-            kind = DataError if received[1:2] == _USER_ERROR else RuntimeError
-            return _Ahead(error or kind(f"the leader of this replica failed: {received[2:].decode()}"), None)
-        rows = rows_from_bytes(received[1:])
+        led = self._lead() if self._maker is not None else None
+        received = from_message(self._broadcast(None if led is None else to_message(led.content)))
+        if isinstance(received, Failure):
+            return _Ahead(received.error() if led is None or led.error is None else led.error)
+        rows = rows_from_bytes(received)
         step = StepRows(list(rows.values()), list(rows), self._settings, self._rank, self._size, self._workers)
-        return _Ahead(step, state)
+        return _Ahead(step) if led is None else _Ahead(step, led.state, led.balance)
 
-    def _take_made(self) -> tuple[bytes, _State | None, BaseException | None]:
-        """On the leader: the next message, the state after it, and the error if it is one."""
+    def _lead(self) -> _Led:
+        """On the leader: the next step of this replica, traded with the other leaders."""
         assert self._maker is not None, "only the leader of a replica has a maker"
-        made = self._made.popleft()
+        next_made = self._made.popleft()
         # An error must reach the other ranks too: they wait for a message.
-        error = made.exception()
-        if error is not None:
-            kind, text = (_USER_ERROR, str(error)) if isinstance(error, DataError) else (_INTERNAL_ERROR, repr(error))
-            return _ERROR + kind + text.encode(errors="replace"), None, error
+        error = next_made.exception()
+        if self._row_exchange is not None:
+            traded = self._row_exchange.trade(next_made.result().rows if error is None else error)
+            if isinstance(traded, Failure):
+                return _Led(traded, error=error)
+            content, balance = traded
+        elif error is not None:
+            return _Led(failure_of(error, "the leader of this replica"), error=error)
+        else:
+            content, balance = b"".join(row.buffer for row in next_made.result().rows), None
         self._made.append(self._maker.submit(self._make))
-        return made.result().message, made.result().state, None
+        return _Led(content, next_made.result().state, balance)

@@ -1,5 +1,7 @@
 """Small messages between host memories: plain arrays of numbers, never pickled objects."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -27,6 +29,17 @@ def broadcast_bytes(payload: bytes | None, source: int, group: dist.ProcessGroup
         buffer = torch.frombuffer(bytearray(payload), dtype=torch.uint8)
     dist.broadcast(buffer, src=source, group=group)
     return buffer.numpy().tobytes()
+
+
+def exchange_bytes(payloads: Sequence[bytes], group: dist.ProcessGroup) -> list[bytes]:
+    """Send the n-th payload to the n-th rank of the group; returns what each rank sent here, in their order."""
+    sizes = torch.tensor([len(payload) for payload in payloads])
+    received = torch.empty_like(sizes)
+    dist.all_to_all_single(received, sizes, group=group)
+    sent = torch.from_numpy(np.frombuffer(bytearray().join(payloads), dtype=np.uint8))
+    buffer = torch.empty(int(received.sum()), dtype=torch.uint8)
+    dist.all_to_all_single(buffer, sent, received.tolist(), sizes.tolist(), group=group)
+    return [part.numpy().tobytes() for part in buffer.split(received.tolist())]
 
 
 def sum_floats(values: list[float], group: dist.ProcessGroup) -> list[float]:

@@ -5,6 +5,7 @@ context-parallel ones, pipeline stages are farthest apart. A *replica* is one da
 vision encoder has a layout of its own over the same ranks: by default it is data parallel over all of them.
 """
 
+import math
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -33,6 +34,11 @@ class Layout:
     def stage_size(self) -> int:
         """Ranks of one replica on one pipeline stage."""
         return self.tensor_size * self.context_size
+
+    @property
+    def row_multiple(self) -> int:
+        """A row without its padding has a multiple of so many tokens, so that the ranks of a stage can share it."""
+        return math.lcm(self.stage_size, 2 * self.ring_size)
 
     def rank(self, tensor: int, data: int, pipeline: int, context: int = 0) -> int:
         """Global rank at these coordinates."""

@@ -4,7 +4,6 @@ All of it is host data, so the global loss weight is known before the first forw
 from a device or rescaled after backward.
 """
 
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -64,8 +63,7 @@ def agree(batch: StepRows, groups: Groups, data: DataConfig, pad_rows: bool) -> 
         error, failed = raised, {}
     rows, num_failed_images, must_stop = _agree_in_replica(batch, groups, failed, error is not None)
     if not pad_rows:
-        multiple = math.lcm(groups.layout.stage_size, 2 * groups.layout.ring_size)
-        rows = [row.cut(multiple) for row in rows]
+        rows = [row.cut(groups.layout.row_multiple) for row in rows]
     ranks = groups.layout.replica_ranks(groups.layout.replica(groups.rank))
     tiles = [
         (

@@ -112,6 +112,14 @@ def test_plan_derives_the_layout() -> None:
     assert (made.rows_per_replica, made.stage_layers, made.padded_vocab_size) == (4, (2, 2), 512)
 
 
+def test_rows_are_balanced_where_that_does_not_change_the_loss() -> None:
+    config = apply_overrides(demo_digits(), ["rows_per_step=8", "eval_rows=4"])
+    assert plan(config, world_size=8).balance_rows
+    assert not plan(config, world_size=4).balance_rows, "one replica has nobody to trade with"
+    for setting in ("data.balance_rows=false", "loss.normalize=micro_batch"):
+        assert not plan(apply_overrides(config, [setting]), world_size=8).balance_rows
+
+
 def test_plan_of_a_split_row_and_an_interleaved_pipeline() -> None:
     settings = [
         "parallel.context_size=2",
