@@ -11,7 +11,7 @@ from tests.support.training import replica_rows
 
 pytestmark = pytest.mark.parallel
 
-PHASES = ["plan", "plan", "encode", "decode", "backprop", "update"]
+PHASES = ["plan", "encode", "decode", "backprop", "update"]
 MIXED = Scenario(changes={"num_steps": 1})
 TEXT = Scenario(rows="text", changes={"num_steps": 1})
 
