@@ -8,7 +8,6 @@ Shapes: S tokens of a row, s = S / context size tokens of this rank's part, B ba
 a tile in the encoder, H local heads, G local key/value heads, D head size.
 """
 
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice, pairwise
 from typing import Any
@@ -211,15 +210,14 @@ def _per_segment(query: Tensor, key: Tensor, value: Tensor, row: PackedRow) -> T
     # One split, not a slice per segment: the backward pass of a slice fills a whole row with zeros.
     heads_first = (tensor.transpose(0, 1).unsqueeze(0) for tensor in (query, key, value))
     segments = zip(*(tensor.split(lengths, dim=2) for tensor in heads_first), strict=True)
-    outputs = [F.scaled_dot_product_attention(q, k, v, is_causal=True) for q, k, v in _real(segments, row)]
-    if row.num_padding_tokens:
+    # Nothing needs the last segment where it is padding. A row of padding alone attends all the same: every parameter has a
+    # gradient in every backward pass, which overlapped reductions wait for.
+    num_attended = max(1, len(lengths) - (row.num_padding_tokens > 0))
+    attended = islice(segments, num_attended)
+    outputs = [F.scaled_dot_product_attention(q, k, v, is_causal=True) for q, k, v in attended]
+    if num_attended < len(lengths):
         outputs.append(query.new_zeros(1, query.shape[1], row.num_padding_tokens, query.shape[2]))
     return torch.cat(outputs, dim=2)[0].transpose(0, 1)
-
-
-def _real[T](segments: Iterable[T], row: PackedRow) -> Iterator[T]:
-    """All segments but padding, which is the last one where there is any."""
-    return islice(segments, len(row.segment_ends) - 1 - (row.num_padding_tokens > 0))
 
 
 def _flash_attention(query: Tensor, key: Tensor, value: Tensor, row: PackedRow) -> Tensor:
