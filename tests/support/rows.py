@@ -47,12 +47,27 @@ class MemoryRows:
     """Stands in for `StepRows` with tiles from memory instead of image files."""
 
     def __init__(
-        self, data: StepData, own_rows: range, rank_in_replica: int, replica_size: int, broken: frozenset[ImageKey]
+        self,
+        data: StepData,
+        own_rows: range,
+        rank_in_replica: int,
+        replica_size: int,
+        broken: frozenset[ImageKey] = frozenset(),
+        image_owner: list[list[int]] | None = None,
     ) -> None:
-        """Take one replica's rows; `broken` images, by (row over all replicas, image), cannot be decoded."""
+        """Take one replica's rows.
+
+        Args:
+            data: the step's rows over all replicas.
+            own_rows: those of this replica.
+            rank_in_replica: place of this rank among those that decode.
+            replica_size: how many decode.
+            broken: images, by (row over all replicas, image), that cannot be decoded.
+            image_owner: who decodes which image, [own row][image]; None = as in training.
+        """
         self.rows = [data.rows[row] for row in own_rows]
         self.slots = list(own_rows)
-        self.image_owner = assign_images(self.rows, replica_size)
+        self.image_owner = assign_images(self.rows, replica_size) if image_owner is None else image_owner
         self._decoded = DecodedTiles({}, {})
         for (row, image), tiles in data.tiles.items():
             if row not in own_rows or self.image_owner[own_rows.index(row)][image] != rank_in_replica:
@@ -82,7 +97,8 @@ def random_step(
     tiles: Tiles = {}
     for index in range(num_rows):
         samples = _samples(rng, kind, index, seed, tokens_per_row - 4 * (sample_multiple - 1), per_tile)
-        row = _row(rng, samples, tokens_per_row, per_tile, model.language.vocab_size, weight_exponent, sample_multiple)
+        vocab_size = model.language.vocab_size
+        row = packed_row(rng, samples, tokens_per_row, per_tile, vocab_size, weight_exponent, sample_multiple)
         for image, reference in enumerate(row.images):
             tiles[index, image] = rng.integers(0, 256, (reference.num_tiles, 3, pixels, pixels), dtype=np.uint8)
         rows.append(row)
@@ -128,15 +144,16 @@ def _picture(rng: np.random.Generator) -> Picture:
     return Picture(int(rng.integers(1, 4)), int(rng.choice([256, 64, 16, 1])))
 
 
-def _row(
+def packed_row(
     rng: np.random.Generator,
     samples: list[Sample],
     tokens_per_row: int,
     per_tile: int,
     vocab_size: int,
-    weight_exponent: float,
-    sample_multiple: int,
+    weight_exponent: float = 0.5,
+    sample_multiple: int = 1,
 ) -> Row:
+    """A row of these samples, padded; the end of each sample's last text is its answer."""
     token_ids: list[int] = []
     positions: list[int] = []
     targets = np.full(tokens_per_row, IGNORED, np.int32)
