@@ -46,6 +46,12 @@ class PackedRow(PackedSeqParams):
         """Length of the longest segment."""
         return max(end - start for start, end in pairwise(self.segment_ends))
 
+    @property
+    def num_attended_segments(self) -> int:
+        """Segments whose attention is computed: all but padding, which nothing needs. A row of padding alone attends all the
+        same: every parameter has a gradient in every backward pass, which overlapped reductions wait for."""
+        return max(1, len(self.segment_ends) - 1 - (self.num_padding_tokens > 0))
+
 
 class CoreAttention(torch.nn.Module):
     """What Megatron Core's `core_attention` slot passes to a constructor; the scale is always head_size ** -0.5."""
@@ -191,12 +197,13 @@ def ring_attention(
     of_queries = query.transpose(0, 1).split([length // size for length in lengths], dim=1)
     of_keys, of_values = (tensor.transpose(0, 1).split(lengths, dim=1) for tensor in (keys, values))
     outputs = []
-    for q, k, v in _real(zip(of_queries, of_keys, of_values, strict=True), row):
+    segments = zip(of_queries, of_keys, of_values, strict=True)
+    for q, k, v in islice(segments, row.num_attended_segments):
         for chunk, index in zip(q.chunk(2, dim=1), (rank, 2 * size - 1 - rank), strict=True):
             seen = (index + 1) * chunk.shape[1]
             mask = causal_lower_right(chunk.shape[1], seen)
             outputs.append(F.scaled_dot_product_attention(chunk[None], k[None, :, :seen], v[None, :, :seen], mask)[0])
-    if row.num_padding_tokens:
+    if row.num_attended_segments < len(lengths):
         outputs.append(query.new_zeros(query.shape[1], row.num_padding_tokens // size, query.shape[2]))
     return torch.cat(outputs, dim=1).transpose(0, 1)
 
@@ -210,12 +217,9 @@ def _per_segment(query: Tensor, key: Tensor, value: Tensor, row: PackedRow) -> T
     # One split, not a slice per segment: the backward pass of a slice fills a whole row with zeros.
     heads_first = (tensor.transpose(0, 1).unsqueeze(0) for tensor in (query, key, value))
     segments = zip(*(tensor.split(lengths, dim=2) for tensor in heads_first), strict=True)
-    # Nothing needs the last segment where it is padding. A row of padding alone attends all the same: every parameter has a
-    # gradient in every backward pass, which overlapped reductions wait for.
-    num_attended = max(1, len(lengths) - (row.num_padding_tokens > 0))
-    attended = islice(segments, num_attended)
+    attended = islice(segments, row.num_attended_segments)
     outputs = [F.scaled_dot_product_attention(q, k, v, is_causal=True) for q, k, v in attended]
-    if num_attended < len(lengths):
+    if row.num_attended_segments < len(lengths):
         outputs.append(query.new_zeros(1, query.shape[1], row.num_padding_tokens, query.shape[2]))
     return torch.cat(outputs, dim=2)[0].transpose(0, 1)
 
