@@ -10,7 +10,7 @@ import shutil
 import types
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -212,8 +212,8 @@ def _apply_optimizer(optimizer: MegatronOptimizer | ShardedOptimizer, loaded: di
         return
     # Of the parameter groups only the step count is taken over: their settings are this run's, and groups of a sharded vision
     # side have nothing else.
-    step, own = vision_state.num_updates(loaded), optimizer.state_dict()["optimizer"]["param_groups"]
-    groups = [{**group, "step": type(group.get("step", 0))(step)} for group in own]
+    step, own = vision_state.num_updates(loaded), cast(dict[str, Any], optimizer.state_dict())
+    groups = [{**group, "step": type(group.get("step", 0))(step)} for group in own["optimizer"]["param_groups"]]
     optimizer.load_state_dict({**loaded, "optimizer": {**loaded["optimizer"], "param_groups": groups}})
     _own_step_counts(optimizer)
 

@@ -1,7 +1,7 @@
 """The vision side in a checkpoint: the same names and whole shapes, whether this rank holds all of it or shards.
 
-So a run that was saved in one way goes on in the other, on any number of ranks. Layers have names of their own here: with
-layers stacked in one tensor, as the language model's are, torch would compare every shard of every layer with each other.
+So a run that was saved in one way goes on in the other, on any number of ranks. Layers have names of their own here: were they
+stacked in one tensor, as the language model's are, torch would compare the shards of all layers with each other.
 """
 
 from dataclasses import replace

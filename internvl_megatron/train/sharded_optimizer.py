@@ -106,7 +106,7 @@ class ShardedOptimizer:
         """Nothing to do: the module's shards are the only ones there are."""
 
     def state_of(self, name: str) -> dict[str, Tensor]:
-        """Adam's running means for this rank's rows of a parameter: `exp_avg` and `exp_avg_sq`, fp32, made where missing."""
+        """AdamW's running means for this rank's rows of a parameter: `exp_avg` and `exp_avg_sq`, fp32, made where missing."""
         own = self.shards[name].own
         state = self._inner.state[own]
         if not state:
@@ -115,7 +115,7 @@ class ShardedOptimizer:
         return {key: state[key] for key in ("exp_avg", "exp_avg_sq")}
 
     def set_num_updates(self, num_updates: int) -> None:
-        """Go on counting from here, after Adam's running means have been put in place."""
+        """Go on counting from here; `state_of` has made the state of all parameters."""
         self.num_updates = num_updates
         for state in self._inner.state.values():
             state["step"].fill_(num_updates)

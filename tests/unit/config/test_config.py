@@ -231,6 +231,22 @@ def test_vocabulary_padding_does_not_depend_on_the_layout() -> None:
         (["parallel.vision_placement=first_stage", "parallel.vision_exchange_replicas=2"], 8, "tiles stay in their"),
         (["parallel.vision_placement=first_stage", "parallel.vision_tensor_size=4"], 4, "must divide the 2 ranks"),
         (["parallel.vision_placement=colocated"], 4, "needs parallel.pipeline_size=1"),
+        (["parallel.vision_shard_ranks=2"], 4, "vision_shard_ranks=2 needs parallel.vision_sharding=sharded"),
+        (
+            ["parallel.vision_sharding=sharded", "parallel.vision_shard_ranks=3"],
+            4,
+            "vision_shard_ranks=3 must divide the 4 ranks",
+        ),
+        (
+            ["parallel.vision_sharding=sharded", "parallel.vision_placement=first_stage"],
+            4,
+            "needs all ranks to encode at the same time",
+        ),
+        (
+            ["parallel.vision_sharding=sharded", "parallel.vision_tensor_size=2"],
+            4,
+            "leave parallel.vision_tensor_size=2 out",
+        ),
         (["model.vision.hidden_size=126"], 4, "must be a multiple of model.vision.num_heads"),
     ],
 )
