@@ -110,6 +110,7 @@ def _after_a_step(info: RankInfo, ranks: Ranks, scenario: Scenario) -> list[Byte
     from torch.distributed.fsdp import FSDPModule
     from torch.distributed.tensor import DTensor
 
+    from internvl_megatron.model.vision_shards import local_shard
     from internvl_megatron.parallel.groups import make_groups
     from internvl_megatron.train.sharded_optimizer import ShardedOptimizer
     from tests.support.training import make_step, replica_rows
@@ -126,14 +127,14 @@ def _after_a_step(info: RankInfo, ranks: Ranks, scenario: Scenario) -> list[Byte
         def held() -> Bytes:
             parameters = list(model.vision.parameters())
             sharded = [parameter.detach() for parameter in parameters if isinstance(parameter, DTensor)]
-            gradients = [gradient for parameter in parameters if isinstance(gradient := parameter.grad, DTensor)]
+            gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
             states = []
             if isinstance(optimizer, ShardedOptimizer):
                 states = [tensor for name in optimizer.shards for tensor in optimizer.state_of(name).values()]
             modules = [module for module in model.vision.modules() if isinstance(module, FSDPModule)]
             return Bytes(
-                shards=sum(parameter.to_local().nbytes for parameter in sharded),
-                gradients=sum(gradient.to_local().nbytes for gradient in gradients),
+                shards=sum(local_shard(parameter).nbytes for parameter in sharded),
+                gradients=sum(local_shard(gradient).nbytes for gradient in gradients),
                 adam=sum(state.nbytes for state in states),
                 whole=sum(parameter.nbytes for parameter in parameters if not isinstance(parameter, DTensor)),
                 notes=len(modules[0]._get_fsdp_state()._comm_ctx.post_forward_order),
