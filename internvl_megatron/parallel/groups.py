@@ -1,9 +1,9 @@
 """Process groups: the only file that touches Megatron Core's `parallel_state`.
 
-The language model uses the groups `parallel_state` makes. The vision side has its own collection, in which every rank is
-a data-parallel rank. The exchange between the two has groups of its own, one per kind of message: with two pipeline
-stages Megatron Core sends half of its point-to-point traffic over the world group, and collectives of different
-threads or phases on one communicator can wait for each other for ever.
+The language model uses the groups `parallel_state` makes. The vision side has its own collection: units of tensor-parallel
+ranks, most often of one, that are data parallel. The exchange between the two has groups of its own, one per kind of
+message: with two pipeline stages Megatron Core sends half of its point-to-point traffic over the world group, and
+collectives of different threads or phases on one communicator can wait for each other for ever.
 """
 
 from dataclasses import dataclass
@@ -107,12 +107,18 @@ def make_groups(
         group_of_mine(layout.sharing_heads(), device.backend),
         group_of_mine(layout.rings(), device.backend),
     ]
+    vision_world = vision_data = whole_world(device.backend)
+    vision_tensor = alone
+    if vision_layout.tensor_size > 1:
+        holders = vision_layout.holders
+        vision_tensor = group_of_mine(holders, device.backend)
+        vision_data = group_of_mine([list(peers) for peers in zip(*holders, strict=True)], device.backend)
     return Groups(
         layout=layout,
         vision_layout=vision_layout,
         rank=rank,
         language=language,
-        vision=_vision_groups(alone, whole_world(device.backend)),
+        vision=_vision_groups(alone, vision_tensor, vision_data, vision_world),
         tiles=exchange(whole=True),
         # An encoder inside the pipeline exchanges with its own stage alone: the others are busy with other rows.
         embeddings=exchange(whole=not vision_layout.first_stage_only),
@@ -124,12 +130,25 @@ def make_groups(
     )
 
 
-def _vision_groups(alone: dist.ProcessGroup, world: dist.ProcessGroup) -> ProcessGroupCollection:
-    """Every rank is a data-parallel rank of the vision side; the other axes have size 1."""
+def _vision_groups(
+    alone: dist.ProcessGroup, tensor: dist.ProcessGroup, data: dist.ProcessGroup, world: dist.ProcessGroup
+) -> ProcessGroupCollection:
+    """The vision side is tensor and data parallel; the other axes have size 1.
+
+    Args:
+        alone: this rank.
+        tensor: ranks that hold the parameters between them (`VisionLayout.holders`).
+        data: ranks at the same place of every such set: they hold the same part.
+        world: all ranks, over which the distributed optimizer sums the squares of gradients, of which each has a part.
+    """
     collection = ProcessGroupCollection()
-    for name in ("tp", "pp", "cp", "mp", "ep", "tp_cp", "embd", "pos_embd", "expt_tp", "expt_dp", "tp_ep_pp"):
+    for name in ("pp", "cp", "ep", "embd", "pos_embd", "expt_dp"):
         setattr(collection, name, alone)
-    for name in ("dp", "dp_cp", "dp_cp_gtp_remat", "intra_dp_cp", "intra_dist_opt", "tp_dp_cp"):
+    for name in ("tp", "mp", "tp_cp", "expt_tp", "tp_ep_pp"):
+        setattr(collection, name, tensor)
+    for name in ("dp", "dp_cp", "dp_cp_gtp_remat", "intra_dp_cp"):
+        setattr(collection, name, data)
+    for name in ("intra_dist_opt", "tp_dp_cp"):
         setattr(collection, name, world)
     return collection
 

@@ -214,6 +214,13 @@ class VisionLayout:
                 found[rank] = number
         return found
 
+    @cached_property
+    def holders(self) -> list[list[int]]:
+        """Ranks that hold the encoder's parameters between them, a part each: the units, and sets as large of ranks that do
+        not encode."""
+        parts = [part for group in range(self.num_groups) for part in self.parts(group, whole=False)]
+        return [holders for part in parts for holders in self._in_units(part)]
+
     def parts(self, group: int, whole: bool) -> list[list[int]]:
         """An exchange group's members in one part, or those that encode in one and the others in another."""
         members = self.members(group)
@@ -227,5 +234,7 @@ class VisionLayout:
         return [rank for rank in self.members(group) if self.language.stage(rank) == 0 or not self.first_stage_only]
 
     def _units_of(self, group: int) -> list[list[int]]:
-        encoders = self._encoders(group)
-        return [encoders[first : first + self.tensor_size] for first in range(0, len(encoders), self.tensor_size)]
+        return self._in_units(self._encoders(group))
+
+    def _in_units(self, ranks: list[int]) -> list[list[int]]:
+        return [ranks[first : first + self.tensor_size] for first in range(0, len(ranks), self.tensor_size)]

@@ -77,6 +77,9 @@ def test_units_and_exchange_groups_cover_the_ranks(layout: VisionLayout) -> None
         if layout.language.stage(rank) == 0 or not layout.first_stage_only
     ]
     assert encoding == wanted
+    assert all(unit in layout.holders for unit in layout.units), "those that encode together hold the encoder together"
+    assert sorted(rank for holders in layout.holders for rank in holders) == list(range(layout.language.world_size))
+    assert {len(holders) for holders in layout.holders} == {layout.tensor_size}
     for group in range(layout.num_groups):
         assert sorted(rank for part in layout.parts(group, whole=False) for rank in part) == members[group]
 
@@ -91,7 +94,7 @@ def groups_of_rank(info: RankInfo, ranks: Ranks) -> dict[str, list[int]]:
 
     device = open_device("cpu")
     with joined(info, device, 60):
-        groups = make_groups(ranks.layout, device, 60)
+        groups = make_groups(ranks.layout, device, 60, ranks.vision_layout)
         found = {
             "tensor": parallel_state.get_tensor_model_parallel_group(),
             "pipeline": parallel_state.get_pipeline_model_parallel_group(),
@@ -159,3 +162,31 @@ def test_groups_are_those_of_megatron_core(run_ranks: Callable[..., list[Any]], 
             "embeddings": everyone,
             "gradients": everyone,
         }
+
+
+@pytest.mark.parallel
+@pytest.mark.parametrize(
+    ("ranks", "tensor", "data"),
+    [
+        (Ranks(4, vision_tensor_size=2), [[0, 1], [2, 3]], [[0, 2], [1, 3]]),
+        (Ranks(4, tensor_size=2, vision_tensor_size=4), [[0, 1, 2, 3]], [[0], [1], [2], [3]]),
+        # Units of two replicas that each keep their tiles: a replica's ranks are no neighbours.
+        (
+            Ranks(4, pipeline_size=2, vision_tensor_size=2, vision_exchange_replicas=1),
+            [[0, 2], [1, 3]],
+            [[0, 1], [2, 3]],
+        ),
+        (
+            Ranks(4, tensor_size=2, pipeline_size=2, vision_placement="first_stage", vision_tensor_size=2),
+            [[0, 1], [2, 3]],
+            [[0, 2], [1, 3]],
+        ),
+    ],
+)
+def test_units_of_the_vision_side(
+    run_ranks: Callable[..., list[Any]], ranks: Ranks, tensor: list[list[int]], data: list[list[int]]
+) -> None:
+    for rank, found in enumerate(run_ranks(groups_of_rank, 4, ranks)):
+        assert found["vision tensor"] == next(part for part in tensor if rank in part)
+        assert found["vision data"] == next(part for part in data if rank in part)
+        assert found["vision pipeline"] == [rank]
