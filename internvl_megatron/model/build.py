@@ -17,6 +17,7 @@ from internvl_megatron.device import Device
 from internvl_megatron.errors import CheckpointError
 from internvl_megatron.model.initial import fresh_parameter
 from internvl_megatron.model.language import LanguageModel, language_transformer_config
+from internvl_megatron.model.padded_heads import real_size, with_zeros
 from internvl_megatron.model.vision import VisionTower, vision_transformer_config
 from internvl_megatron.model.vision_shards import local_shard, own_rows, shard
 from internvl_megatron.parallel.groups import Groups
@@ -115,7 +116,7 @@ def _vision(config: RunConfig, groups: Groups, device: Device) -> tuple[VisionTo
     dtype, parallel, where = torch_dtype(config.dtype), config.parallel, device.torch_device
     by_layer = parallel.vision_recompute == "layer"
     if parallel.vision_sharding == "replicated":
-        settings = vision_transformer_config(config.model, dtype)
+        settings = vision_transformer_config(config.model, dtype, groups.vision.tp.size())
         return VisionTower(config.model, settings, groups.vision, where, by_layer), None
     # Megatron Core names the GPU in its layers, unless it is told to begin on the CPU; then it names nothing, and all
     # parameters are made without values: the whole tower never is on this rank.
@@ -165,10 +166,11 @@ def _initialize(model: Model, config: RunConfig) -> None:
 
 
 def _full_shape(parameter: torch.nn.Parameter, tensor_size: int) -> tuple[int, ...]:
-    """Shape of a parameter over all ranks it is split over."""
+    """Shape of a parameter over all ranks it is split over, without padded heads."""
     shape = list(parameter.shape)
-    if getattr(parameter, "tensor_model_parallel", False) and tensor_size > 1:
-        shape[_axis(parameter)] *= tensor_size
+    if _is_split(parameter) and tensor_size > 1:
+        axis = _axis(parameter)
+        shape[axis] = real_size(parameter) or shape[axis] * tensor_size
     return tuple(shape)
 
 
@@ -178,15 +180,23 @@ def _part(
     """This rank's part of a full parameter.
 
     Megatron Core stacks gate and up projection in one matrix and splits each of the two over the ranks, so a rank's
-    shard of `linear_fc1` is [its gate rows; its up rows] and not a contiguous block.
+    shard of `linear_fc1` is [its gate rows; its up rows] and not a contiguous block. In the vision encoder zeros follow
+    where the heads do not divide over the ranks.
     """
     rank, size = tensor_group.rank(), tensor_group.size()
-    if size == 1 or not getattr(parameter, "tensor_model_parallel", False):
+    if size == 1 or not _is_split(parameter):
         return full
     axis = _axis(parameter)
+    if real_size(parameter) is not None:
+        full = with_zeros(full, axis, parameter.shape[axis] * size)
     if name.startswith("language.") and name.endswith("mlp.linear_fc1.weight"):
         return torch.cat([half.chunk(size, dim=axis)[rank] for half in full.chunk(2, dim=axis)], dim=axis)
     return full.chunk(size, dim=axis)[rank]
+
+
+def _is_split(parameter: torch.nn.Parameter) -> bool:
+    """Whether tensor-parallel ranks hold different parts of it (or would, if there were several)."""
+    return getattr(parameter, "tensor_model_parallel", False)
 
 
 def _axis(parameter: torch.nn.Parameter) -> int:

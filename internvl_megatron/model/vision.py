@@ -12,7 +12,15 @@ import torch
 import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.tensor_parallel.layers import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    set_tensor_model_parallel_attributes,
+)
+from megatron.core.tensor_parallel.mappings import (
+    copy_to_tensor_model_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+)
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
@@ -20,6 +28,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlock, TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from megatron.core.utils import make_viewless_tensor
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -32,6 +41,7 @@ from internvl_megatron.model.layer_specs import (
     plain_norm,
     shared_settings,
 )
+from internvl_megatron.model.padded_heads import mark_padded, only_real_heads, padded_heads
 from internvl_megatron.model.position_table import interpolate_positions
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -46,13 +56,22 @@ class TileBatch(PackedSeqParams):
     """Drop path: fp32 [layers, 2, T], 0 where a tile skips the branch and 1 / (1 - rate) where it does not."""
 
 
-def vision_transformer_config(model: ModelConfig, dtype: torch.dtype, **settings: Any) -> TransformerConfig:
-    """Megatron Core's view of InternViT, with settings that are not the same everywhere."""
+def vision_transformer_config(
+    model: ModelConfig, dtype: torch.dtype, tensor_size: int = 1, **settings: Any
+) -> TransformerConfig:
+    """Megatron Core's view of InternViT, with as many heads as divide over the tensor-parallel ranks.
+
+    Args:
+        model: its sizes.
+        dtype: of the parameters.
+        tensor_size: tensor-parallel ranks.
+        settings: Megatron Core's that are not the same everywhere.
+    """
     vision = model.vision
     return TransformerConfig(
         num_layers=vision.num_layers,
         hidden_size=vision.hidden_size,
-        num_attention_heads=vision.num_heads,
+        num_attention_heads=padded_heads(vision.num_heads, tensor_size),
         kv_channels=vision.hidden_size // vision.num_heads,
         ffn_hidden_size=vision.ffn_hidden_size,
         normalization="RMSNorm" if vision.norm == "rms_norm" else "LayerNorm",
@@ -60,27 +79,83 @@ def vision_transformer_config(model: ModelConfig, dtype: torch.dtype, **settings
         activation_func=F.gelu,
         gated_linear_unit=False,
         add_bias_linear=True,
+        tensor_model_parallel_size=tensor_size,
         **(shared_settings(dtype) | settings),
     )
 
 
 class InternViTAttention(SelfAttention):
-    """Self-attention with RMSNorm over the whole query and key vectors (6B family), before the split into heads."""
+    """Self-attention with RMSNorm over the whole query and key vectors (6B family), before the split into heads.
+
+    A tensor-parallel rank has its share of the heads, and its share of these norms' weights.
+    """
 
     def __init__(self, *args: Any, qk_norm: bool, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        width, eps = self.config.hidden_size, self.config.layernorm_epsilon
-        self.q_norm = plain_norm(self.config, width, eps) if qk_norm else None
-        self.k_norm = plain_norm(self.config, width, eps) if qk_norm else None
+        local_width = self.num_attention_heads_per_partition * self.hidden_size_per_attention_head
+        eps = self.config.layernorm_epsilon
+        self.q_norm: Any = plain_norm(self.config, local_width, eps) if qk_norm else None
+        self.k_norm: Any = plain_norm(self.config, local_width, eps) if qk_norm else None
+        if self.world_size > 1:
+            self._mark_split_parameters()
+
+    def _mark_split_parameters(self) -> None:
+        """Say of the norms' weights that they are split, and of all that belongs to heads how much of it is real."""
+        real_width = self.config.hidden_size
+        norms = [norm.weight for norm in (self.q_norm, self.k_norm) if norm is not None]
+        for weight in norms:
+            set_tensor_model_parallel_attributes(weight, True, 0, 1)
+        if self.query_projection_size == real_width:
+            return
+        for parameter in self.linear_qkv.parameters():
+            mark_padded(parameter, 3 * real_width)
+        projection: Any = self.linear_proj
+        for weight in (*norms, projection.weight):
+            mark_padded(weight, real_width)
 
     def get_query_key_value_tensors(self, *args: Any, **kwargs: Any) -> Any:
-        """Query, key, value, each [N, T, heads, head size]."""
+        """Query, key, value, each [N, T, local heads, head size]."""
         projected: Any = super().get_query_key_value_tensors(*args, **kwargs)
         query, key, value = projected
         if self.q_norm is not None and self.k_norm is not None:
-            query = self.q_norm(query.flatten(2)).view_as(query)
-            key = self.k_norm(key.flatten(2)).view_as(key)
+            if self.world_size > 1:
+                query_scale, key_scale = self._scales_over_all_ranks(query, key)
+                query = (query * query_scale).to(query.dtype) * self.q_norm.weight.view(query.shape[2:])
+                key = (key * key_scale).to(key.dtype) * self.k_norm.weight.view(key.shape[2:])
+            else:
+                query = self.q_norm(query.flatten(2)).view_as(query)
+                key = self.k_norm(key.flatten(2)).view_as(key)
         return query, key, value
+
+    def _scales_over_all_ranks(self, query: Tensor, key: Tensor) -> Tensor:
+        """1 / RMS of query and key vectors, fp32 [2, N, T, 1, 1], over the heads of all ranks; padding adds nothing."""
+        squares = torch.stack([vectors.float().square().sum((2, 3), keepdim=True) for vectors in (query, key)])
+        # Summed in backward too: what a rank's heads change in the sum reaches the heads of all ranks. `reduce_from` alone
+        # has the right values, and gradients that lack the other ranks' share.
+        squares = reduce_from_tensor_model_parallel_region(squares, self.tp_group)
+        squares = copy_to_tensor_model_parallel_region(squares, self.tp_group)
+        return torch.rsqrt(squares / self.config.hidden_size + self.config.layernorm_epsilon)
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """What this rank saves and loads of every parameter: the real heads of its shard."""
+        assert metadata is not None, "the checkpoint says which ranks hold copies"
+        state: dict[str, Any] = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        if self.world_size == 1:
+            return state
+        for name in ("q_norm", "k_norm"):
+            norm = getattr(self, name)
+            if norm is not None:  # Megatron Core takes torch's norms for whole on every rank
+                state |= make_sharded_tensors_for_checkpoint(
+                    norm.state_dict(keep_vars=True),
+                    f"{prefix}{name}.",
+                    {"weight": 0},
+                    sharded_offsets,
+                    tp_group=self.tp_group,
+                    dp_cp_group=metadata["dp_cp_group"],
+                )
+        return {key: only_real_heads(entry) for key, entry in state.items()}
 
 
 class InternViTLayer(TransformerLayer):
@@ -162,6 +237,8 @@ class VisionTower(MegatronModule):
         recompute_layers: bool = False,
     ) -> None:
         super().__init__(config)
+        # Of the parameters outside the encoder, for checkpoints: Megatron Core would take the language model's.
+        self.tp_group = groups.tp
         vision, language = model.vision, model.language
         width, dtype = vision.hidden_size, config.params_dtype
         options = {"dtype": dtype, "device": device}

@@ -7,6 +7,7 @@ import inspect
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from importlib.metadata import version
 from typing import Any, NoReturn
 
@@ -206,9 +207,11 @@ def poisoned_parallel_state() -> Iterator[list[str]]:
 
 
 def vision_side_with_poison(info: RankInfo, ranks: Ranks, scenario: Scenario) -> tuple[int, bool, float]:
-    """A step whose vision side is built, runs forward and backward and is reduced without the global getters."""
+    """A step whose vision side is built, runs forward and backward, is reduced and described to a checkpoint without the
+    global getters."""
     from megatron.core import parallel_state
 
+    from internvl_megatron.checkpoint import vision_state
     from internvl_megatron.device import open_device
     from internvl_megatron.model import build
     from internvl_megatron.parallel.groups import make_groups
@@ -241,17 +244,23 @@ def vision_side_with_poison(info: RankInfo, ranks: Ranks, scenario: Scenario) ->
                 works = False
             except AssertionError:
                 works = True
+            vision_state.model_state(step.model, groups)
         outcome = step.run(replica_rows(scenario, config, 0, groups.layout, groups.rank), 0)  # pyright: ignore[reportArgumentType]
         return len(names), works, outcome.loss
 
 
 @pytest.mark.parametrize("layout", ["TP2xPP2", "TP2+SPxPP2"])
-@pytest.mark.parametrize("parallel", [{}, {"vision_sharding": "sharded"}, {"vision_recompute": "layer"}], ids=str)
+@pytest.mark.parametrize(
+    "parallel",
+    [{}, {"vision_sharding": "sharded"}, {"vision_recompute": "layer"}, {"vision_tensor_size": 2}],
+    ids=str,
+)
 def test_the_vision_side_never_asks_for_the_language_models_groups(
     run_ranks: Run, layout: str, parallel: dict[str, Any]
 ) -> None:
+    ranks = replace(LAYOUTS[layout], vision_tensor_size=parallel.get("vision_tensor_size", 1))
     scenario = Scenario(family="6b", parallel_changes=parallel)
-    for num_getters, works, loss in run_ranks(vision_side_with_poison, 4, LAYOUTS[layout], scenario):
+    for num_getters, works, loss in run_ranks(vision_side_with_poison, 4, ranks, scenario):
         assert num_getters > 40, "the poison covers Megatron Core's getters"
         assert works, "a poisoned getter raises"
         assert loss > 0
