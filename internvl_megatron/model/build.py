@@ -147,10 +147,15 @@ def check_copies_agree(model: Model, groups: Groups) -> None:
     for side, group in (("vision", groups.host_world), ("language", groups.host_copies)):
         named = [(name, parameter) for name, parameter in model.named_parameters() if name.startswith(side)]
         sums = torch.stack([local_shard(parameter.detach()).double().sum() for _, parameter in named])
-        copies = gather_integers(sums.cpu().numpy().view(np.int64), group)
+        place = model.tensor_group(named[0][0]).rank()
+        gathered = np.stack(gather_integers(np.append(sums.cpu().numpy().view(np.int64), place), group))
         if side == "vision" and model.vision_mesh is not None:
-            copies = [copies[rank] for rank in holders_of_copies(model.vision_mesh)]
-        differing = np.flatnonzero((np.stack(copies) != copies[0]).any(axis=0))
+            gathered = gathered[holders_of_copies(model.vision_mesh)]
+        copies, places = gathered[:, :-1], gathered[:, -1]
+        # Whole parameters have a copy on every rank of the group, split ones where the tensor-parallel place is the same.
+        is_split = [_is_split(parameter) for _, parameter in named]
+        first_at_place = [int(np.flatnonzero(places == other)[0]) for other in places]
+        differing = np.flatnonzero((copies != np.where(is_split, copies[first_at_place], copies[0])).any(axis=0))
         if len(differing):
             raise RuntimeError(
                 f"{named[int(differing[0])][0]} and {len(differing) - 1} more parameters differ between ranks that "

@@ -1,6 +1,7 @@
 """Copies of a parameter that differ between ranks are found before training starts."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,6 +17,9 @@ from tests.support.layouts import LAYOUTS, Ranks, run_config
 from tests.support.models import small_model
 
 pytestmark = pytest.mark.parallel
+
+UNITS = replace(LAYOUTS["TP2xPP2"], vision_tensor_size=2)
+"""Ranks 0 and 2, and 1 and 3, hold the same part of the vision encoder."""
 
 
 def _check(info: RankInfo, ranks: Ranks, spoiled: str | None, **parallel: Any) -> None:
@@ -54,3 +58,14 @@ def test_shards_are_compared_with_their_copies_only(run_ranks: Callable[..., lis
     with pytest.raises(RankFailedError, match=spoiled):
         run_ranks(_check_shards, 4, LAYOUTS["TP2xPP2"], spoiled, 2)
     run_ranks(_check_shards, 4, LAYOUTS["TP2xPP2"], None, 2)
+
+
+def test_tensor_parallel_parts_of_the_encoder_are_no_copies(run_ranks: Callable[..., list[Any]]) -> None:
+    run_ranks(_check, 4, UNITS, None)
+
+
+@pytest.mark.parametrize("spoiled", ["self_attention.linear_qkv.weight", "ls1"])
+def test_copies_of_a_part_are_compared(run_ranks: Callable[..., list[Any]], spoiled: str) -> None:
+    name = f"vision.encoder.layers.1.{spoiled}"
+    with pytest.raises(RankFailedError, match=name):
+        run_ranks(_check, 4, UNITS, name)
