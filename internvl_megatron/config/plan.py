@@ -330,8 +330,11 @@ def _vision(config: RunConfig, data_size: int) -> list[str]:
             f"parallel.vision_tensor_size={unit} must divide the {ranks} ranks that share tiles out; 1 is fastest"
         )
     if vision.ffn_hidden_size % unit:
+        colocated = placement == "colocated"
         problems.append(
-            f"parallel.vision_tensor_size={unit} must divide model.vision.ffn_hidden_size={vision.ffn_hidden_size}"
+            f"parallel.{'tensor_size' if colocated else 'vision_tensor_size'}={unit} must divide "
+            f"model.vision.ffn_hidden_size={vision.ffn_hidden_size} (heads may be any number)"
+            + ("; or leave parallel.vision_placement out" if colocated else "; 1 is fastest")
         )
     if placement == "colocated":
         if parallel.pipeline_size > 1 or parallel.context_size > 1:

@@ -224,6 +224,16 @@ def test_vocabulary_padding_does_not_depend_on_the_layout() -> None:
         (["parallel.vision_exchange_replicas=3"], 8, "vision_exchange_replicas=3 must divide the 2 replicas"),
         (["parallel.vision_tensor_size=3"], 4, "vision_tensor_size=3 must divide the 4 ranks"),
         (
+            ["parallel.vision_tensor_size=4", "model.vision.ffn_hidden_size=514"],
+            4,
+            r"parallel\.vision_tensor_size=4 must divide model\.vision\.ffn_hidden_size=514 .*; 1 is fastest",
+        ),
+        (
+            ["parallel.vision_placement=colocated", "parallel.pipeline_size=1", "model.vision.ffn_hidden_size=513"],
+            4,
+            r"parallel\.tensor_size=2 must divide model\.vision\.ffn_hidden_size=513 .*leave parallel\.vision_placement out",
+        ),
+        (
             ["parallel.vision_placement=first_stage", "parallel.vision_recompute=full"],
             4,
             "set parallel.vision_recompute=layer",
