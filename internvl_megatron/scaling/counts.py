@@ -69,11 +69,25 @@ def forward_flops(model: ModelConfig, num_tokens: int, num_tiles: int, attention
         num_tiles: tiles through the vision encoder.
         attention_pairs: sum over all samples of their length squared (`StepAgreement.attention_pairs`).
     """
+    language = model.language
+    layers = language.num_layers * layer_flops(language, num_tokens, attention_pairs)
     return PartCounts(
         vision=num_tiles * _tile_flops(model.vision),
         projector=2 * num_tiles * model.vision.tokens_per_tile * _projector_weights(model),
-        language=_language_flops(model.language, num_tokens, attention_pairs),
+        language=layers + output_layer_flops(language, num_tokens),
     )
+
+
+def layer_flops(language: LanguageConfig, num_tokens: int, attention_pairs: int) -> int:
+    """FLOPs of one layer of the language model in a forward pass; numbers as in `forward_flops`."""
+    # Scores and weighted sum take 4 * heads * head size for a pair; causal attention looks at half of the pairs.
+    attention = 2 * attention_pairs * language.num_heads * language.head_size
+    return 2 * num_tokens * _language_layer_weights(language) + attention
+
+
+def output_layer_flops(language: LanguageConfig, num_tokens: int) -> int:
+    """FLOPs of the output layer in a forward pass over so many tokens; the trainer asks for supervised ones alone."""
+    return 2 * num_tokens * language.hidden_size * language.vocab_size
 
 
 def step_flops(model: ModelConfig, num_tokens: int, num_tiles: int, attention_pairs: int) -> PartCounts:
@@ -92,11 +106,11 @@ def step_flops(model: ModelConfig, num_tokens: int, num_tiles: int, attention_pa
 
 def language_flops(language: LanguageConfig) -> LanguageFlops:
     """What the language model's part of `forward_flops` is made of."""
+    num_layers = language.num_layers
     return LanguageFlops(
-        per_token=2 * language.num_layers * _language_layer_weights(language),
-        per_prediction=2 * language.hidden_size * language.vocab_size,
-        # Scores and weighted sum take 4 * heads * head size for a pair; causal attention looks at half of the pairs.
-        per_attention_pair=2 * language.num_layers * language.num_heads * language.head_size,
+        per_token=num_layers * layer_flops(language, 1, 0),
+        per_prediction=output_layer_flops(language, 1),
+        per_attention_pair=num_layers * layer_flops(language, 0, 1),
     )
 
 
@@ -158,8 +172,3 @@ def _language_parameters(language: LanguageConfig, vocab_rows: int) -> int:
     layer = _language_layer_weights(language) + qkv_bias + 2 * language.hidden_size
     tables = 2 * vocab_rows * language.hidden_size
     return tables + language.num_layers * layer + language.hidden_size
-
-
-def _language_flops(language: LanguageConfig, num_tokens: int, attention_pairs: int) -> int:
-    flops = language_flops(language)
-    return num_tokens * (flops.per_token + flops.per_prediction) + attention_pairs * flops.per_attention_pair
