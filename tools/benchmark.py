@@ -1,8 +1,9 @@
 """Speed of the training step: tokens per second, step time, MFU, memory, as one JSON record.
 
-    python -m tools.benchmark [--model 1b|demo] [--device auto|cpu|cuda] [--steps N] [--output FILE]
+    python -m tools.benchmark step [--model 1b|demo] [--device auto|cpu|cuda] [--steps N] [--output FILE]
+    python -m tools.benchmark schedule ...     see tools/benchmark_schedule.py
 
-One rank, fresh weights, synthetic packed rows (one picture and its text per sample), real step: vision encoder, projector,
+`step`: one rank, fresh weights, synthetic packed rows (one picture and its text per sample), real step: vision encoder, projector,
 language model, loss, backward, clipping, AdamW. The record names machine, versions and date.
 """
 
@@ -29,6 +30,7 @@ from internvl_megatron.data.packing import Row, SampleSource
 from internvl_megatron.data.step_rows import DecodedTiles
 from internvl_megatron.launcher import launch
 from internvl_megatron.ranks import RankInfo
+from tools import benchmark_schedule
 
 TEXT_TOKENS_PER_SAMPLE = 128
 ANSWER_TOKENS_PER_SAMPLE = 48
@@ -176,15 +178,8 @@ def record(name: str, config: RunConfig, measured: dict[str, Any]) -> dict[str, 
     }
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def measure_step(options: argparse.Namespace) -> int:
     """Measure and write one record."""
-    parser = argparse.ArgumentParser(description="Measure the training step on one rank.")
-    parser.add_argument("--model", choices=("1b", "demo"), default="1b")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--dtype", choices=("fp32", "bf16"), default="bf16")
-    parser.add_argument("--steps", type=int, default=13)
-    parser.add_argument("--output", type=Path, help="JSON file to write; default: print only")
-    options = parser.parse_args(arguments)
     config, tiles_per_image = benchmark_config(options.model, options.device, options.dtype, options.steps)
     measured = launch(run_steps, 1, config, options.steps, tiles_per_image, device=config.device)[0]
     text = json.dumps(record(f"step_{options.model}", config, measured), indent=1)
@@ -193,6 +188,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.output.parent.mkdir(parents=True, exist_ok=True)
         options.output.write_text(text + "\n")
     return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one benchmark."""
+    parser = argparse.ArgumentParser(description="Benchmarks of the training step.")
+    commands = parser.add_subparsers(required=True)
+    step = commands.add_parser("step", help="speed of the training step on one rank")
+    step.add_argument("--model", choices=("1b", "demo"), default="1b")
+    step.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    step.add_argument("--dtype", choices=("fp32", "bf16"), default="bf16")
+    step.add_argument("--steps", type=int, default=13)
+    step.add_argument("--output", type=Path, help="JSON file to write; default: print only")
+    step.set_defaults(run=measure_step)
+    benchmark_schedule.add_command(commands)
+    options = parser.parse_args(arguments)
+    return options.run(options)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,8 @@ Letters follow the spec: H, F, L of the vision encoder (width, feed-forward widt
 
 from dataclasses import dataclass
 
+import numpy as np
+
 from internvl_megatron.config.schema import LanguageConfig, ModelConfig, VisionConfig, padded_vocab_size
 
 BACKWARD_AND_FORWARD = 3
@@ -72,20 +74,27 @@ def forward_flops(model: ModelConfig, num_tokens: int, num_tiles: int, attention
     language = model.language
     layers = language.num_layers * layer_flops(language, num_tokens, attention_pairs)
     return PartCounts(
-        vision=num_tiles * _tile_flops(model.vision),
-        projector=2 * num_tiles * model.vision.tokens_per_tile * _projector_weights(model),
+        vision=num_tiles * _encoder_flops(model.vision),
+        projector=num_tiles * _projector_flops(model),
         language=layers + output_layer_flops(language, num_tokens),
     )
 
 
-def layer_flops(language: LanguageConfig, num_tokens: int, attention_pairs: int) -> int:
+def tile_flops(model: ModelConfig) -> int:
+    """FLOPs of one tile through vision encoder and projector in a forward pass."""
+    return _encoder_flops(model.vision) + _projector_flops(model)
+
+
+def layer_flops[Number: (int, np.ndarray)](
+    language: LanguageConfig, num_tokens: Number, attention_pairs: Number
+) -> Number:
     """FLOPs of one layer of the language model in a forward pass; numbers as in `forward_flops`."""
     # Scores and weighted sum take 4 * heads * head size for a pair; causal attention looks at half of the pairs.
     attention = 2 * attention_pairs * language.num_heads * language.head_size
     return 2 * num_tokens * _language_layer_weights(language) + attention
 
 
-def output_layer_flops(language: LanguageConfig, num_tokens: int) -> int:
+def output_layer_flops[Number: (int, np.ndarray)](language: LanguageConfig, num_tokens: Number) -> Number:
     """FLOPs of the output layer in a forward pass over so many tokens; the trainer asks for supervised ones alone."""
     return 2 * num_tokens * language.hidden_size * language.vocab_size
 
@@ -137,7 +146,7 @@ def _vision_parameters(vision: VisionConfig) -> int:
     return class_and_positions + patch_embedding + vision.num_layers * layer
 
 
-def _tile_flops(vision: VisionConfig) -> int:
+def _encoder_flops(vision: VisionConfig) -> int:
     """Forward FLOPs of one tile through the vision encoder."""
     patches = vision.patches_per_side**2
     tokens = patches + 1
@@ -150,6 +159,11 @@ def _projector_weights(model: ModelConfig) -> int:
     """Entries of the projector's two matrices."""
     shuffled = model.vision.hidden_size * model.vision.shuffle_factor**2
     return (shuffled + model.language.hidden_size) * model.language.hidden_size
+
+
+def _projector_flops(model: ModelConfig) -> int:
+    """Forward FLOPs of one tile's tokens through the projector."""
+    return 2 * model.vision.tokens_per_tile * _projector_weights(model)
 
 
 def _projector_parameters(model: ModelConfig) -> int:
