@@ -23,6 +23,7 @@ COMPARED = {
     "adamw": ["1", "DP2", "TP2xPP2"],
     "own_ways": ["DP2"],
     "window": ["TP2xPP2"],
+    "offload": ["DP2"],
     "small_chunks": ["TP2xPP2"],
     "recompute": ["TP2xPP2"],
     "recompute_less": ["DP2"],
