@@ -17,7 +17,7 @@ CHECKPOINTS = "checkpoints"
 """Folder of a run that holds its checkpoints."""
 
 MARKER = "checkpoint.json"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 _NAME = re.compile(r"step-(\d{8})")
 
 
