@@ -10,6 +10,7 @@ import os
 import resource
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache
@@ -83,6 +84,26 @@ class Device:
 
         copy = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=self.kind == "cuda")
         return copy.copy_(tensor, non_blocking=True)
+
+    def fill(self, memory: "torch.Tensor", arrays: "Sequence[np.ndarray]") -> None:
+        """Copy host arrays to the device, one after the other into [n, ...], without waiting for the copies."""
+        import numpy as np
+        import torch
+
+        if not arrays:
+            return
+        is_host = self.kind == "cpu"
+        staged = memory if is_host else torch.empty(memory.shape, dtype=memory.dtype, pin_memory=True)
+        np.stack(arrays, out=staged.numpy())
+        if not is_host:
+            memory.copy_(staged, non_blocking=True)
+
+    def use_here(self, tensor: "torch.Tensor") -> None:
+        """Say that what is given to the device from here on uses a tensor of the side stream: its memory must wait for it."""
+        if self.kind == "cuda":
+            import torch
+
+            tensor.record_stream(torch.cuda.current_stream(self.index))
 
     def side_stream(self) -> "AbstractContextManager[object]":
         """What is given to the device in the block does not wait for what it was given before, nor the other way round."""

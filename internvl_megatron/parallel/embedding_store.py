@@ -15,11 +15,17 @@ class EmbeddingStore:
     schedule can run forward and backward in any order, and the encoder's backward runs when all gradients are there.
     """
 
-    def __init__(self, embeddings: Tensor, owned: TokenSlice, device: Device) -> None:
-        self._memory = embeddings
+    def __init__(self, owned: TokenSlice, hidden_size: int, dtype: torch.dtype, device: Device) -> None:
+        """Make room for the embeddings of these tokens."""
+        self._memory = torch.empty(len(owned.tokens), hidden_size, dtype=dtype, device=device.torch_device)
+        self._owned = owned
         self._first = np.searchsorted(owned.row, np.arange(owned.row.max(initial=-1) + 2))
-        self._positions = device.put(owned.position)
+        self._device = device
         self._waiting: set[int] = set()
+
+    def put(self, tokens: np.ndarray, embeddings: Tensor) -> None:
+        """Take the embeddings [m, D] of some of the tokens, in any order."""
+        self._memory[self._places(tokens)] = embeddings
 
     def row(self, row: int, requires_grad: bool) -> tuple[Tensor, Tensor] | None:
         """A row's embeddings [m, D] and their places in the local slice, int64 [m]; None where it has none here."""
@@ -32,12 +38,15 @@ class EmbeddingStore:
         if requires_grad:
             self._waiting.add(row)
             leaf.register_post_accumulate_grad_hook(lambda tensor: self._keep_gradient(row, span, tensor))
-        return leaf, self._positions[span]
+        return leaf, self._device.put(self._owned.position[span])
 
-    def gradients(self) -> Tensor:
-        """Gradients [n, D] of all embeddings, once every row has run backward."""
+    def gradients(self, tokens: np.ndarray) -> Tensor:
+        """Gradients [m, D] of some of the tokens' embeddings, in any order, once every row has run backward."""
         assert not self._waiting, f"rows {sorted(self._waiting)} have not run backward"
-        return self._memory
+        return self._memory[self._places(tokens)]
+
+    def _places(self, tokens: np.ndarray) -> Tensor:
+        return self._device.put(np.searchsorted(self._owned.tokens, tokens))
 
     @torch.no_grad()
     def _keep_gradient(self, row: int, span: slice, leaf: Tensor) -> None:

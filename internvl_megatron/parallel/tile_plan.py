@@ -52,6 +52,8 @@ class TilePlan:
     table: TileTable
     encoder: np.ndarray
     """int64 [n]: unit that encodes each tile (`VisionLayout.units`)."""
+    chunk: np.ndarray
+    """int64 [n]: pass in which its unit encodes each tile, from 0; its row where rows are encoded by themselves."""
     num_chunks: int
     """Encoder passes per rank; the same on every rank, because collectives hang off them."""
 
@@ -60,9 +62,12 @@ class TilePlan:
         """Tiles of the window over all replicas."""
         return len(self.table)
 
-    def tiles_of(self, unit: int | None) -> np.ndarray:
-        """Table indices of the tiles a unit encodes, ascending; none for a rank that is in no unit."""
-        return np.flatnonzero(self.encoder == unit) if unit is not None else np.empty(0, dtype=np.int64)
+    def tiles_of(self, unit: int | None, chunk: int | None = None) -> np.ndarray:
+        """Table indices of the tiles a unit encodes, in one pass or in all, ascending; none for a rank that is in no unit."""
+        if unit is None:
+            return np.empty(0, dtype=np.int64)
+        mine = self.encoder == unit
+        return np.flatnonzero(mine if chunk is None else mine & (self.chunk == chunk))
 
 
 def plan_tiles(table: TileTable, layout: VisionLayout, chunk_tiles: int) -> TilePlan:
@@ -88,8 +93,8 @@ def plan_tiles(table: TileTable, layout: VisionLayout, chunk_tiles: int) -> Tile
         # A tile may come from another group's rank only where that rank encodes nothing; then it has no holder here.
         holder = np.where(holder >= 0, holder - first, -1)
         encoder[tiles] = first + _share_out(holder, table.replica[tiles], home[first : first + size])
-    most = int(np.bincount(encoder).max(initial=0))
-    return TilePlan(table, encoder, num_chunks=-(-most // chunk_tiles))
+    chunk = _number_among_equals(encoder) // chunk_tiles
+    return TilePlan(table, encoder, chunk, num_chunks=int(chunk.max(initial=-1)) + 1)
 
 
 def plan_rows(table: TileTable, layout: VisionLayout) -> TilePlan:
@@ -98,7 +103,7 @@ def plan_rows(table: TileTable, layout: VisionLayout) -> TilePlan:
     for row in np.unique(table.row):
         mine = table.row == row
         encoder[mine] = plan_tiles(table.select(mine), layout, chunk_tiles=1).encoder
-    return TilePlan(table, encoder, num_chunks=0)
+    return TilePlan(table, encoder, chunk=table.row, num_chunks=0)
 
 
 def _share_out(holder: np.ndarray, replica: np.ndarray, home: np.ndarray) -> np.ndarray:

@@ -106,17 +106,18 @@ def agree(batch: StepRows, groups: Groups, data: DataConfig, pad_rows: bool) -> 
     )
 
 
-def decoded_tiles(batch: StepRows, tile_pixels: int, rows: range) -> np.ndarray:
-    """This rank's tiles of some rows in table order, uint8 [t, 3, pixels, pixels]; broken images are black."""
+def decoded_tiles(batch: StepRows, tile_pixels: int, rows: range) -> list[np.ndarray]:
+    """This rank's tiles of some rows in table order, uint8 [3, pixels, pixels] each; broken images are black."""
     decoded = batch.tiles()
-    parts: list[np.ndarray] = [np.empty((0, 3, tile_pixels, tile_pixels), dtype=np.uint8)]
+    black = np.zeros((3, tile_pixels, tile_pixels), dtype=np.uint8)
+    tiles: list[np.ndarray] = []
     for row in rows:
         for image, reference in enumerate(batch.rows[row].images):
             if (row, image) in decoded.tiles:
-                parts.append(decoded.tiles[row, image])
+                tiles.extend(decoded.tiles[row, image])
             elif (row, image) in decoded.failed:
-                parts.append(np.zeros((reference.num_tiles, 3, tile_pixels, tile_pixels), dtype=np.uint8))
-    return np.concatenate(parts)
+                tiles.extend([black] * reference.num_tiles)
+    return tiles
 
 
 def _agree_in_replica(

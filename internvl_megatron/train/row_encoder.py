@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from internvl_megatron.device import Device
-from internvl_megatron.parallel.exchange import Exchange
+from internvl_megatron.parallel.exchange import Exchange, HeldTiles
 from internvl_megatron.parallel.tile_plan import TilePlan
 
 
@@ -22,7 +22,7 @@ class RowEncoder:
     def __init__(
         self,
         plan: TilePlan,
-        tiles: Tensor,
+        tiles: HeldTiles,
         encode: Callable[[Tensor, np.ndarray], Tensor],
         exchange: Exchange,
         device: Device,
@@ -32,7 +32,7 @@ class RowEncoder:
 
         Args:
             plan: of the window; the tiles of every row are shared out by themselves.
-            tiles: uint8 [e, 3, H, W], those this rank encodes, in table order.
+            tiles: those this rank encodes.
             encode: tiles and their numbers in the global batch to embeddings [t, K, D].
             exchange: between the ranks of the first stage.
             device: of the embeddings.
@@ -51,33 +51,37 @@ class RowEncoder:
 
         Collective over the ranks of the first stage, in backward too.
         """
-        table = self._plan.table
-        chosen = (table.row == row) & (table.replica == self._replica)
-        if not chosen.any():
+        plan = self._plan
+        if not ((plan.table.row == row) & (plan.table.replica == self._replica)).any():
             return None
-        plan = TilePlan(table.select(chosen), self._plan.encoder[chosen], num_chunks=1)
-        mine = np.flatnonzero(chosen[self._plan.tiles_of(self._exchange.unit)])
+        mine = plan.tiles_of(self._exchange.unit, row)
         if len(mine):
-            numbers = plan.table.number[plan.tiles_of(self._exchange.unit)]
-            embeddings = self._encode(self._tiles[self._device.put(mine)], numbers)
+            embeddings = self._encode(self._tiles.take(mine), plan.table.number[mine])
         else:
             # A part of the graph: this rank takes part in the messages of backward all the same.
             embeddings = self._nothing.detach().requires_grad_(requires_grad)
-        tokens = _SendEmbeddings.apply(embeddings, self._exchange, plan)
+        tokens = _SendEmbeddings.apply(embeddings, self._exchange, plan, row, self._device)
         assert isinstance(tokens, Tensor), "autograd functions return what their forward returns"
-        return tokens, self._device.put(self._exchange.owned(plan).position)
+        return tokens, self._device.put(self._exchange.owned(plan, row).position)
 
 
 class _SendEmbeddings(torch.autograd.Function):
     """`Exchange.send_embeddings`, and `send_gradients` as its backward."""
 
     @staticmethod
-    def forward(ctx: Any, embeddings: Tensor, exchange: Exchange, plan: TilePlan) -> Tensor:
-        """[e, K, D] to [n, D]."""
-        ctx.exchange, ctx.plan = exchange, plan
-        return exchange.send_embeddings(plan, embeddings)
+    def forward(ctx: Any, embeddings: Tensor, exchange: Exchange, plan: TilePlan, row: int, device: Device) -> Tensor:
+        """[t, K, D] to [n, D]."""
+        ctx.exchange, ctx.plan, ctx.row, ctx.device = exchange, plan, row, device
+        tokens, received = exchange.send_embeddings(plan, row, embeddings)
+        order = np.argsort(tokens)
+        ctx.tokens = tokens[order]
+        return received[device.put(order)]
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """[n, D] to [e, K, D]."""
-        return ctx.exchange.send_gradients(ctx.plan, gradients[0]), None, None
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """[n, D] to [t, K, D]."""
+
+        def gradients_of(tokens: np.ndarray) -> Tensor:
+            return gradients[0][ctx.device.put(np.searchsorted(ctx.tokens, tokens))]
+
+        return ctx.exchange.send_gradients(ctx.plan, ctx.row, gradients_of), None, None, None, None

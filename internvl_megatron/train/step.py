@@ -3,9 +3,9 @@
 `Step.run` is the picture. Per window of micro-batches:
 
     plan      every rank computes the same assignment of tiles to ranks
-    encode    tiles travel to their rank, run through ViT + projector chunk by chunk, embeddings travel to their owners
+    encode    tiles travel to their rank; chunk by chunk they run through ViT + projector and embeddings to their owners
     decode    Megatron Core's schedule runs the language model over the micro-batches; embeddings are detached leaves
-    backprop  their gradients travel back; ViT + projector run backward chunk by chunk
+    backprop  chunk by chunk their gradients travel back and ViT + projector run backward
 
 then gradients are reduced in each module's own groups, clipped by one norm, and both optimizers step or none does.
 """
@@ -13,6 +13,7 @@ then gradients are reduced in each module's own groups, clipped by one norm, and
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -30,7 +31,7 @@ from internvl_megatron.model.drop_path import residual_scale
 from internvl_megatron.model.language import ImageTokens
 from internvl_megatron.model.loss import weighted_loss
 from internvl_megatron.parallel.embedding_store import EmbeddingStore
-from internvl_megatron.parallel.exchange import Exchange
+from internvl_megatron.parallel.exchange import Exchange, HeldTiles
 from internvl_megatron.parallel.groups import Groups
 from internvl_megatron.parallel.host import sum_floats
 from internvl_megatron.parallel.tile_plan import TilePlan
@@ -74,17 +75,14 @@ class StepResult:
     """When each phase ran on this rank; not the same on every rank."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class EncodedChunk:
-    """One pass of the vision side, kept for its backward pass."""
+    """One pass of the vision side, until its backward pass."""
 
-    tiles: Tensor
-    """uint8 [t, 3, H, W]."""
-    residual_scale: Tensor | None
-    num_real_tiles: int
-    """Tiles that are not the dummy of a rank with nothing to encode."""
-    output: Tensor
-    """[t, K, D]; without graph if it is computed again in backward."""
+    encode: Callable[[], Tensor]
+    """Computes it from its tiles."""
+    output: Tensor | None
+    """[t, K, D] with its graph; None if it is computed again in backward."""
 
 
 class Step:
@@ -103,6 +101,7 @@ class Step:
         self.exchange = Exchange(
             groups,
             device,
+            tile_pixels=config.model.vision.tile_pixels,
             tokens_per_tile=config.model.vision.tokens_per_tile,
             sequence_parallel=config.parallel.sequence_parallel,
         )
@@ -151,6 +150,7 @@ class Step:
                 losses += self._decode(window, images, training=True)
             with phase("backprop"):
                 self._backprop(window, images, chunks)
+            del images, chunks  # or they would lie beside the next window's
             if window.is_last:
                 break
             with phase("plan"):
@@ -186,8 +186,9 @@ class Step:
             module.eval()
         window, losses = self.windows.first(batch), []
         while True:
-            images, _ = self._encode(window, step=0, training=False)
+            images, chunks = self._encode(window, step=0, training=False)
             losses += self._decode(window, images, training=False)
+            del images, chunks
             if window.is_last:
                 break
             window = self.windows.after(window)
@@ -199,29 +200,31 @@ class Step:
         """Embeddings of the window's images at their owners; a window without images costs nothing."""
         if window.tiles is None:
             return None, []
-        plan, exchange = window.plan, self.exchange
-        tiles = exchange.receive_tiles(window.tiles)
+        plan, exchange, parallel = window.plan, self.exchange, self.config.parallel
+        tiles = exchange.receive_tiles(window.take_tiles())
         if self.groups.vision_layout.first_stage_only:
             return self._row_encoder(plan, tiles, step, training), []
-        numbers = plan.table.number[plan.tiles_of(exchange.unit)]
-        chunks = [self._encode_chunk(tiles, numbers, chunk, step, training) for chunk in range(plan.num_chunks)]
-        embeddings = torch.cat([chunk.output.detach()[: chunk.num_real_tiles] for chunk in chunks])
-        received = exchange.send_embeddings(plan, embeddings)
-        return EmbeddingStore(received, exchange.owned(plan), self.device), chunks
+        keeps_graph = training and self._trains_vision and parallel.vision_recompute != "full"
+        hidden_size, dtype = self.config.model.language.hidden_size, torch_dtype(self.config.dtype)
+        store = EmbeddingStore(exchange.owned(plan), hidden_size, dtype, self.device)
+        chunks: list[EncodedChunk] = []
+        for number in range(plan.num_chunks):
+            encode = partial(self._encode_chunk, plan, tiles, number, step, training)
+            with torch.set_grad_enabled(keeps_graph), keep_on_host(self.device, parallel.vision_offload):
+                output = encode()
+            num_real_tiles = len(plan.tiles_of(exchange.unit, number))
+            store.put(*exchange.send_embeddings(plan, number, output.detach()[:num_real_tiles]))
+            chunks.append(EncodedChunk(encode, output if keeps_graph else None))
+        return store, chunks
 
-    def _encode_chunk(self, tiles: Tensor, numbers: np.ndarray, chunk: int, step: int, training: bool) -> EncodedChunk:
-        size = self.config.parallel.vision_chunk_tiles
-        mine = tiles[chunk * size : (chunk + 1) * size]
-        numbers = numbers[chunk * size : (chunk + 1) * size]
-        num_real = len(mine)
-        if num_real == 0:
+    def _encode_chunk(self, plan: TilePlan, tiles: HeldTiles, number: int, step: int, training: bool) -> Tensor:
+        """Embeddings [t, K, D] of this rank's tiles in a chunk, or of a dummy if it has none."""
+        mine = plan.tiles_of(self.exchange.unit, number)
+        pixels, numbers = tiles.take(mine), plan.table.number[mine]
+        if len(mine) == 0:
             # Every rank runs every chunk: collectives of sharded parameters would otherwise wait for this rank.
-            mine, numbers = tiles.new_zeros(1, *tiles.shape[1:]), np.zeros(1, dtype=np.int64)
-        scale = self._residual_scale(numbers, step, training)
-        keep_graph = training and self._trains_vision and self.config.parallel.vision_recompute != "full"
-        with torch.set_grad_enabled(keep_graph), keep_on_host(self.device, self.config.parallel.vision_offload):
-            output = self.vision(mine, scale)
-        return EncodedChunk(mine, scale, num_real, output)
+            pixels, numbers = pixels.new_zeros(1, *pixels.shape[1:]), np.zeros(1, dtype=np.int64)
+        return self.vision(pixels, self._residual_scale(numbers, step, training))
 
     def _residual_scale(self, numbers: np.ndarray, step: int, training: bool) -> Tensor | None:
         """Drop path of tiles with these numbers."""
@@ -230,7 +233,7 @@ class Step:
         scale = residual_scale(rate, vision.num_layers, numbers, self.config.seed, step)
         return None if scale is None else self.device.put(scale)
 
-    def _row_encoder(self, plan: TilePlan, tiles: Tensor, step: int, training: bool) -> RowEncoder:
+    def _row_encoder(self, plan: TilePlan, tiles: HeldTiles, step: int, training: bool) -> RowEncoder:
         model = self.config.model
         shape = 0, model.vision.tokens_per_tile, model.language.hidden_size
         nothing = torch.empty(shape, dtype=torch_dtype(self.config.dtype), device=self.device.torch_device)
@@ -313,20 +316,16 @@ class Step:
         """Bring the gradients of the embeddings back and run the vision side backward."""
         if not isinstance(embeddings, EmbeddingStore) or not self._trains_vision:
             return  # no images, nothing to train, or done row by row
-        gradients = self.exchange.send_gradients(window.plan, embeddings.gradients())
+        plan, exchange = window.plan, self.exchange
         is_last_with_images = not (window.agreement.table.row >= window.rows.stop).any()
-        first_tile = 0
-        for index, chunk in enumerate(chunks):
-            gradient = gradients[first_tile : first_tile + chunk.num_real_tiles]
-            first_tile += chunk.num_real_tiles
-            output = chunk.output
-            if self.config.parallel.vision_recompute == "full":
-                output = self.vision(chunk.tiles, chunk.residual_scale)
-            if chunk.num_real_tiles == 0:
+        for number in range(plan.num_chunks):
+            chunk = chunks.pop(0)  # nothing keeps it longer than its backward pass
+            output = chunk.encode() if chunk.output is None else chunk.output
+            gradient = exchange.send_gradients(plan, number, embeddings.gradients)
+            if len(gradient) == 0:
                 gradient = torch.zeros_like(output)
-            with self.vision.backward_pass(is_last=is_last_with_images and index == len(chunks) - 1):
+            with self.vision.backward_pass(is_last=is_last_with_images and number == plan.num_chunks - 1):
                 output.backward(gradient.to(output.dtype))
-            chunks[index].output = output.detach()
 
     def _reduce(self, agreement: StepAgreement) -> None:
         """Sum gradients over the copies of each module; both are already divided by the global weight."""

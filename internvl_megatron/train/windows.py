@@ -16,7 +16,7 @@ from internvl_megatron.parallel.tile_plan import TilePlan, plan_rows, plan_tiles
 from internvl_megatron.train.agreement import StepAgreement, agree, decoded_tiles
 
 
-@dataclass(frozen=True)
+@dataclass
 class Window:
     """Some micro-batches of a step, ready to be encoded."""
 
@@ -27,12 +27,18 @@ class Window:
     """The micro-batches, by their numbers in the step."""
     plan: TilePlan
     tiles: TilesOnTheWay | None
-    """None where no replica has an image."""
+    """None where no replica has an image, and once they have been taken."""
 
     @property
     def is_last(self) -> bool:
         """Whether the step ends with it."""
         return self.rows.stop == len(self.agreement.rows)
+
+    def take_tiles(self) -> TilesOnTheWay:
+        """Hand the tiles over: whoever takes them decides how long they stay in memory."""
+        tiles, self.tiles = self.tiles, None
+        assert tiles is not None, "the window has no tiles, or they have been taken"
+        return tiles
 
 
 class WindowMaker:
@@ -88,5 +94,5 @@ class WindowMaker:
         if plan.num_tiles > 0:
             decoded = decoded_tiles(batch, self._config.model.vision.tile_pixels, rows)
             with self._device.side_stream():
-                tiles = self._exchange.send_tiles(plan, self._device.put(decoded))
+                tiles = self._exchange.send_tiles(plan, decoded)
         return Window(batch, agreement, rows, plan, tiles)

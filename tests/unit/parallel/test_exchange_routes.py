@@ -1,5 +1,6 @@
 """Who sends which image token to whom: both ends agree, and no token is lost or counted twice."""
 
+from itertools import product
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -74,7 +75,8 @@ def exchanges(vision: VisionLayout, sequence_parallel: bool) -> list[Exchange]:
     groups = [
         cast(Any, SimpleNamespace(layout=layout, vision_layout=vision, rank=rank)) for rank in range(layout.world_size)
     ]
-    return [Exchange(group, device, tokens_per_tile=PER_TILE, sequence_parallel=sequence_parallel) for group in groups]
+    settings = {"tile_pixels": 2, "tokens_per_tile": PER_TILE, "sequence_parallel": sequence_parallel}
+    return [Exchange(group, device, **settings) for group in groups]
 
 
 @pytest.mark.parametrize("for_gradients", [False, True], ids=["embeddings", "gradients"])
@@ -84,11 +86,12 @@ def test_both_ends_of_every_route_agree(
 ) -> None:
     plan = random_plan(vision, tokens_per_row)
     ends = exchanges(vision, sequence_parallel)
-    incoming = [by_rank(other._of_owner(plan, owner, for_gradients)) for owner, other in enumerate(ends)]
-    for encoder, one in enumerate(ends):
-        outgoing = by_rank(one._of_encoder(plan, encoder, for_gradients))
-        for owner in range(vision.language.world_size):
-            np.testing.assert_array_equal(outgoing[owner], incoming[owner][encoder])
+    for chunk in range(plan.num_chunks):
+        incoming = [by_rank(other._of_owner(plan, chunk, owner, for_gradients)) for owner, other in enumerate(ends)]
+        for encoder, one in enumerate(ends):
+            outgoing = by_rank(one._of_encoder(plan, chunk, encoder, for_gradients))
+            for owner in range(vision.language.world_size):
+                np.testing.assert_array_equal(outgoing[owner], incoming[owner][encoder])
 
 
 def by_rank(route: Route) -> list[np.ndarray]:
@@ -102,8 +105,9 @@ def test_every_tokens_gradient_comes_back_once(
 ) -> None:
     plan = random_plan(vision, tokens_per_row)
     returned = [
-        one._of_owner(plan, rank, for_gradients=True).tokens
+        one._of_owner(plan, chunk, rank, for_gradients=True).tokens
         for rank, one in enumerate(exchanges(vision, sequence_parallel))
+        for chunk in range(plan.num_chunks)
     ]
     # Once to every rank of the unit.
     wanted = np.repeat(np.arange(plan.num_tiles * PER_TILE), vision.tensor_size)
@@ -117,9 +121,9 @@ def test_messages_stay_inside_the_exchange_group(
     plan = random_plan(vision, tokens_per_row)
     for rank, one in enumerate(exchanges(vision, sequence_parallel)):
         outside = np.setdiff1d(np.arange(vision.language.world_size), vision.members(vision.group_of(rank)))
-        for for_gradients in (False, True):
-            for route in (one._of_owner(plan, rank, for_gradients), one._of_encoder(plan, rank, for_gradients)):
-                assert not route.counts[outside].any()
+        for chunk, for_gradients in product(range(plan.num_chunks), (False, True)):
+            ends = one._of_owner, one._of_encoder
+            assert not any(end(plan, chunk, rank, for_gradients).counts[outside].any() for end in ends)
 
 
 @pytest.mark.parametrize(("vision", "sequence_parallel", "tokens_per_row"), CASES)
@@ -130,6 +134,8 @@ def test_first_stage_ranks_own_what_lies_in_their_slice(
     plan = random_plan(vision, tokens_per_row)
     for rank, one in enumerate(exchanges(vision, sequence_parallel)):
         owned = one.owned(plan)
+        by_chunk = [one.owned(plan, chunk).tokens for chunk in range(plan.num_chunks)]
+        np.testing.assert_array_equal(np.sort(np.concatenate(by_chunk)), owned.tokens)
         wanted = []
         for tile in range(plan.num_tiles):
             if layout.stage(rank) != 0 or plan.table.replica[tile] != layout.replica(rank):

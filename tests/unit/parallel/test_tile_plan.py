@@ -112,6 +112,19 @@ def test_the_number_of_chunks_is_that_of_the_busiest_rank(num_tiles: int, chunk_
     assert plan.num_chunks == num_chunks
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_chunks_cut_a_units_tiles_in_order(layout: VisionLayout) -> None:
+    for chunk_tiles in (1, 3):
+        plan = plan_tiles(random_table(np.random.default_rng(3), layout, 50), layout, chunk_tiles)
+        for unit in range(len(layout.units)):
+            tiles = plan.tiles_of(unit)
+            chunks = [plan.tiles_of(unit, chunk) for chunk in range(plan.num_chunks)]
+            assert [len(chunk) for chunk in chunks[: len(tiles) // chunk_tiles]] == [chunk_tiles] * (
+                len(tiles) // chunk_tiles
+            )
+            np.testing.assert_array_equal(np.concatenate(chunks), tiles)
+
+
 def test_all_exchange_groups_run_as_many_chunks_as_the_busiest() -> None:
     layout = VisionLayout(Layout(1, 1, 2), exchange_replicas=1)
     number, zeros = np.arange(5), np.zeros(5, dtype=np.int64)
