@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from internvl_megatron.config.schema import ModelConfig, OptimizerConfig, PartConfig, VisionConfig
+from internvl_megatron.config.schema import ModelConfig, OptimizerConfig, PartConfig
 from internvl_megatron.errors import CheckpointError
 from internvl_megatron.ranks import RankInfo
 from tests.parallel.scenarios import SCENARIOS
@@ -24,6 +24,7 @@ from tests.support.models import huggingface_model, small_model
 from tests.support.reference import gradients_of, normalized, our_tensors
 from tests.support.training import Tensors, train_scenarios
 from tests.support.training import Trained as TrainedModel
+from tests.support.vision_shards import whole_vision
 
 pytestmark = pytest.mark.parallel
 
@@ -197,38 +198,9 @@ def refusals(info: RankInfo, ranks: Ranks, model: ModelConfig, larger: ModelConf
     return str(padded.value), str(checkpoint.value)
 
 
-def join(name: str, parts: list[np.ndarray], vision: VisionConfig) -> np.ndarray:
-    """A whole tensor from the shards of a unit, by its name alone; padding must be zero, copies equal to the last bit."""
-    head, per_rank = vision.hidden_size // vision.num_heads, -(-vision.num_heads // len(parts))
-    heads = [min(max(vision.num_heads - place * per_rank, 0), per_rank) for place in range(len(parts))]
-    if ".linear_qkv." in name:
-        ends, axis = [3 * head * number for number in heads], 0
-    elif name.endswith(("q_norm.weight", "k_norm.weight")):
-        ends, axis = [head * number for number in heads], 0
-    elif name.endswith("linear_proj.weight"):
-        ends, axis = [head * number for number in heads], 1
-    elif ".linear_fc1." in name:
-        ends, axis = [part.shape[0] for part in parts], 0
-    elif name.endswith("linear_fc2.weight"):
-        ends, axis = [part.shape[1] for part in parts], 1
-    else:
-        for part in parts:
-            np.testing.assert_array_equal(part, parts[0], err_msg=f"{name} differs between the ranks of a unit")
-        return parts[0]
-    cut = [np.split(part, [end], axis=axis) for part, end in zip(parts, ends, strict=True)]
-    assert not any(padding.any() for _, padding in cut), f"{name}: padded heads are not zero"
-    return np.concatenate([real for real, _ in cut], axis=axis)
-
-
 def whole(shards: list[Tensors], ranks: Ranks, family: str) -> Tensors:
-    """Tensors of the vision side from all ranks' shards; those who hold the same must have the same."""
-    full: Tensors = {}
-    for holders in ranks.vision_layout.holders:
-        for name in shards[0]:
-            if name.startswith("vision."):
-                tensor = join(name, [shards[rank][name] for rank in holders], model_of(family).vision)
-                np.testing.assert_array_equal(full.setdefault(name, tensor), tensor, err_msg=f"{name} differs")
-    return full
+    """Tensors of the vision side from all ranks' shards."""
+    return whole_vision(shards, ranks.vision_layout, model_of(family).vision)
 
 
 @cache
