@@ -141,6 +141,8 @@ class Scenario:
     """Changes to the run configuration."""
     parallel_changes: dict[str, Any] = field(default_factory=dict)
     seed: int = 5
+    keeps_gradients: bool = False
+    """Gradients of every step are compared, not of the first alone; SGD only."""
 
     def config(self, ranks: Ranks) -> RunConfig:
         model = small_model(self.family)

@@ -16,7 +16,7 @@ def scattered_step(model: ModelConfig, num_rows: int, seed: int, tokens_per_row:
     per_tile, pixels = model.vision.tokens_per_tile, model.vision.tile_pixels
     rows, tiles = [], Tiles()
     for index, num_tiles in enumerate(_tiles_of_rows(rng, num_rows, tokens_per_row, per_tile, most_tiles)):
-        samples = _samples_with_images(rng, num_tiles) if num_tiles else _samples_without(rng)
+        samples = samples_with_images(rng, num_tiles) if num_tiles else samples_without(rng)
         row = packed_row(rng, samples, tokens_per_row, per_tile, model.language.vocab_size)
         for image, reference in enumerate(row.images):
             tiles[index, image] = rng.integers(0, 256, (reference.num_tiles, 3, pixels, pixels), dtype=np.uint8)
@@ -35,7 +35,7 @@ def _tiles_of_rows(
     return np.bincount(places, minlength=num_rows).tolist()
 
 
-def _samples_with_images(rng: np.random.Generator, num_tiles: int) -> list[Sample]:
+def samples_with_images(rng: np.random.Generator, num_tiles: int) -> list[Sample]:
     cuts = np.sort(rng.integers(0, num_tiles + 1, MOST_IMAGES_OF_A_ROW - 1)).tolist()
     sizes = np.diff([0, *cuts, num_tiles])
     samples: list[Sample] = []
@@ -48,6 +48,6 @@ def _samples_with_images(rng: np.random.Generator, num_tiles: int) -> list[Sampl
     return samples
 
 
-def _samples_without(rng: np.random.Generator) -> list[Sample]:
+def samples_without(rng: np.random.Generator) -> list[Sample]:
     """Text, or nothing."""
     return [[int(rng.integers(1, 12))] for _ in range(int(rng.integers(0, 4)))]

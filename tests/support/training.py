@@ -36,6 +36,8 @@ class Trained:
     """Tiles of every call of the vision tower, by step; dummy tiles counted."""
     gradients: Tensors = field(default_factory=dict)
     """As the optimizer saw them: reduced and clipped. SGD only: the distributed optimizer has shards of them."""
+    gradients_of_steps: list[Tensors] = field(default_factory=list)
+    """The same for every step, if the scenario asks for it."""
     after_first_step: Tensors = field(default_factory=dict)
     parameters: Tensors = field(default_factory=dict)
     evaluation: float = 0.0
@@ -103,9 +105,11 @@ def _train(
         result.failed_images.append(outcome.agreement.num_failed_images)
         result.vision_calls.append(calls.copy())
         calls.clear()
+        if scenario.keeps_gradients:
+            result.gradients_of_steps.append(_gradients(model))
         if number == 0:
             if config.optimizer.name == "sgd":
-                result.gradients = {name: _array(_gradient(parameter)) for name, parameter in model.named_parameters()}
+                result.gradients = _gradients(model)
             if overflow is not None:
                 overflow.remove()
             step.gather_parameters()
@@ -134,6 +138,10 @@ def _spoil(parameter: torch.Tensor) -> None:
 def parameters_of(model: Model) -> Tensors:
     """This rank's part of all parameters; sharded ones whole (collective)."""
     return {name: _array(parameter) for name, parameter in model.named_parameters()}
+
+
+def _gradients(model: Model) -> Tensors:
+    return {name: _array(_gradient(parameter)) for name, parameter in model.named_parameters()}
 
 
 def _gradient(parameter: torch.nn.Parameter) -> torch.Tensor:
