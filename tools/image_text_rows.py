@@ -191,6 +191,7 @@ class RandomPixels:
 
     def __init__(self, rows: list[Row], model: ModelConfig, rank_in_replica: int, replica_size: int) -> None:
         self.rows = rows
+        self.slots = list(range(len(rows)))
         self.image_owner = assign_images(rows, replica_size)
         rng = np.random.default_rng(rank_in_replica)
         side = model.vision.tile_pixels
