@@ -34,7 +34,7 @@ from internvl_megatron.model.build import build_model, check_copies_agree, torch
 from internvl_megatron.parallel.groups import make_groups
 from internvl_megatron.parallel.host import broadcast_bytes, exchange_bytes, sum_floats
 from internvl_megatron.ranks import RankInfo, joined
-from internvl_megatron.scaling.counts import language_flops, parameter_counts, step_flops
+from internvl_megatron.scaling.counts import parameter_counts, step_flops
 from internvl_megatron.train.phases import total_seconds
 from internvl_megatron.train.step import Step, StepResult
 
@@ -163,13 +163,9 @@ class Trainer:
         """This leader's trade of rows with those of the other replicas, if there is one."""
         if not self.is_leader or not self.plan.balance_rows:
             return None
-        flops, layout = language_flops(self.config.model.language), self.plan.layout
-        cost = RowCost(
-            per_token=flops.per_token,
-            per_target=flops.per_prediction,
-            per_attention_pair=flops.per_attention_pair,
-            cut_multiple=None if self.config.parallel.pad_rows else layout.row_multiple,
-        )
+        layout = self.plan.layout
+        cut_multiple = None if self.config.parallel.pad_rows else layout.row_multiple
+        cost = RowCost.of_model(self.config.model.language, cut_multiple)
 
         def exchange(payloads: Sequence[bytes]) -> list[bytes]:
             return exchange_bytes(payloads, self.groups.host_data)

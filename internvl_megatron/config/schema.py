@@ -130,6 +130,9 @@ class ParallelConfig:
     (AdamW, whose state is sharded)."""
     prepare_ahead: bool = True
     """Plan the next window and send its tiles to their encoders while the language model computes."""
+    vision_in_bubbles: bool = True
+    """Encode in the pauses of the pipeline, where it has some that can be filled: several stages without virtual ones, more
+    rows of a replica in a step than stages, padded rows, one window a step, a replicated vision side."""
     vision_window_rows: int | None = None
     """Micro-batches whose images are encoded together; None = all micro-batches of a step."""
     vision_chunk_tiles: int = 16

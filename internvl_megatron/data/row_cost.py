@@ -1,10 +1,12 @@
-"""What a packed row costs the language model: the work by which rows are shared out among replicas."""
+"""What a packed row costs the language model: the work by which rows are shared out and put in order."""
 
 from dataclasses import dataclass
 
 import numpy as np
 
+from internvl_megatron.config.schema import LanguageConfig
 from internvl_megatron.data.packing import Row
+from internvl_megatron.scaling.counts import language_flops
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,6 +24,17 @@ class RowCost:
     """Times the square of each sample's length. Attention of padding is not computed."""
     cut_multiple: int | None
     """Rows end with their last sample, rounded up to a multiple of this many tokens; None = at their full length."""
+
+    @classmethod
+    def of_model(cls, language: LanguageConfig, cut_multiple: int | None) -> "RowCost":
+        """The cost of rows in this language model."""
+        flops = language_flops(language)
+        return cls(
+            per_token=flops.per_token,
+            per_target=flops.per_prediction,
+            per_attention_pair=flops.per_attention_pair,
+            cut_multiple=cut_multiple,
+        )
 
     def of(self, row: Row) -> int:
         """Cost of a row as it is trained on, in FLOPs."""

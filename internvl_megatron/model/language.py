@@ -51,10 +51,10 @@ def language_transformer_config(config: RunConfig, dtype: torch.dtype) -> Transf
         variable_seq_lengths=not parallel.pad_rows,
         # Asked for wherever lengths vary, in dense models too.
         moe_token_dispatcher_type="alltoall",
-        # With two pipeline ranks the interleaved schedule's batched messages mix up neighbours: gradients are silently
-        # wrong.
         overlap_p2p_comm=interleaved,
-        batch_p2p_comm=not interleaved,
+        # With two pipeline ranks the interleaved schedule's batched messages mix up neighbours, and gradients are silently
+        # wrong; and a rank may only work on while a message is under way if it is not batched.
+        batch_p2p_comm=False,
     )
 
 

@@ -17,6 +17,7 @@ class EmbeddingStore:
 
     def __init__(self, owned: TokenSlice, hidden_size: int, dtype: torch.dtype, device: Device) -> None:
         """Make room for the embeddings of these tokens."""
+        self.dtype = dtype
         self._memory = torch.empty(len(owned.tokens), hidden_size, dtype=dtype, device=device.torch_device)
         self._owned = owned
         self._first = np.searchsorted(owned.row, np.arange(owned.row.max(initial=-1) + 2))
@@ -41,9 +42,11 @@ class EmbeddingStore:
         return leaf, self._device.put(self._owned.position[span])
 
     def gradients(self, tokens: np.ndarray) -> Tensor:
-        """Gradients [m, D] of some of the tokens' embeddings, in any order, once every row has run backward."""
-        assert not self._waiting, f"rows {sorted(self._waiting)} have not run backward"
-        return self._memory[self._places(tokens)]
+        """Gradients [m, D] of some of the tokens' embeddings, in any order, once their rows have run backward."""
+        places = np.searchsorted(self._owned.tokens, tokens)
+        waiting = self._waiting.intersection(self._owned.row[places].tolist())
+        assert not waiting, f"rows {sorted(waiting)} have not run backward"
+        return self._memory[self._device.put(places)]
 
     def _places(self, tokens: np.ndarray) -> Tensor:
         return self._device.put(np.searchsorted(self._owned.tokens, tokens))

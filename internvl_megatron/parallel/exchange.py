@@ -147,9 +147,9 @@ class Exchange:
         Returns:
             The tokens of `owned(plan, chunk)` by the rank that had them, int64 [n], and their embeddings [n, D].
         """
-        outgoing = self._of_encoder(plan, chunk, self.groups.rank, for_gradients=False)
-        incoming = self._of_owner(plan, chunk, self.groups.rank, for_gradients=False)
-        leaving = embeddings.flatten(0, 1)[self._index(self._local(plan, chunk, outgoing.tokens))]
+        outgoing = self.of_encoder(plan, chunk, self.groups.rank, for_gradients=False)
+        incoming = self.of_owner(plan, chunk, self.groups.rank, for_gradients=False)
+        leaving = embeddings.flatten(0, 1)[self._index(self.local(plan, chunk, outgoing.tokens))]
         received = self._all_to_all(leaving, outgoing.counts, incoming.counts, self.groups.embeddings)
         return incoming.tokens, received
 
@@ -164,15 +164,15 @@ class Exchange:
         Returns:
             [t, K, D], gradients of the tiles this rank encoded, in table order.
         """
-        outgoing = self._of_owner(plan, chunk, self.groups.rank, for_gradients=True)
-        incoming = self._of_encoder(plan, chunk, self.groups.rank, for_gradients=True)
+        outgoing = self.of_owner(plan, chunk, self.groups.rank, for_gradients=True)
+        incoming = self.of_encoder(plan, chunk, self.groups.rank, for_gradients=True)
         leaving = gradients(outgoing.tokens)
         received = self._all_to_all(leaving, outgoing.counts, incoming.counts, self.groups.gradients)
         # Every token of a tile comes back once: a permutation.
-        order = self._index(np.argsort(self._local(plan, chunk, incoming.tokens)))
+        order = self._index(np.argsort(self.local(plan, chunk, incoming.tokens)))
         return received[order].unflatten(0, (-1, self.tokens_per_tile))
 
-    def _of_encoder(self, plan: TilePlan, chunk: int, rank: int, for_gradients: bool) -> Route:
+    def of_encoder(self, plan: TilePlan, chunk: int, rank: int, for_gradients: bool) -> Route:
         """What the encoder of a chunk's tiles has to do with their owners: who has which of its tokens."""
         layout, vision = self.groups.layout, self.groups.vision_layout
         unit = vision.unit_of_rank[rank]
@@ -192,7 +192,7 @@ class Exchange:
         owners = ranks[which] + plan.table.replica[tile[token]] * layout.stage_size
         return Route.ordered(owners, tokens[token], layout.world_size)
 
-    def _of_owner(self, plan: TilePlan, chunk: int, rank: int, for_gradients: bool) -> Route:
+    def of_owner(self, plan: TilePlan, chunk: int, rank: int, for_gradients: bool) -> Route:
         """What the owner of a chunk's tokens has to do with their encoders: who encoded which of them."""
         tokens = self._tokens(plan, chunk, rank, for_gradients)
         tile = tokens // self.tokens_per_tile
@@ -244,7 +244,7 @@ class Exchange:
         # Shares may differ by a token: only sequence parallelism needs a part that divides evenly.
         return length * index // size, length * (index + 1) // size
 
-    def _local(self, plan: TilePlan, chunk: int, tokens: np.ndarray) -> np.ndarray:
+    def local(self, plan: TilePlan, chunk: int, tokens: np.ndarray) -> np.ndarray:
         """Places of tokens in this rank's flattened [t * K, D] embeddings of a chunk."""
         tile, place = np.divmod(tokens, self.tokens_per_tile)
         return np.searchsorted(plan.tiles_of(self.unit, chunk), tile) * self.tokens_per_tile + place

@@ -92,8 +92,8 @@ def plan_tiles(table: TileTable, layout: VisionLayout, chunk_tiles: int) -> Tile
         holder = unit_of_rank[table.decoder[tiles]]
         # A tile may come from another group's rank only where that rank encodes nothing; then it has no holder here.
         holder = np.where(holder >= 0, holder - first, -1)
-        encoder[tiles] = first + _share_out(holder, table.replica[tiles], home[first : first + size])
-    chunk = _number_among_equals(encoder) // chunk_tiles
+        encoder[tiles] = first + share_out(holder, table.replica[tiles], home[first : first + size])
+    chunk = number_among_equals(encoder) // chunk_tiles
     return TilePlan(table, encoder, chunk, num_chunks=int(chunk.max(initial=-1)) + 1)
 
 
@@ -106,21 +106,25 @@ def plan_rows(table: TileTable, layout: VisionLayout) -> TilePlan:
     return TilePlan(table, encoder, chunk=table.row, num_chunks=0)
 
 
-def _share_out(holder: np.ndarray, replica: np.ndarray, home: np.ndarray) -> np.ndarray:
+def share_out(
+    holder: np.ndarray, replica: np.ndarray, home: np.ndarray, quota: np.ndarray | None = None
+) -> np.ndarray:
     """Units [n] of one exchange group's tiles, counted from 0.
 
     Args:
         holder: int64 [n], unit that holds each tile, -1 for none.
         replica: int64 [n], replica of each tile.
         home: int64 [u], replica each unit belongs to; its units of the first stage come first.
+        quota: int64 [u], tiles for each unit; None = equal shares.
     """
     num_units = len(home)
-    held = np.bincount(holder[holder >= 0], minlength=num_units)
-    base, surplus = divmod(len(holder), num_units)
-    quota = np.full(num_units, base, dtype=np.int64)
-    # The units that hold most tiles take one more; ties go to the first.
-    quota[np.argsort(-held, kind="stable")[:surplus]] += 1
-    unit = np.where(_number_among_equals(holder) < quota[holder], holder, -1)
+    if quota is None:
+        held = np.bincount(holder[holder >= 0], minlength=num_units)
+        base, surplus = divmod(len(holder), num_units)
+        quota = np.full(num_units, base, dtype=np.int64)
+        # The units that hold most tiles take one more; ties go to the first.
+        quota[np.argsort(-held, kind="stable")[:surplus]] += 1
+    unit = np.where(number_among_equals(holder) < quota[holder], holder, -1)
     missing = quota - np.bincount(unit[unit >= 0], minlength=num_units)
     for own in np.unique(replica[unit < 0]):
         moving = np.flatnonzero((unit < 0) & (replica == own))
@@ -132,7 +136,7 @@ def _share_out(holder: np.ndarray, replica: np.ndarray, home: np.ndarray) -> np.
     return unit
 
 
-def _number_among_equals(values: np.ndarray) -> np.ndarray:
+def number_among_equals(values: np.ndarray) -> np.ndarray:
     """How many equal values come before each."""
     order = np.argsort(values, kind="stable")
     ordered = values[order]

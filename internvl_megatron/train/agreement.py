@@ -11,8 +11,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from internvl_megatron.config.schema import DataConfig
+from internvl_megatron.config.schema import RunConfig
 from internvl_megatron.data.packing import Row
+from internvl_megatron.data.row_cost import RowCost
 from internvl_megatron.data.step_rows import ImageKey, StepRows
 from internvl_megatron.errors import DataError
 from internvl_megatron.parallel.groups import Groups
@@ -32,6 +33,8 @@ class StepAgreement:
     """Tiles of all replicas."""
     row_weights: np.ndarray
     """fp64 [M]: loss weight of micro-batch m over all replicas."""
+    row_costs: np.ndarray
+    """int64 [R, M]: FLOPs of a forward pass through the language model, of micro-batch m of every replica."""
     num_tokens: int
     """Tokens of all replicas, padding not counted."""
     num_samples: int
@@ -42,15 +45,14 @@ class StepAgreement:
     """Sum over all samples of length squared: what the quadratic part of attention costs."""
 
 
-def agree(batch: StepRows, groups: Groups, data: DataConfig, pad_rows: bool) -> StepAgreement:
+def agree(batch: StepRows, groups: Groups, config: RunConfig) -> StepAgreement:
     """Exchange what all ranks must know of each other; collective.
 
     Args:
         batch: this replica's rows and this rank's tiles.
         groups: process groups.
-        data: its tile budget numbers tiles by the slots of their rows, so that numbers do not depend on the layout.
-        pad_rows: keep rows at their full length; otherwise they end with their last sample, or where the ranks that share a
-            row need it.
+        config: its tile budget numbers tiles by the slots of their rows, so that numbers do not depend on the layout; rows
+            keep their full length, or end with their last sample, or where the ranks that share a row need it.
 
     Raises:
         DataError: on all ranks, if one of them has an image that cannot be decoded and the policy is to stop; only its own
@@ -62,7 +64,7 @@ def agree(batch: StepRows, groups: Groups, data: DataConfig, pad_rows: bool) -> 
     except DataError as raised:  # the others must hear of it: they would wait for this rank
         error, failed = raised, {}
     rows, num_failed_images, must_stop = _agree_in_replica(batch, groups, failed, error is not None)
-    if not pad_rows:
+    if not config.parallel.pad_rows:
         rows = [row.cut(groups.layout.row_multiple) for row in rows]
     ranks = groups.layout.replica_ranks(groups.layout.replica(groups.rank))
     tiles = [
@@ -72,13 +74,15 @@ def agree(batch: StepRows, groups: Groups, data: DataConfig, pad_rows: bool) -> 
             *span,
             start,
             ranks[batch.image_owner[index][image]],
-            batch.slots[index] * data.tiles_per_row + number,
+            batch.slots[index] * config.data.tiles_per_row + number,
         )
         for index, row in enumerate(rows)
         for number, (start, span, image) in enumerate(
             zip(row.tile_starts.tolist(), _samples_of_tiles(row), _image_of_tiles(row), strict=True)
         )
     ]
+    cost = RowCost.of_model(config.model.language, cut_multiple=None)  # what is to be cut is cut
+    costs = [cost.of(row) for row in rows]
     weights = np.array([row.weights.sum(dtype=np.float64) for row in rows])
     totals = [
         sum(row.num_tokens for row in rows),
@@ -88,16 +92,17 @@ def agree(batch: StepRows, groups: Groups, data: DataConfig, pad_rows: bool) -> 
         int(must_stop),
         sum(int((row.segment_lengths[: row.num_samples].astype(np.int64) ** 2).sum()) for row in rows),
     ]
-    message = np.concatenate([totals, weights.view(np.int64), np.array(tiles, dtype=np.int64).ravel()])
+    message = np.concatenate([totals, costs, weights.view(np.int64), np.array(tiles, dtype=np.int64).ravel()])
     gathered = gather_integers(message, groups.host_data)
-    split = [np.split(values, [len(totals), len(totals) + len(rows)]) for values in gathered]
+    split = [np.split(values, len(totals) + len(rows) * np.arange(3)) for values in gathered]
     sums = np.sum([part[0] for part in split], axis=0).tolist()
     if sums[4]:
         raise error or DataError("another rank has an image that cannot be decoded; its message says which")
     return StepAgreement(
         rows=rows,
-        table=_table([part[2] for part in split]),
-        row_weights=np.sum([np.ascontiguousarray(part[1]).view(np.float64) for part in split], axis=0),
+        table=_table([part[3] for part in split]),
+        row_weights=np.sum([np.ascontiguousarray(part[2]).view(np.float64) for part in split], axis=0),
+        row_costs=np.array([part[1] for part in split]),
         num_tokens=sums[0],
         num_samples=sums[1],
         num_supervised_tokens=sums[2],

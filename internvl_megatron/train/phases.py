@@ -28,17 +28,28 @@ class PhaseClock:
     def __init__(self, device: Device) -> None:
         self._device = device
         self._marks: list[tuple[str, Mark, Mark]] = []
+        self._open: list[tuple[str, Mark]] = []
 
     def clear(self) -> None:
         """Begin a step."""
         self._marks.clear()
+        self._open.clear()
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """What runs in the block belongs to this phase."""
-        start = self._device.mark()
+        """What runs in the block belongs to this phase; a phase inside another interrupts it."""
+        self._close()
+        self._open.append((name, self._device.mark()))
         yield
-        self._marks.append((name, start, self._device.mark()))
+        self._close()
+        self._open.pop()
+        if self._open:
+            self._open[-1] = self._open[-1][0], self._device.mark()
+
+    def _close(self) -> None:
+        """End the stretch that is running."""
+        if self._open:
+            self._marks.append((*self._open[-1], self._device.mark()))
 
     def spans(self) -> list[Span]:
         """All stretches in the order they ended; waits for the device."""

@@ -4,7 +4,6 @@ The ranks of the first stage encode the images of a row when its forward pass be
 with the row's. The other stages wait for them: the encoder's work is on the critical path, on one stage.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -12,41 +11,34 @@ import torch
 from torch import Tensor
 
 from internvl_megatron.device import Device
+from internvl_megatron.model.build import torch_dtype
 from internvl_megatron.parallel.exchange import Exchange, HeldTiles
 from internvl_megatron.parallel.tile_plan import TilePlan
+from internvl_megatron.train.window_encoder import TileEncoder, WindowEncoder
 
 
-class RowEncoder:
-    """Image embeddings of rows, each computed when it is asked for; takes the place of an `EmbeddingStore`."""
+class RowEncoder(WindowEncoder):
+    """Image embeddings of rows, each computed when it is asked for."""
 
-    def __init__(
-        self,
-        plan: TilePlan,
-        tiles: HeldTiles,
-        encode: Callable[[Tensor, np.ndarray], Tensor],
-        exchange: Exchange,
-        device: Device,
-        nothing: Tensor,
-    ) -> None:
-        """Take the tiles of a window.
-
-        Args:
-            plan: of the window; the tiles of every row are shared out by themselves.
-            tiles: those this rank encodes.
-            encode: tiles and their numbers in the global batch to embeddings [t, K, D].
-            exchange: between the ranks of the first stage.
-            device: of the embeddings.
-            nothing: [0, K, D], the embeddings of a rank that has no tile of a row.
-        """
+    def __init__(self, encoder: TileEncoder, exchange: Exchange, plan: TilePlan, tiles: HeldTiles) -> None:
+        """Take the tiles of a window; the plan shares out the tiles of every row by themselves."""
         self._plan = plan
         self._tiles = tiles
-        self._encode = encode
+        self._encoder = encoder
         self._exchange = exchange
-        self._device = device
-        self._nothing = nothing
+        self._device = exchange.device
         self._replica = exchange.groups.layout.replica(exchange.groups.rank)
+        config, kind = encoder.config, self._device.torch_device
+        shape = 0, exchange.tokens_per_tile, config.model.language.hidden_size
+        self._nothing = torch.empty(shape, dtype=torch_dtype(config.dtype), device=kind)
 
-    def row(self, row: int, requires_grad: bool) -> tuple[Tensor, Tensor] | None:
+    def encode(self) -> None:
+        """Nothing: every row comes when it is asked for."""
+
+    def backprop(self) -> None:
+        """Nothing: the passes of the rows have done it."""
+
+    def row(self, row: int) -> tuple[Tensor, Tensor] | None:
         """A row's embeddings [m, D] and their places in the local slice, int64 [m]; None if the row has no image.
 
         Collective over the ranks of the first stage, in backward too.
@@ -56,10 +48,10 @@ class RowEncoder:
             return None
         mine = plan.tiles_of(self._exchange.unit, row)
         if len(mine):
-            embeddings = self._encode(self._tiles.take(mine), plan.table.number[mine])
+            embeddings = self._encoder(self._tiles.take(mine), plan.table.number[mine], self._encoder.learns)
         else:
             # A part of the graph: this rank takes part in the messages of backward all the same.
-            embeddings = self._nothing.detach().requires_grad_(requires_grad)
+            embeddings = self._nothing.detach().requires_grad_(self._encoder.learns)
         tokens = _SendEmbeddings.apply(embeddings, self._exchange, plan, row, self._device)
         assert isinstance(tokens, Tensor), "autograd functions return what their forward returns"
         return tokens, self._device.put(self._exchange.owned(plan, row).position)

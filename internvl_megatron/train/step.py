@@ -7,36 +7,34 @@
     decode    Megatron Core's schedule runs the language model over the micro-batches; embeddings are detached leaves
     backprop  chunk by chunk their gradients travel back and ViT + projector run backward
 
-then gradients are reduced in each module's own groups, clipped by one norm, and both optimizers step or none does.
+With several pipeline stages most of encode and backprop goes on in the pauses of decode (`bubble_encoder`). Then gradients are
+reduced in each module's own groups, clipped by one norm, and both optimizers step or none does.
 """
 
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
-from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from torch import Tensor
 
 from internvl_megatron.config.schema import RunConfig
 from internvl_megatron.data.step_rows import StepRows
 from internvl_megatron.device import Device
-from internvl_megatron.model.build import Model, torch_dtype
-from internvl_megatron.model.drop_path import residual_scale
+from internvl_megatron.model.build import Model
 from internvl_megatron.model.language import ImageTokens
 from internvl_megatron.model.loss import weighted_loss
-from internvl_megatron.parallel.embedding_store import EmbeddingStore
-from internvl_megatron.parallel.exchange import Exchange, HeldTiles
+from internvl_megatron.parallel.bubble_plan import BubblePlan
+from internvl_megatron.parallel.exchange import Exchange
 from internvl_megatron.parallel.groups import Groups
 from internvl_megatron.parallel.host import sum_floats
-from internvl_megatron.parallel.tile_plan import TilePlan
 from internvl_megatron.train.agreement import StepAgreement
 from internvl_megatron.train.batch import DeviceRow, device_row
+from internvl_megatron.train.bubble_encoder import BubbleEncoder
 from internvl_megatron.train.host_memory import keep_on_host
 from internvl_megatron.train.optimizer import (
     JointOptimizer,
@@ -47,8 +45,10 @@ from internvl_megatron.train.optimizer import (
     megatron_optimizer,
 )
 from internvl_megatron.train.phases import PhaseClock, Span
+from internvl_megatron.train.pipeline_messages import PipelineMessages
 from internvl_megatron.train.row_encoder import RowEncoder
 from internvl_megatron.train.vision_side import vision_side
+from internvl_megatron.train.window_encoder import PhasedEncoder, TileEncoder, WindowEncoder
 from internvl_megatron.train.windows import Window, WindowMaker
 
 
@@ -75,16 +75,6 @@ class StepResult:
     """When each phase ran on this rank; not the same on every rank."""
 
 
-@dataclass(frozen=True)
-class EncodedChunk:
-    """One pass of the vision side, until its backward pass."""
-
-    encode: Callable[[], Tensor]
-    """Computes it from its tiles."""
-    output: Tensor | None
-    """[t, K, D] with its graph; None if it is computed again in backward."""
-
-
 class Step:
     """Everything one optimizer step needs, built once."""
 
@@ -109,7 +99,7 @@ class Step:
         parts = config.optimizer
         self._trains_vision = parts.vision.trainable or parts.projector.trainable
         self.clock = PhaseClock(device)
-        self._p2p = P2PCommunicator(groups.language.pp, model.language[0].config)
+        self._messages = PipelineMessages(groups.language.pp, model.language[0].config)
 
     def run(
         self,
@@ -144,13 +134,14 @@ class Step:
         while True:
             tiles_per_unit += np.bincount(window.plan.encoder, minlength=len(tiles_per_unit))
             with phase("encode"):
-                images, chunks = self._encode(window, step, training=True)
+                images = self._images(window, step, training=True)
             self.windows.prepare_after(window, following)
             with phase("decode"):
                 losses += self._decode(window, images, training=True)
             with phase("backprop"):
-                self._backprop(window, images, chunks)
-            del images, chunks  # or they would lie beside the next window's
+                if images is not None:
+                    images.backprop()
+            del images  # or they would lie beside the next window's
             if window.is_last:
                 break
             with phase("plan"):
@@ -184,70 +175,37 @@ class Step:
         """Loss of held-out rows, without drop path; collective over all ranks."""
         for module in (self.vision, *self.language):
             module.eval()
-        window, losses = self.windows.first(batch), []
+        window, losses = self.windows.first_of_evaluation(batch), []
         while True:
-            images, chunks = self._encode(window, step=0, training=False)
+            images = self._images(window, step=0, training=False)
             losses += self._decode(window, images, training=False)
-            del images, chunks
+            del images
             if window.is_last:
                 break
             window = self.windows.after(window)
         return sum_floats([self._own_loss(losses)], self.groups.host_world)[0]
 
-    def _encode(
-        self, window: Window, step: int, training: bool
-    ) -> tuple[EmbeddingStore | RowEncoder | None, list[EncodedChunk]]:
-        """Embeddings of the window's images at their owners; a window without images costs nothing."""
+    def _images(self, window: Window, step: int, training: bool) -> WindowEncoder | None:
+        """The window's images, encoded as far as the pipeline waits for them; None without images, which costs nothing."""
         if window.tiles is None:
-            return None, []
-        plan, exchange, parallel = window.plan, self.exchange, self.config.parallel
+            return None
+        exchange, plan = self.exchange, window.plan
         tiles = exchange.receive_tiles(window.take_tiles())
+        encoder = TileEncoder(self.config, self.vision, self.device, step, training)
         if self.groups.vision_layout.first_stage_only:
-            return self._row_encoder(plan, tiles, step, training), []
-        keeps_graph = training and self._trains_vision and parallel.vision_recompute != "full"
-        hidden_size, dtype = self.config.model.language.hidden_size, torch_dtype(self.config.dtype)
-        store = EmbeddingStore(exchange.owned(plan), hidden_size, dtype, self.device)
-        chunks: list[EncodedChunk] = []
-        for number in range(plan.num_chunks):
-            encode = partial(self._encode_chunk, plan, tiles, number, step, training)
-            with torch.set_grad_enabled(keeps_graph), keep_on_host(self.device, parallel.vision_offload):
-                output = encode()
-            num_real_tiles = len(plan.tiles_of(exchange.unit, number))
-            store.put(*exchange.send_embeddings(plan, number, output.detach()[:num_real_tiles]))
-            chunks.append(EncodedChunk(encode, output if keeps_graph else None))
-        return store, chunks
+            images: WindowEncoder = RowEncoder(encoder, exchange, plan, tiles)
+        elif isinstance(plan, BubblePlan):
+            images = BubbleEncoder(encoder, exchange, plan, tiles, self.clock)
+        else:
+            images = PhasedEncoder(encoder, exchange, plan, tiles, window.is_last_with_images)
+        images.encode()
+        return images
 
-    def _encode_chunk(self, plan: TilePlan, tiles: HeldTiles, number: int, step: int, training: bool) -> Tensor:
-        """Embeddings [t, K, D] of this rank's tiles in a chunk, or of a dummy if it has none."""
-        mine = plan.tiles_of(self.exchange.unit, number)
-        pixels, numbers = tiles.take(mine), plan.table.number[mine]
-        if len(mine) == 0:
-            # Every rank runs every chunk: collectives of sharded parameters would otherwise wait for this rank.
-            pixels, numbers = pixels.new_zeros(1, *pixels.shape[1:]), np.zeros(1, dtype=np.int64)
-        return self.vision(pixels, self._residual_scale(numbers, step, training))
-
-    def _residual_scale(self, numbers: np.ndarray, step: int, training: bool) -> Tensor | None:
-        """Drop path of tiles with these numbers."""
-        vision = self.config.model.vision
-        rate = vision.drop_path_rate if training else 0.0
-        scale = residual_scale(rate, vision.num_layers, numbers, self.config.seed, step)
-        return None if scale is None else self.device.put(scale)
-
-    def _row_encoder(self, plan: TilePlan, tiles: HeldTiles, step: int, training: bool) -> RowEncoder:
-        model = self.config.model
-        shape = 0, model.vision.tokens_per_tile, model.language.hidden_size
-        nothing = torch.empty(shape, dtype=torch_dtype(self.config.dtype), device=self.device.torch_device)
-
-        def encode(tiles: Tensor, numbers: np.ndarray) -> Tensor:
-            trains, offload = training and self._trains_vision, self.config.parallel.vision_offload
-            with torch.set_grad_enabled(trains), keep_on_host(self.device, offload):
-                return self.vision(tiles, self._residual_scale(numbers, step, training))
-
-        return RowEncoder(plan, tiles, encode, self.exchange, self.device, nothing)
-
-    def _decode(self, window: Window, embeddings: EmbeddingStore | RowEncoder | None, training: bool) -> list[Tensor]:
+    def _decode(self, window: Window, encoder: WindowEncoder | None, training: bool) -> list[Tensor]:
         """Run the language model over the window; losses of its rows on the last stage, nothing elsewhere."""
-        agreement, rows, layout = window.agreement, window.rows, self.groups.layout
+        agreement, layout = window.agreement, self.groups.layout
+        rows = window.order(layout.replica(self.groups.rank))
+        self._messages.fill(encoder.while_waiting if isinstance(encoder, BubbleEncoder) else None)
         interleaved = layout.virtual_size > 1
         chunks = list[torch.nn.Module](self.language)
         schedule = get_forward_backward_func(layout.pipeline_size, layout.virtual_size if interleaved else None)
@@ -257,8 +215,8 @@ class Step:
         ) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]]:
             number = next(numbers)
             images = None
-            if embeddings is not None and language.module.pre_process:
-                images = embeddings.row(number, requires_grad=training and self._trains_vision)
+            if encoder is not None and language.module.pre_process:
+                images = encoder.row(number)
             language_model, rank = self.config.model.language, self.groups.rank
             row = device_row(agreement.rows[number], language_model, self.device, layout, rank)
             with keep_on_host(self.device, self.config.parallel.language_offload):
@@ -274,7 +232,7 @@ class Step:
                 seq_length=self.config.data.tokens_per_row,
                 micro_batch_size=1,
                 forward_only=not training,
-                p2p_communicator=self._p2p,
+                p2p_communicator=self._messages,
                 pg_collection=self.groups.language,
             )
 
@@ -309,23 +267,6 @@ class Step:
         else:
             weight = float(agreement.row_weights[row]) * len(agreement.rows)
         return 1.0 / weight if weight > 0 else 0.0
-
-    def _backprop(
-        self, window: Window, embeddings: EmbeddingStore | RowEncoder | None, chunks: list[EncodedChunk]
-    ) -> None:
-        """Bring the gradients of the embeddings back and run the vision side backward."""
-        if not isinstance(embeddings, EmbeddingStore) or not self._trains_vision:
-            return  # no images, nothing to train, or done row by row
-        plan, exchange = window.plan, self.exchange
-        is_last_with_images = not (window.agreement.table.row >= window.rows.stop).any()
-        for number in range(plan.num_chunks):
-            chunk = chunks.pop(0)  # nothing keeps it longer than its backward pass
-            output = chunk.encode() if chunk.output is None else chunk.output
-            gradient = exchange.send_gradients(plan, number, embeddings.gradients)
-            if len(gradient) == 0:
-                gradient = torch.zeros_like(output)
-            with self.vision.backward_pass(is_last=is_last_with_images and number == plan.num_chunks - 1):
-                output.backward(gradient.to(output.dtype))
 
     def _reduce(self, agreement: StepAgreement) -> None:
         """Sum gradients over the copies of each module; both are already divided by the global weight."""

@@ -4,15 +4,20 @@ All of it is host work and one message in groups of its own, so it runs in a thr
 model computes. A run gives the same numbers with and without.
 """
 
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+
+import numpy as np
 
 from internvl_megatron.config.schema import RunConfig
 from internvl_megatron.data.step_rows import StepRows
 from internvl_megatron.device import Device
+from internvl_megatron.parallel.bubble_plan import BubblePlan, can_fill_bubbles, plan_bubbles
 from internvl_megatron.parallel.exchange import Exchange, TilesOnTheWay
 from internvl_megatron.parallel.groups import Groups
 from internvl_megatron.parallel.tile_plan import TilePlan, plan_rows, plan_tiles
+from internvl_megatron.scaling.counts import tile_flops
 from internvl_megatron.train.agreement import StepAgreement, agree, decoded_tiles
 
 
@@ -34,6 +39,15 @@ class Window:
         """Whether the step ends with it."""
         return self.rows.stop == len(self.agreement.rows)
 
+    @property
+    def is_last_with_images(self) -> bool:
+        """Whether no later window of the step has any."""
+        return not (self.agreement.table.row >= self.rows.stop).any()
+
+    def order(self, replica: int) -> Sequence[int]:
+        """The rows in the order a replica's pipeline takes them."""
+        return self.plan.order[replica].tolist() if isinstance(self.plan, BubblePlan) else self.rows
+
     def take_tiles(self) -> TilesOnTheWay:
         """Hand the tiles over: whoever takes them decides how long they stay in memory."""
         tiles, self.tiles = self.tiles, None
@@ -49,12 +63,24 @@ class WindowMaker:
         self._groups = groups
         self._device = device
         self._exchange = exchange
+        parallel = config.parallel
+        # What pauses has all rows of a step under way, and other lengths would be asked for before the gradient.
+        self._fills_bubbles = (
+            parallel.vision_in_bubbles
+            and parallel.vision_sharding == "replicated"
+            and parallel.vision_window_rows is None
+            and parallel.pad_rows
+        )
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="window") if config.parallel.prepare_ahead else None
         self._ahead: tuple[StepRows, int, Future[Window]] | None = None
 
     def first(self, batch: StepRows) -> Window:
         """The first window of a step."""
         return self._take(batch, None, 0)
+
+    def first_of_evaluation(self, batch: StepRows) -> Window:
+        """The first window of a batch that has no backward passes."""
+        return self._make(batch, None, 0, evaluates=True)
 
     def after(self, window: Window) -> Window:
         """The next window of the same step."""
@@ -81,18 +107,30 @@ class WindowMaker:
             return ahead[2].result()
         return self._make(batch, agreement, first)
 
-    def _make(self, batch: StepRows, agreement: StepAgreement | None, first: int) -> Window:
-        parallel = self._config.parallel
-        agreement = agreement or agree(batch, self._groups, self._config.data, parallel.pad_rows)
-        size = parallel.vision_window_rows or len(agreement.rows)
+    def _make(self, batch: StepRows, agreement: StepAgreement | None, first: int, evaluates: bool = False) -> Window:
+        agreement = agreement or agree(batch, self._groups, self._config)
+        size = self._config.parallel.vision_window_rows or len(agreement.rows)
         rows = range(first, min(first + size, len(agreement.rows)))
-        table = agreement.table.of_rows(rows)
-        layout = self._groups.vision_layout
-        by_row = layout.first_stage_only
-        plan = plan_rows(table, layout) if by_row else plan_tiles(table, layout, parallel.vision_chunk_tiles)
+        plan = self._plan(agreement, rows, evaluates)
         tiles = None
         if plan.num_tiles > 0:
             decoded = decoded_tiles(batch, self._config.model.vision.tile_pixels, rows)
             with self._device.side_stream():
                 tiles = self._exchange.send_tiles(plan, decoded)
         return Window(batch, agreement, rows, plan, tiles)
+
+    def _plan(self, agreement: StepAgreement, rows: range, evaluates: bool) -> TilePlan:
+        """Who encodes which tile, and when."""
+        parallel, layout, table = self._config.parallel, self._groups.vision_layout, agreement.table.of_rows(rows)
+        if layout.first_stage_only:
+            return plan_rows(table, layout)
+        # The pauses that are filled are those before gradients.
+        if self._fills_bubbles and not evaluates and len(table) and can_fill_bubbles(layout, len(agreement.rows)):
+            return plan_bubbles(table, layout, parallel.vision_chunk_tiles, self._row_tiles(agreement))
+        return plan_tiles(table, layout, parallel.vision_chunk_tiles)
+
+    def _row_tiles(self, agreement: StepAgreement) -> np.ndarray:
+        """A stage's time for a row over a unit's time for a tile, [R, M], if both compute equally fast."""
+        layout, model = self._groups.layout, self._config.model
+        stage = agreement.row_costs / (layout.pipeline_size * layout.stage_size)
+        return stage / (tile_flops(model) / self._groups.vision_layout.tensor_size)

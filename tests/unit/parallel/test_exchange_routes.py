@@ -87,9 +87,9 @@ def test_both_ends_of_every_route_agree(
     plan = random_plan(vision, tokens_per_row)
     ends = exchanges(vision, sequence_parallel)
     for chunk in range(plan.num_chunks):
-        incoming = [by_rank(other._of_owner(plan, chunk, owner, for_gradients)) for owner, other in enumerate(ends)]
+        incoming = [by_rank(other.of_owner(plan, chunk, owner, for_gradients)) for owner, other in enumerate(ends)]
         for encoder, one in enumerate(ends):
-            outgoing = by_rank(one._of_encoder(plan, chunk, encoder, for_gradients))
+            outgoing = by_rank(one.of_encoder(plan, chunk, encoder, for_gradients))
             for owner in range(vision.language.world_size):
                 np.testing.assert_array_equal(outgoing[owner], incoming[owner][encoder])
 
@@ -105,7 +105,7 @@ def test_every_tokens_gradient_comes_back_once(
 ) -> None:
     plan = random_plan(vision, tokens_per_row)
     returned = [
-        one._of_owner(plan, chunk, rank, for_gradients=True).tokens
+        one.of_owner(plan, chunk, rank, for_gradients=True).tokens
         for rank, one in enumerate(exchanges(vision, sequence_parallel))
         for chunk in range(plan.num_chunks)
     ]
@@ -122,7 +122,7 @@ def test_messages_stay_inside_the_exchange_group(
     for rank, one in enumerate(exchanges(vision, sequence_parallel)):
         outside = np.setdiff1d(np.arange(vision.language.world_size), vision.members(vision.group_of(rank)))
         for chunk, for_gradients in product(range(plan.num_chunks), (False, True)):
-            ends = one._of_owner, one._of_encoder
+            ends = one.of_owner, one.of_encoder
             assert not any(end(plan, chunk, rank, for_gradients).counts[outside].any() for end in ends)
 
 
