@@ -2,8 +2,8 @@
 
 `Exchange` sends a chunk in one all-to-all, in which all ranks meet. Here ranks are at different rows, and only those meet
 that have something for each other: whoever encodes sends as soon as it has encoded, whoever owns a row receives when its
-pipeline asks for it. Messages of a pair go by ascending chunk at both ends. Ranks of the first stage both send to and
-receive from each other; they do both at once, for the same chunk, or each would wait for the other to receive first.
+pipeline asks for it. Messages of a pair go by ascending chunk at both ends, and between stages in one direction, so that no
+two ranks wait for each other to receive. Ranks of the first stage do both at once, for the same chunk.
 """
 
 from collections.abc import Callable
@@ -61,7 +61,8 @@ class ChunkMessages:
         self._plan = plan
         self._hidden_size, self._dtype = hidden_size, dtype
         self._rank = exchange.groups.rank
-        self._owns_tokens = exchange.groups.layout.stage(self._rank) == 0
+        self._layout = exchange.groups.layout
+        self._owns_tokens = self._layout.stage(self._rank) == 0
         self._leaving: dict[int, dict[int, Tensor]] = {}
         self._gradients: dict[int, _Arriving] = {}
         self._on_the_way: list[_OnTheWay] = []
@@ -147,20 +148,33 @@ class ChunkMessages:
         counts = [part.stop - part.start for part in parts.values()]
         values = torch.empty(sum(counts), self._hidden_size, dtype=self._dtype, device=exchange.device.torch_device)
         places = dict(zip(parts, values.split(counts), strict=True)) if parts else {}
-        operations = []
+        together, receiving = [], _OnTheWay([], [])
         for rank in sorted({*leaving, *places}):
+            meets = self._owns_tokens and self._layout.stage(rank) == 0
             if rank in leaving:
-                operations.append(dist.P2POp(dist.isend, leaving[rank], rank, peers.group, tag=chunk))
                 exchange.sent_bytes += leaving[rank].nbytes
+                if meets:
+                    together.append(dist.P2POp(dist.isend, leaving[rank], rank, peers.group, tag=chunk))
+                else:
+                    # Nobody waits for it: the receiver may be many rows behind.
+                    work = [_begun(dist.isend(leaving[rank], rank, peers.group, tag=chunk))]
+                    self._on_the_way.append(_OnTheWay(work, [leaving[rank]]))
             if rank in places:
-                operations.append(dist.P2POp(dist.irecv, places[rank], rank, peers.group, tag=chunk))
-        messages = _OnTheWay(dist.batch_isend_irecv(operations) if operations else [], [*leaving.values()])
-        # A sender that waited for its receiver would wait for a row that is far away.
+                if meets:
+                    together.append(dist.P2POp(dist.irecv, places[rank], rank, peers.group, tag=chunk))
+                else:
+                    receiving.work.append(_begun(dist.irecv(places[rank], rank, peers.group, tag=chunk)))
+        if together:
+            receiving.work += dist.batch_isend_irecv(together)
+            receiving.sent += leaving.values()
         self._on_the_way = [others for others in self._on_the_way if not others.is_completed()]
-        if not parts:
-            self._on_the_way.append(messages)
         tokens = [expected.tokens[part] for part in parts.values()] if expected is not None else []
-        return _Arriving(np.concatenate([np.empty(0, dtype=np.int64), *tokens]), values, messages)
+        return _Arriving(np.concatenate([np.empty(0, dtype=np.int64), *tokens]), values, receiving)
+
+
+def _begun(work: dist.Work | None) -> dist.Work:
+    assert work is not None, "this rank is one of the peers"
+    return work
 
 
 def _parts(route: Route) -> dict[int, slice]:

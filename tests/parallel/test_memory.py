@@ -5,6 +5,10 @@ Peak bytes of tensors on a rank = uint8 pixels of the tiles it encodes in a wind
                                 + 4 bytes a micro-batch for its loss, where the loss is computed
                                 + what does not depend on M.
 
+Where encoding fills the pauses of the pipeline (`vision_in_bubbles`) a rank that has encoded for others may keep the embeddings
+until their owner's pipeline has come to the row: at most those of its tiles, once. And tiles change their rank for it: those
+on their way lie in a message before there are embeddings.
+
 That is with `vision_recompute=full`, at which nothing else of the encoder stays between its forward and backward pass.
 In the last term are parameters, gradients, optimizer state, the activations of as many micro-batches as the pipeline
 has under way (with M = 2 it may have fewer than with more), and what travels at a time: embeddings and gradients of one
@@ -49,7 +53,8 @@ class Case:
     parallel_changes: dict[str, Any] = field(default_factory=dict)
 
     def config(self) -> RunConfig:
-        changes = {"vision_recompute": "full", "prepare_ahead": False, **self.parallel_changes}
+        apart = {"vision_recompute": "full", "prepare_ahead": False, "vision_in_bubbles": False}
+        changes = {**apart, **self.parallel_changes}
         return run_config(
             small_model(num_layers=4 if self.ranks.virtual_size > 1 else 2),
             parallel=self.ranks.config(**changes),
@@ -61,6 +66,10 @@ CASES = {
     "PP2": Case(LAYOUTS["PP2"]),
     "PP2 in windows": Case(LAYOUTS["PP2"], {"vision_window_rows": 2}),
     "DP2 ahead": Case(LAYOUTS["DP2"], {"prepare_ahead": True}),
+}
+BUBBLE_CASES = {
+    "PP2": Case(LAYOUTS["PP2"], {"vision_in_bubbles": True}),
+    "TP2xPP2": Case(LAYOUTS["TP2xPP2"], {"vision_in_bubbles": True}),
 }
 MORE_CASES = {
     "1": Case(LAYOUTS["1"]),
@@ -171,3 +180,16 @@ def test_memory_grows_by_tiles_and_owned_embeddings(run_ranks: Callable[..., lis
             assert more_under_way > 0, f"rank {rank}: two rows do not fill an interleaved pipeline"
         else:
             assert 0 <= more_under_way < SMALL_BYTES, f"rank {rank}"
+
+
+@pytest.mark.parametrize("name", ["PP2", pytest.param("TP2xPP2", marks=pytest.mark.slow)])
+def test_memory_with_encoding_in_bubbles(run_ranks: Callable[..., list[Any]], name: str) -> None:
+    case = BUBBLE_CASES[name]
+    model, layout = case.config().model, case.ranks.layout
+    tiles = TILES_PER_ROW / (case.ranks.num_ranks / layout.data_size)
+    encoded = int(tiles) * model.vision.tokens_per_tile * model.language.hidden_size * FP32_BYTES
+    found: list[dict[int, int]] = run_ranks(measure, case.ranks.num_ranks, case)
+    for rank, peaks in enumerate(found):
+        wanted = bytes_per_row(case, rank)
+        grown = (peaks[MANY_ROWS] - peaks[SOME_ROWS]) / (MANY_ROWS - SOME_ROWS)
+        assert grown <= wanted + encoded, f"rank {rank}"

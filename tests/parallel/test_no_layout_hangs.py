@@ -38,15 +38,18 @@ class Case:
     ranks: Ranks
     parallel_changes: dict[str, Any] = field(default_factory=dict)
     seed: int = 0
+    rows_per_step: int = 4
 
     def config(self) -> RunConfig:
-        model = small_model(num_layers=4 if self.ranks.virtual_size > 1 else 2, hidden_size=32, head_size=8)
+        model = small_model(
+            num_layers=2 * max(self.ranks.virtual_size, self.ranks.pipeline_size // 2, 1), hidden_size=32, head_size=8
+        )
         model = replace(model, vision=replace(model.vision, num_layers=1, drop_path_rate=0.2))
         return run_config(
             model,
             data=DataConfig(tokens_per_row=128, tiles_per_row=32),
             parallel=self.ranks.config(**{"vision_chunk_tiles": CHUNK_TILES, **self.parallel_changes}),
-            rows_per_step=4,
+            rows_per_step=self.rows_per_step,
         )
 
     def data(self, config: RunConfig, step: int) -> StepData:
@@ -64,6 +67,8 @@ class Case:
 
 CASES = {
     "TP2xPP2": Case(LAYOUTS["TP2xPP2"]),
+    "PP4": Case(LAYOUTS["PP4"], {"vision_recompute": "full"}, 7, rows_per_step=6),
+    "DP2 sharded": Case(LAYOUTS["DP2"], {"vision_sharding": "sharded"}, 11),
     "TP2+SPxPP2 in windows": Case(LAYOUTS["TP2+SPxPP2"], {"vision_window_rows": 3, "vision_recompute": "full"}, 1),
     "PP2xDP2 apart": Case(LAYOUTS["PP2xDP2 apart"], {}, 2),
     "CP2xDP2 nothing ahead": Case(LAYOUTS["CP2xDP2"], {"prepare_ahead": False, "vision_window_rows": 1}, 3),
@@ -73,6 +78,14 @@ CASES = {
         Ranks(4, pipeline_size=2, vision_placement="first_stage"), {"pad_rows": False, "vision_window_rows": 1}, 6
     ),
 }
+MORE_CASES = {
+    "TP2xPP2 phases apart": Case(LAYOUTS["TP2xPP2"], {"vision_in_bubbles": False}),
+    "PP2xDP2 together": Case(LAYOUTS["PP2xDP2"], {}, 8, rows_per_step=6),
+    "PP2xDP2 apart, more rows": Case(LAYOUTS["PP2xDP2 apart"], {}, 9, rows_per_step=8),
+    "TP2xPP2 units of 2": Case(Ranks(4, tensor_size=2, pipeline_size=2, vision_tensor_size=2), {}, 10),
+    "PP2xDP2 sharded": Case(LAYOUTS["PP2xDP2"], {"vision_sharding": "sharded", "vision_shard_ranks": 2}, 12),
+}
+"""Tried at length only."""
 
 
 @dataclass(frozen=True)
@@ -149,10 +162,15 @@ def black_tile(model: ModelConfig) -> int:
     return checksums(np.zeros((1, 3, model.vision.tile_pixels, model.vision.tile_pixels), np.uint8))[0]
 
 
-@pytest.mark.parametrize("num_steps", [FEW_STEPS, pytest.param(MANY_STEPS, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    ("name", "num_steps"),
+    [
+        *((name, FEW_STEPS) for name in CASES),
+        *(pytest.param(name, MANY_STEPS, marks=pytest.mark.slow) for name in CASES | MORE_CASES),
+    ],
+)
 def test_random_steps(run_ranks: Callable[..., list[Any]], name: str, num_steps: int) -> None:
-    case = CASES[name]
+    case = (CASES | MORE_CASES)[name]
     found: list[list[Seen]] = run_ranks(run_steps, case.ranks.num_ranks, case, num_steps)
     oracle = Oracle(case)
     for step in range(num_steps):
@@ -197,6 +215,14 @@ class Oracle:
         parallel = self.config.parallel
         self.window_rows = parallel.vision_window_rows or self.config.rows_per_step // self.data_size
         self.by_row = parallel.vision_placement == "first_stage"
+        self.in_bubbles = (
+            parallel.vision_in_bubbles
+            and parallel.vision_placement == "all_ranks"
+            and parallel.vision_sharding == "replicated"
+            and parallel.pad_rows
+            and parallel.vision_window_rows is None
+            and layout.virtual_size == 1 < layout.pipeline_size < self.window_rows
+        )
         self.unit_size = layout.tensor_size if parallel.vision_placement == "colocated" else layout.vision_tensor_size
         # Without a number the tests' layouts let tiles travel between all replicas.
         apart = parallel.vision_placement != "all_ranks"
@@ -285,6 +311,8 @@ class Oracle:
 
     def take_calls(self, calls: list[list[int]], share: set[int], num_chunks: int) -> list[int]:
         """One rank's tiles of a share, whose calls come next."""
+        if self.in_bubbles:
+            return self.take_calls_in_bubbles(calls, num_chunks > 0)
         if self.by_row:  # in one call, if there is any
             return calls.pop(0) if calls and share.intersection(calls[0]) else []
         mine, black = [], black_tile(self.config.model)
@@ -297,11 +325,28 @@ class Oracle:
         assert taken == chunks + [[black]] * (num_chunks - len(chunks)), "full chunks, a rest, then black tiles"
         return mine
 
-    @staticmethod
+    def take_calls_in_bubbles(self, calls: list[list[int]], has_images: bool) -> list[int]:
+        """One rank's tiles of a step: all its calls. Which rank encodes what may be any; `check_share` sees that it is fair."""
+        taken, black = list(calls), black_tile(self.config.model)
+        calls.clear()
+        if self.config.parallel.vision_recompute == "full":
+            assert all(count % 2 == 0 for count in Counter(map(tuple, taken)).values()), "all of it again in backward"
+            taken = [call for number, call in enumerate(taken) if call not in taken[:number]]
+        assert bool(taken) == has_images, "every rank encodes something: the ends of a step are common to all"
+        assert all(len(call) <= CHUNK_TILES for call in taken)
+        return [checksum for call in taken if call != [black] for checksum in call]
+
     def check_share(
-        units: list[tuple[int, ...]], share: list[Tile], decoder: dict[int, int], encoders: dict[int, tuple[int, ...]]
+        self,
+        units: list[tuple[int, ...]],
+        share: list[Tile],
+        decoder: dict[int, int],
+        encoders: dict[int, tuple[int, ...]],
     ) -> None:
-        """Each tile is encoded by one unit, all units encode equally many, and no more tiles move than must."""
+        """Each tile is encoded by one unit, all units encode equally many, and no more tiles move than must.
+
+        In the pauses of the pipeline time decides who encodes what, and tiles move for it.
+        """
         encoded = [encoders[tile.checksum] for tile in share]
         counts = [encoded.count(unit) for unit in units]
         assert sum(counts) == len(share), "every tile is encoded by one unit, once"
@@ -311,7 +356,9 @@ class Oracle:
         quotas = [len(share) // len(units) + (place < len(share) % len(units)) for place in range(len(units))]
         can_stay = sum(map(min, held, quotas))
         stay = sum(holder in unit for holder, unit in zip(holders, encoded, strict=True))
-        assert stay == can_stay, f"{stay} tiles are encoded where they were decoded, {can_stay} could be"
+        assert stay == can_stay or (self.in_bubbles and stay < can_stay), (
+            f"{stay} tiles are encoded where they were decoded, {can_stay} could be"
+        )
 
     def bytes_to_others(
         self, tiles: list[Tile], decoder: dict[int, int], encoders: dict[int, tuple[int, ...]]

@@ -29,7 +29,8 @@ def test_one_rank_encodes_a_lone_tile_and_all_ranks_run_the_same_chunks(trained:
 @pytest.mark.parametrize("layout", [name for name in LAYOUTS_OF["300m"] if " " not in name or "uneven" in name])
 def test_tiles_are_shared_out_evenly(trained: TrainedBy, layout: str) -> None:
     calls = [found.vision_calls[0] for found in trained(layout, "300m")]
-    assert len({len(chunks) for chunks in calls}) == 1, f"every rank runs the same number of chunks: {calls}"
+    if "PP" not in layout or "VPP" in layout:  # in the pauses of a pipeline ranks encode different rows
+        assert len({len(chunks) for chunks in calls}) == 1, f"every rank runs the same number of chunks: {calls}"
     assert max(map(sum, calls)) - min(map(sum, calls)) <= 1, f"loads differ by one tile at most: {calls}"
     assert all(tiles <= 2 for chunks in calls for tiles in chunks), f"chunks hold two tiles at most: {calls}"
 

@@ -50,7 +50,12 @@ def test_figures_of_a_step_with_images(run_ranks: Callable[..., list[Any]], layo
     ranks = LAYOUTS[layout]
     found = run_ranks(_figures, ranks.num_ranks, ranks, MIXED)
     for one in found:
-        assert one["names"] == PHASES
+        names = one["names"]
+        if ranks.pipeline_size == 1:
+            assert names == PHASES
+        else:  # encode and backprop interrupt decode
+            assert list(dict.fromkeys(names)) == PHASES
+            assert names[-2:] == PHASES[-2:]
         assert one["ordered"]
         assert one["most"] == -(-one["tiles"] // ranks.num_ranks)
         assert one["bytes"] == found[0]["bytes"]

@@ -132,6 +132,7 @@ def scenario_of(case: Case) -> MatrixScenario:
         "prepare_ahead": overlap,
         "overlap_gradients": overlap,
         "overlap_parameters": overlap,
+        "vision_in_bubbles": overlap,
         "vision_recompute": case["recompute"],
         **VISION_CHANGES.get(case["vision"], {}),
     }
