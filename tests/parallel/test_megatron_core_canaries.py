@@ -216,6 +216,7 @@ def vision_side_with_poison(info: RankInfo, ranks: Ranks, scenario: Scenario) ->
     from internvl_megatron.model import build
     from internvl_megatron.parallel.groups import make_groups
     from internvl_megatron.ranks import joined
+    from internvl_megatron.train.window_encoder import ChunkPasses
     from tests.support.training import make_step, replica_rows
 
     torch.set_num_threads(1)
@@ -235,8 +236,9 @@ def vision_side_with_poison(info: RankInfo, ranks: Ranks, scenario: Scenario) ->
         groups = make_groups(ranks.layout, device, 60, ranks.vision_layout)
         poison(build, "_vision")
         step, _ = make_step(config, None, groups, device)
-        poison(step, "_encode")
-        poison(step, "_backprop")
+        poison(step, "_images")
+        poison(ChunkPasses, "forward")  # in the pauses of the pipeline too
+        poison(ChunkPasses, "backward")
         poison(step.vision, "reduce")
         with poisoned_parallel_state() as names:
             try:
