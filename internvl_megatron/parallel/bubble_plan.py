@@ -189,12 +189,15 @@ def _most_tiles(
 
 
 def _chunks_ahead(most_tiles: np.ndarray, slot_of_chunk: np.ndarray, pass_tiles: float) -> np.ndarray:
-    """Chunks each stage encodes ahead, int64 [P]: of the first P slots, and what fits into its wait for the first row."""
+    """Chunks each stage encodes ahead, int64 [P]: of the first P slots, what fits into its wait for the first row, and what
+    does not fit into its wait for the first gradient."""
     num_stages = len(most_tiles)
     needed = int(np.searchsorted(slot_of_chunk, num_stages))
-    waits = np.arange(num_stages) * pass_tiles
-    fitting = (np.cumsum(most_tiles, axis=1) <= waits[:, None]).sum(axis=1)
-    ahead = np.maximum(needed, fitting)
+    stages, tiles = np.arange(num_stages), np.cumsum(most_tiles, axis=1)
+    fitting = (tiles <= stages[:, None] * pass_tiles).sum(axis=1)
+    later = (num_stages - 1 - stages) * BACKWARD_PASSES * pass_tiles
+    too_many = (tiles[:, -1:] - tiles + most_tiles / 2 > later[:, None]).sum(axis=1)  # to the nearest chunk
+    ahead = np.maximum.reduce([np.full(num_stages, needed), fitting, too_many])
     ahead[-1] = len(slot_of_chunk)  # it does not wait for its first gradient
     return ahead
 

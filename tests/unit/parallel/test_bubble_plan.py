@@ -209,12 +209,13 @@ def test_late_stages_take_early_rows_and_early_stages_late_ones() -> None:
     ]
 
 
-def test_pauses_that_are_too_short_are_left_alone() -> None:
-    plan = equal_rows(VisionLayout(Layout(1, 4, 1)), num_rows=8, tiles=32, pass_tiles=0.5)
-    assert (plan.chunks_back == 0).all() or plan.chunks_back.max() <= plan.chunks_of(0).stop
-    assert plan.chunks_ahead[:3].tolist() == [plan.chunks_of(3).stop] * 3, (
-        "nothing fits, but the first rows must be there"
-    )
+def test_what_does_not_fit_into_a_pause_is_encoded_ahead() -> None:
+    # 64 tiles a rank. Stage 0 has slots 0 (8 tiles), 4 (32), 5 (16) and 7 (8), and waits 3 x 2 passes for its first gradient.
+    vision = VisionLayout(Layout(1, 4, 1))
+    for pass_tiles, ahead in ((10.0, 4), (7.0, 4), (6.0, 5), (3.0, 5), (2.0, 6), (0.5, 8)):
+        plan = equal_rows(vision, num_rows=8, tiles=32, pass_tiles=pass_tiles)
+        assert plan.chunks_ahead[0] == ahead, f"a pass as long as {pass_tiles} tiles"
+    assert plan.chunks_back.max() <= plan.chunks_of(0).stop, "8 tiles at most, where half of them are too many"
 
 
 @pytest.mark.parametrize(
