@@ -6,7 +6,7 @@ Peak bytes of tensors on a rank = uint8 pixels of the tiles it encodes in a wind
                                 + what does not depend on M.
 
 Where encoding fills the pauses of the pipeline (`vision_in_bubbles`) a rank that has encoded for others may keep the embeddings
-until their owner's pipeline has come to the row: at most those of its tiles, once. And tiles change their rank for it: those
+until the pipeline of those who own their tokens has come to the row: at most those of its tiles, for every owner. And tiles change their rank for it: those
 on their way lie in a message before there are embeddings.
 
 That is with `vision_recompute=full`, at which nothing else of the encoder stays between its forward and backward pass.
@@ -187,7 +187,8 @@ def test_memory_with_encoding_in_bubbles(run_ranks: Callable[..., list[Any]], na
     case = BUBBLE_CASES[name]
     model, layout = case.config().model, case.ranks.layout
     tiles = TILES_PER_ROW / (case.ranks.num_ranks / layout.data_size)
-    encoded = int(tiles) * model.vision.tokens_per_tile * model.language.hidden_size * FP32_BYTES
+    owners = 1 if case.config().parallel.sequence_parallel else layout.tensor_size
+    encoded = owners * int(tiles) * model.vision.tokens_per_tile * model.language.hidden_size * FP32_BYTES
     found: list[dict[int, int]] = run_ranks(measure, case.ranks.num_ranks, case)
     for rank, peaks in enumerate(found):
         wanted = bytes_per_row(case, rank)
