@@ -1,5 +1,6 @@
 """The filled schedule against closed forms, bounds and the pipeline by itself."""
 
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -154,23 +155,25 @@ def test_every_stage_does_everything_once_with_megatrons_passes(
 def test_longer_work_never_ends_earlier_and_all_scales():
     work = random_work(7, 4, 8, 2, 2, 0.2)
     path = work.critical_path
-    twice = BubbleWork(work.plan, *(2 * part for part in (work.forward, work.backward, work.encode, work.backprop)))
+    parts = {name: getattr(work, name) for name in ("forward", "backward", "encode", "backprop")}
+    twice = replace(work, **{name: 2 * part for name, part in parts.items()})
     assert twice.critical_path == pytest.approx(2 * path)
-    for name in ("forward", "backward", "encode", "backprop"):
-        parts = {
-            "plan": work.plan,
-            **{part: getattr(work, part) for part in ("forward", "backward", "encode", "backprop")},
-        }
-        assert BubbleWork(**parts | {name: 1.3 * parts[name]}).critical_path >= path
+    for name, part in parts.items():
+        assert replace(work, **{name: 1.3 * part}).critical_path >= path
 
 
 def test_further_axes_are_cases_of_their_own():
     work = random_work(3, 3, 6, 2, 1, 0.3)
     factors = np.array([1.0, 2.0, 0.5])
-    parts = [part[..., None] * factors for part in (work.forward, work.backward)]
-    together = BubbleWork(work.plan, *parts, work.encode[..., None], work.backprop[..., None])
+    together = BubbleWork(
+        plan=work.plan,
+        forward=work.forward[..., None] * factors,
+        backward=work.backward[..., None] * factors,
+        encode=work.encode[..., None],
+        backprop=work.backprop[..., None],
+    )
     for case, factor in enumerate(factors):
-        alone = BubbleWork(work.plan, factor * work.forward, factor * work.backward, work.encode, work.backprop)
+        alone = replace(work, forward=factor * work.forward, backward=factor * work.backward)
         assert together.critical_path[case] == pytest.approx(alone.critical_path)
         assert together.least[case] == pytest.approx(alone.least)
 
