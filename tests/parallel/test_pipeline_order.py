@@ -98,14 +98,14 @@ def test_stages_run_their_passes_in_this_order(
 def test_stages_fill_their_pauses_in_this_order(run_ranks: Callable[..., list[Any]], layout: str) -> None:
     ranks = LAYOUTS[layout]
     num_rows = 8
-    rows_per_step = num_rows * ranks.layout.data_size
-    scenario = Scenario(changes={"num_steps": 1, "rows_per_step": rows_per_step})
+    scenario = Scenario(changes={"num_steps": 1, "rows_per_step": num_rows * ranks.layout.data_size})
     units = ranks.vision_layout.unit_of_rank
-    interrupted = 0
+    filled = Counter[str]()
     for rank, traced in enumerate(run_ranks(_trace, ranks.num_ranks, ranks, scenario)):
         plan, unit = traced.plan, units[rank]
         assert plan is not None
         assert unit is not None
+        assert plan.order.shape == (ranks.layout.data_size, num_rows)
         expected = [
             operation
             for operation in operations_of_stage(plan, ranks.layout.stage(rank))
@@ -113,6 +113,8 @@ def test_stages_fill_their_pauses_in_this_order(run_ranks: Callable[..., list[An
         ]
         assert traced.operations == expected, f"rank {rank}"
         kinds = [kind for kind, _ in traced.operations]
-        interrupted += "encode" in kinds[kinds.index("forward") :]
-        interrupted += "backprop" in kinds[: len(kinds) - kinds[::-1].index("backward")]
-    assert interrupted > 0, "nothing fills a pause"
+        filled["encode"] += kinds[kinds.index("forward") :].count("encode")
+        last_pass = len(kinds) - 1 - kinds[::-1].index("backward")
+        filled["backprop"] += kinds[:last_pass].count("backprop")
+    assert filled["encode"] > 0, "no chunk is encoded after a stage's first pass"
+    assert filled["backprop"] > 0, "no chunk runs backward before a stage's last pass"
