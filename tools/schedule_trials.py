@@ -5,9 +5,7 @@ Waiting costs a thread no CPU seconds, so the passes of ranks that share two cor
 """
 
 import time
-from collections import defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -25,8 +23,11 @@ from internvl_megatron.config.schema import (
     VisionConfig,
 )
 from internvl_megatron.data.packing import Row
+from internvl_megatron.device import Device, Mark
+from internvl_megatron.parallel.bubble_plan import BubblePlan
 from internvl_megatron.ranks import RankInfo
-from internvl_megatron.scaling.step_time import Encoders, RowSizes, WindowWork
+from internvl_megatron.scaling.bubble_time import BubbleWork
+from internvl_megatron.scaling.step_time import Encoders, RowSizes, WindowWork, by_stage
 from tools.image_text_rows import RandomPixels, draw_rows, small_row
 
 TOKENS_PER_ROW = 16384
@@ -109,7 +110,8 @@ def narrow_config(size: str, grid: Grid, encoders: Encoders, stage_layers: tuple
             pipeline_size=grid.pipeline_size,
             sequence_parallel=grid.tensor_size > 1,
             stage_layers=stage_layers,
-            vision_placement=encoders,
+            vision_placement="first_stage" if encoders == "first_stage" else "all_ranks",
+            vision_in_bubbles=encoders == "in_bubbles",
             prepare_ahead=False,  # work in a second thread would not be seen
         ),
         optimizer=OptimizerConfig(learning_rate=1e-4),
@@ -151,15 +153,27 @@ class RankSeconds:
     """CPU seconds of one rank in one step, and what the step says of itself."""
 
     forward: np.ndarray
-    """[M]."""
+    """[M], in the order in which the pipeline takes the rows."""
     backward: np.ndarray
     """[M]."""
+    encoder: dict[str, np.ndarray]
+    """Passes of the encoder over the chunks of the plan, [C] by phase; 0 for those this rank leaves out."""
+    plan: BubblePlan | None
+    """None where the phases are apart."""
     phases: dict[str, float]
-    """All phases but the pipeline's."""
+    """All phases but the pipeline's; what interrupts the pipeline is not in its own."""
     whole: float
     """Of the whole step, what is in neither included."""
     most_tiles_per_rank: int
     sent_bytes: int
+
+
+class ThreadTime(Device):
+    """A CPU whose clock is the CPU time of the thread that asks."""
+
+    def mark(self) -> Mark:
+        """Seconds of CPU time."""
+        return time.thread_time()
 
 
 def measure_trials(info: RankInfo, trials: list[Trial], num_steps: int, repeats: int) -> list[list[RankSeconds]]:
@@ -172,24 +186,14 @@ def measure_trials(info: RankInfo, trials: list[Trial], num_steps: int, repeats:
     from internvl_megatron.model.build import build_model
     from internvl_megatron.parallel.groups import make_groups
     from internvl_megatron.ranks import joined
-    from internvl_megatron.train.phases import PhaseClock
+    from internvl_megatron.train import windows
+    from internvl_megatron.train.phases import PhaseClock, total_seconds
     from internvl_megatron.train.step import Step
-
-    class CpuClock(PhaseClock):
-        """Counts the CPU seconds of this thread in every phase."""
-
-        def __init__(self) -> None:
-            super().__init__(device)
-            self.seconds: dict[str, float] = defaultdict(float)
-
-        @contextmanager
-        def phase(self, name: str) -> Iterator[None]:
-            start = time.thread_time()
-            with super().phase(name):
-                yield
-            self.seconds[name] += time.thread_time() - start
+    from internvl_megatron.train.window_encoder import ChunkPasses
 
     passes: dict[str, list[float]] = {"forward": [], "backward": []}
+    chunks: dict[str, dict[int, float]] = {"encode": {}, "backprop": {}}
+    plans: list[BubblePlan] = []
 
     def timed(kind: str, run_pass: Callable[..., Any]) -> Callable[..., Any]:
         def run(*args: Any, **kwargs: Any) -> Any:
@@ -200,24 +204,55 @@ def measure_trials(info: RankInfo, trials: list[Trial], num_steps: int, repeats:
 
         return run
 
+    def timed_chunk(phase: str, run_chunk: Callable[..., Any]) -> Callable[..., Any]:
+        def run(passes_of_chunks: ChunkPasses, chunk: int, *args: Any, **kwargs: Any) -> Any:
+            start = time.thread_time()
+            result = run_chunk(passes_of_chunks, chunk, *args, **kwargs)
+            chunks[phase][chunk] = time.thread_time() - start
+            return result
+
+        return run
+
+    def kept(make_plan: Callable[..., BubblePlan]) -> Callable[..., BubblePlan]:
+        def make(*args: Any) -> BubblePlan:
+            plans.append(make_plan(*args))
+            return plans[-1]
+
+        return make
+
     def run_once(step: Step, batch: Any, number: int) -> RankSeconds:
-        clock = CpuClock()
-        step.clock = clock
-        for seconds in passes.values():
+        for seconds in (*passes.values(), *chunks.values(), plans):
             seconds.clear()
         start = time.thread_time()
         result = step.run(batch, number)
         whole = time.thread_time() - start
-        phases = {name: seconds for name, seconds in clock.seconds.items() if name != "decode"}
-        forward, backward = (np.array(passes[kind]) for kind in ("forward", "backward"))
-        return RankSeconds(forward, backward, phases, whole, result.most_tiles_per_rank, result.sent_bytes)
+        phases = total_seconds(result.spans)
+        del phases["decode"]
+        bubble_plan = plans[0] if plans else None
+        num_chunks = bubble_plan.num_chunks if bubble_plan else 0
+        return RankSeconds(
+            forward=np.array(passes["forward"]),
+            backward=np.array(passes["backward"]),
+            encoder={
+                phase: np.array([seconds.get(chunk, 0.0) for chunk in range(num_chunks)])
+                for phase, seconds in chunks.items()
+            },
+            plan=bubble_plan,
+            phases=phases,
+            whole=whole,
+            most_tiles_per_rank=result.most_tiles_per_rank,
+            sent_bytes=result.sent_bytes,
+        )
 
     configure_logging(info.rank)
     torch.set_num_threads(1)
     device = open_device("cpu")
-    # Megatron Core's schedule looks both up in its module each time.
+    # Megatron Core's schedule looks both up in its module each time, and so does whoever plans.
     schedules.forward_step = timed("forward", schedules.forward_step)
     schedules.backward_step = timed("backward", schedules.backward_step)
+    ChunkPasses.forward = timed_chunk("encode", ChunkPasses.forward)
+    ChunkPasses.backward = timed_chunk("backprop", ChunkPasses.backward)
+    windows.plan_bubbles = kept(windows.plan_bubbles)
     measured = []
     with joined(info, device, 600):
         run_plan = plan(trials[0].config, info.world_size)
@@ -225,6 +260,7 @@ def measure_trials(info: RankInfo, trials: list[Trial], num_steps: int, repeats:
         for trial in trials:
             config = trial.config
             step = Step(config, build_model(config, groups, device), groups, device)
+            step.clock = PhaseClock(ThreadTime(device.kind, device.index, device.attention))
             steps = narrow_steps(trial.size, trial.image_share, num_steps)
             batches = [RandomPixels(rows, config.model, info.rank, info.world_size) for rows in steps]
             run_once(step, batches[0], 0)  # the first step builds what later ones find
@@ -239,6 +275,7 @@ def least(runs: list[RankSeconds]) -> RankSeconds:
         runs[0],
         forward=np.min([run.forward for run in runs], axis=0),
         backward=np.min([run.backward for run in runs], axis=0),
+        encoder={name: np.min([run.encoder[name] for run in runs], axis=0) for name in runs[0].encoder},
         phases={name: min(run.phases[name] for run in runs) for name in runs[0].phases},
         whole=min(run.whole for run in runs),
     )
@@ -254,7 +291,7 @@ class Measured:
 
     @property
     def window(self) -> WindowWork:
-        """The seconds as durations of a window, one case per step."""
+        """The seconds by pass and phase, one case per step; passes in the order in which the pipeline takes the rows."""
         pipeline, tensor = self.trial.grid.pipeline_size, self.trial.grid.tensor_size
 
         def passes(kind: Literal["forward", "backward"]) -> np.ndarray:
@@ -268,10 +305,25 @@ class Measured:
         """Seconds of a phase, [R, steps]."""
         return np.array([[step.phases[name] for step in steps] for steps in self.ranks])
 
+    def _chunks(self, phase: str, step: int) -> np.ndarray:
+        """Seconds of a step's chunks, [P, C, 1, T]; messages and whatever else the phase does are shared out over them."""
+        values = np.array([steps[step].encoder[phase] for steps in self.ranks])
+        values *= (self.phase(phase)[:, step] / values.sum(axis=1))[:, None]
+        return by_stage(values, self.trial.grid.pipeline_size, self.trial.grid.tensor_size)
+
+    def _path_without_update(self, step: int) -> float:
+        window = WindowWork(*(part[..., step] for part in vars(self.window).values()))
+        bubble_plan = self.ranks[0][step].plan
+        if bubble_plan is None:
+            return float(window.critical_path)
+        encode, backprop = (self._chunks(phase, step) for phase in ("encode", "backprop"))
+        return float(BubbleWork(bubble_plan, window.forward, window.backward, encode, backprop).critical_path)
+
     @property
     def critical_path(self) -> np.ndarray:
         """Seconds of every step."""
-        return self.phase("plan").max(axis=0) + self.window.critical_path + self.phase("update").max(axis=0)
+        steps = np.array([self._path_without_update(step) for step in range(len(self.ranks[0]))])
+        return self.phase("plan").max(axis=0) + steps + self.phase("update").max(axis=0)
 
     @property
     def seen_share(self) -> float:

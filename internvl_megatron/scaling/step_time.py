@@ -1,8 +1,9 @@
 """The critical path of a training step: how long it takes if ranks only wait for work they need, and messages take no time.
 
-In a window of micro-batches every rank encodes its tiles, the replicas' pipelines run, every rank runs its tiles backward;
-each of the three begins when the slowest rank has finished the one before. Where the first stage encodes inside the
-pipeline, its passes hold that work. Durations are measured seconds or counted FLOPs.
+Three schedules. With phases apart every rank encodes its tiles, the replicas' pipelines run, every rank runs its tiles
+backward; each of the three begins when the slowest rank has finished the one before. In bubbles, a `BubblePlan` says who
+encodes what and when, and `bubble_time` what comes of it. Where the first stage encodes inside the pipeline, its passes hold
+that work. Durations are measured seconds or counted FLOPs.
 
 Shapes: R ranks, D replicas, P pipeline stages, M rows (micro-batches) of a replica, "..." any further axes: cases that
 have nothing to do with each other.
@@ -14,12 +15,17 @@ from typing import Literal
 
 import numpy as np
 
-from internvl_megatron.config.schema import ModelConfig
+from internvl_megatron.config.schema import ModelConfig, ParallelConfig
+from internvl_megatron.parallel.bubble_plan import BubblePlan, can_fill_bubbles, plan_bubbles
+from internvl_megatron.parallel.layout import Layout, VisionLayout
+from internvl_megatron.parallel.tile_plan import TileTable
+from internvl_megatron.scaling.bubble_time import BubbleWork
 from internvl_megatron.scaling.counts import BACKWARD_AND_FORWARD, layer_flops, output_layer_flops, tile_flops
 from internvl_megatron.scaling.pipeline_time import one_f_one_b
 
-Encoders = Literal["all_ranks", "first_stage"]
-"""Who encodes: all ranks ahead of the pipelines (the decoupled schedule), or the first stage in its passes."""
+Encoders = Literal["in_bubbles", "phases_apart", "first_stage"]
+"""Who encodes, and when: all ranks (the decoupled schedule), in the pauses of the pipelines or before and after them; or
+the first stage in its passes."""
 
 EXACTLY_COMPARED_SPLITS = 300
 """Of all ways to divide the layers: the best for rows of average size are tried on the rows themselves."""
@@ -44,10 +50,20 @@ class WindowWork:
         pipelines = one_f_one_b(self.forward, self.backward).makespan
         return self.encode.max(axis=0) + pipelines.max(axis=0) + self.backprop.max(axis=0)
 
+    @property
+    def least(self) -> np.ndarray:
+        """What the critical path cannot be below, [...]: with nothing to fill, it is what it is."""
+        return self.critical_path
+
+    def steps(self) -> "list[WindowWork]":
+        """Each of the steps by itself, [..., S], where the further axes are [..., steps, S]."""
+        num_steps = self.forward.shape[3]
+        return [WindowWork(*(part[..., step, :] for part in vars(self).values())) for step in range(num_steps)]
+
 
 @dataclass(frozen=True)
 class RowSizes:
-    """What decides how much work rows are; int64 [M, D, ...] each."""
+    """What decides how much work rows are; int64 [M, D, steps] each."""
 
     tokens: np.ndarray
     """Tokens through the language model, padding included where rows are padded."""
@@ -58,8 +74,8 @@ class RowSizes:
     tiles: np.ndarray
 
     def mean(self) -> "RowSizes":
-        """As many rows and replicas, [M, D], all of average size."""
-        shape = self.tiles.shape[:2]
+        """One step of as many rows and replicas, [M, D, 1], all of average size."""
+        shape = (*self.tiles.shape[:2], 1)
         return RowSizes(**{name: np.full(shape, round(sizes.mean())) for name, sizes in vars(self).items()})
 
 
@@ -73,6 +89,8 @@ class StepCase:
     encoders: Encoders
     vision_cost: float = 1.0
     """Time of a FLOP of the vision side over that of one of the language model, where their speeds differ."""
+    chunk_tiles: int = ParallelConfig.vision_chunk_tiles
+    """Most tiles a rank encodes at a time."""
 
 
 def counted_window(case: StepCase, rows: RowSizes, splits: np.ndarray) -> WindowWork:
@@ -103,6 +121,77 @@ def counted_window(case: StepCase, rows: RowSizes, splits: np.ndarray) -> Window
     return WindowWork(encode, forward, again * forward, again * encode)
 
 
+def plan_of_step(case: StepCase, tiles: np.ndarray, row_tiles: np.ndarray) -> BubblePlan | None:
+    """The trainer's plan of a step; None where it keeps the phases apart: no tiles, or no pauses it can fill.
+
+    Args:
+        case: model and layout; all replicas exchange tiles.
+        tiles: int64 [M, D], tiles of the rows.
+        row_tiles: [M, D], how long one stage takes for the forward pass of each row: in tiles a rank encodes in this time.
+    """
+    num_rows, num_replicas = tiles.shape
+    language = Layout(case.tensor_size, case.pipeline_size, num_replicas)
+    layout = VisionLayout(language, exchange_replicas=num_replicas)
+    if not tiles.any() or not can_fill_bubbles(layout, num_rows):
+        return None
+    replica, row = np.divmod(np.repeat(np.arange(tiles.size), tiles.T.ravel()), num_rows)
+    # Who holds a tile decides which of equally busy ranks encodes it, its place where its tokens go: no time depends on them.
+    holder = np.array([language.replica_ranks(number)[0] for number in range(num_replicas)])[replica]
+    nowhere = np.zeros_like(row)
+    table = TileTable(replica, row, nowhere, nowhere, nowhere, nowhere, holder, nowhere)
+    return plan_bubbles(table, layout, case.chunk_tiles, row_tiles.T)
+
+
+def counted_steps(case: StepCase, rows: RowSizes, splits: np.ndarray) -> list[WindowWork | BubbleWork]:
+    """FLOPs of the parts of some steps of the trainer, one after the other, where encoding fills bubbles.
+
+    Args:
+        case: model and layout.
+        rows: of the steps, [M, D, steps].
+        splits: as in `counted_window`.
+    """
+    window = counted_window(case, rows, splits)
+    row_tiles = window.forward[..., 0].sum(axis=0) / (case.pipeline_size * tile_flops(case.model))
+    steps: list[WindowWork | BubbleWork] = []
+    for step, work in enumerate(window.steps()):
+        plan = plan_of_step(case, rows.tiles[..., step], row_tiles[..., step])
+        steps.append(work if plan is None else _in_bubbles(case, work, plan))
+    return steps
+
+
+def _in_bubbles(case: StepCase, work: WindowWork, plan: BubblePlan) -> BubbleWork:
+    num_replicas = work.forward.shape[2]
+    counts = np.zeros((case.pipeline_size * num_replicas * case.tensor_size, plan.num_chunks))
+    np.add.at(counts, (plan.encoder, plan.chunk), 1)
+    # These every rank runs, on a dummy tile if it has none.
+    counts[:, [0, -1]] = np.maximum(counts[:, [0, -1]], 1)
+    encode = case.vision_cost * tile_flops(case.model) * by_stage(counts, case.pipeline_size, case.tensor_size)
+    return BubbleWork(
+        plan=plan,
+        forward=in_slots(work.forward, plan),
+        backward=in_slots(work.backward, plan),
+        encode=encode[..., None],
+        backprop=(BACKWARD_AND_FORWARD - 1) * encode[..., None],
+    )
+
+
+def in_slots(passes: np.ndarray, plan: BubblePlan) -> np.ndarray:
+    """Durations [P, M, D, ...] by row, put in the order of the pipelines."""
+    return passes[:, plan.order.T, np.arange(len(plan.order))]
+
+
+def by_stage(values: np.ndarray, pipeline_size: int, tensor_size: int) -> np.ndarray:
+    """Values of chunks on every rank, [R, C], as [P, C, D, T]: by stage, replica and rank of a tensor-parallel group."""
+    return values.reshape(pipeline_size, -1, tensor_size, values.shape[1]).transpose(0, 3, 1, 2)
+
+
+def critical_paths(case: StepCase, rows: RowSizes, splits: np.ndarray) -> np.ndarray:
+    """Duration of each of some steps, [steps, S], in FLOPs one after the other; arguments as in `counted_steps`."""
+    if case.encoders == "in_bubbles":
+        return np.stack([work.critical_path for work in counted_steps(case, rows, splits)])
+    return counted_window(case, rows, splits).critical_path
+
+
 def all_splits(num_layers: int, num_stages: int) -> np.ndarray:
     """All ways to divide layers over stages, int64 [P, S], at least one layer in each."""
     borders = np.array(list(combinations(range(1, num_layers), num_stages - 1)), dtype=np.int64)
@@ -110,9 +199,9 @@ def all_splits(num_layers: int, num_stages: int) -> np.ndarray:
 
 
 def best_split(case: StepCase, rows: RowSizes) -> tuple[int, ...]:
-    """Layers of every stage with the shortest critical path, on average over the cases of these rows."""
+    """Layers of every stage with the shortest critical path, on average over the steps of these rows."""
     splits = all_splits(case.model.language.num_layers, case.pipeline_size)
-    rough = counted_window(case, rows.mean(), splits).critical_path
+    rough = critical_paths(case, rows.mean(), splits).mean(axis=0)
     splits = splits[:, np.argsort(rough, kind="stable")[:EXACTLY_COMPARED_SPLITS]]
-    exact = counted_window(case, rows, splits).critical_path
-    return tuple(splits[:, exact.reshape(-1, splits.shape[1]).mean(axis=0).argmin()].tolist())
+    exact = critical_paths(case, rows, splits)
+    return tuple(splits[:, exact.mean(axis=0).argmin()].tolist())

@@ -40,10 +40,23 @@ def test_speed_up_over_the_best_first_stage_layout(record: dict[str, Any]) -> No
         if case["setting"]["grid"] == "PP4"
     }
     assert found["1B", 0.5] >= 1.5
-    assert found["78B", 0.5] >= 1.03  # docs/schedule.md tells why it is not more
+    assert found["78B", 0.5] >= 1.14
     for size in ("1B", "78B"):
         assert found[size, 0.0] >= 0.98
         assert found[size, 0.0] < found[size, 0.25] < found[size, 0.5] < found[size, 0.75]
+
+
+def test_filling_the_pauses_pays_where_they_are_longer_than_the_encoder_needs(record: dict[str, Any]) -> None:
+    for case in record["counted"] + record["counted_otherwise"]:
+        setting = case["setting"]
+        if setting["size"] == "78B" and setting["image_share"] > 0 and setting["padded"]:
+            assert case["speed_up"] > case["speed_up_phases_apart"] + 0.03, setting
+
+
+def test_without_images_or_padding_phases_are_apart(record: dict[str, Any]) -> None:
+    for case in record["counted"] + record["counted_otherwise"]:
+        if case["setting"]["image_share"] == 0 or not case["setting"]["padded"]:
+            assert case["decoupled"] == case["phases_apart"]
 
 
 def test_no_planned_split_is_better_than_the_best(record: dict[str, Any]) -> None:
@@ -64,13 +77,13 @@ def test_rows_are_what_was_asked_for(record: dict[str, Any]) -> None:
 
 def test_real_steps_were_measured(record: dict[str, Any]) -> None:
     (case,) = record["measured"]
-    ours, theirs = case["decoupled"], case["first_stage"]
-    for layout in (ours, theirs):
+    ours, apart, theirs = case["decoupled"], case["phases_apart"], case["first_stage"]
+    for layout in (ours, apart, theirs):
         assert sum(layout["stage_layers"]) == 24
     total = theirs["most_tiles_per_rank"][0]  # one rank encodes all tiles
-    assert ours["most_tiles_per_rank"][0] == -(-total // 4)
-    assert ours["exchanged_bytes"][0] > 0
-    assert theirs["exchanged_bytes"][0] > 0
+    assert ours["most_tiles_per_rank"][0] == apart["most_tiles_per_rank"][0] == -(-total // 4)
+    for layout in (ours, apart, theirs):
+        assert layout["exchanged_bytes"][0] > 0
 
 
 def _what_waiting_costs(info: RankInfo) -> tuple[float, float, bool]:
