@@ -13,7 +13,7 @@ pipeline begins; early stages take tiles of later rows and encode them while the
 the row that comes first are needed before anything else can begin, gradients of the last row come back when all else is
 over; those two rows, the cheapest of their replica, are shared out over all ranks.
 
-No rank waits for ever: the first P rows are encoded before the pipeline begins, and until a stage encodes again, no more than
+No rank waits for ever: all ranks run the first chunk before any pipeline begins, the first P rows are encoded by then, and until a stage encodes again, no more than
 P - s rows have passed it. Gradients are waited for in the order of rows, those of rows only that have left the pipeline by
 then (`_last_row_back`).
 
@@ -190,9 +190,13 @@ def _most_tiles(
 
 def _chunks_ahead(most_tiles: np.ndarray, slot_of_chunk: np.ndarray, pass_tiles: float) -> np.ndarray:
     """Chunks each stage encodes ahead, int64 [P]: of the first P slots, what fits into its wait for the first row, and what
-    does not fit into its wait for the first gradient."""
+    does not fit into its wait for the first gradient.
+
+    The first chunk is encoded ahead wherever its tiles are from: all ranks gather parameters in it, and one that waited in
+    it for another whose pipeline has begun would keep that pipeline waiting.
+    """
     num_stages = len(most_tiles)
-    needed = int(np.searchsorted(slot_of_chunk, num_stages))
+    needed = max(1, int(np.searchsorted(slot_of_chunk, num_stages)))
     stages, tiles = np.arange(num_stages), np.cumsum(most_tiles, axis=1)
     fitting = (tiles <= stages[:, None] * pass_tiles).sum(axis=1)
     later = (num_stages - 1 - stages) * BACKWARD_PASSES * pass_tiles

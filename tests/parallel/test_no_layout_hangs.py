@@ -18,7 +18,7 @@ import pytest
 
 from internvl_megatron.config.schema import DataConfig, ModelConfig, RunConfig
 from internvl_megatron.ranks import RankInfo
-from tests.support.layouts import LAYOUTS, Ranks, run_config
+from tests.support.layouts import ADAMW, LAYOUTS, Ranks, run_config
 from tests.support.models import small_model
 from tests.support.rows import MemoryRows, StepData
 from tests.support.scattered_rows import scattered_step
@@ -50,6 +50,7 @@ class Case:
             data=DataConfig(tokens_per_row=128, tiles_per_row=32),
             parallel=self.ranks.config(**{"vision_chunk_tiles": CHUNK_TILES, **self.parallel_changes}),
             rows_per_step=self.rows_per_step,
+            optimizer=ADAMW,  # whose parameters are gathered in the first forward pass of the next step
         )
 
     def data(self, config: RunConfig, step: int) -> StepData:

@@ -147,10 +147,19 @@ def test_nobody_waits_for_ever(vision: VisionLayout) -> None:
             moved = False
             for (replica, stage), queue in queues.items():
                 while queue and all(need in done for need in needs(queue[0][0], replica, stage, queue[0][1])):
+                    if queue[0] == ("encode", 0) and not all(
+                        other[0] == ("encode", 0) for other in waiting_for(queues)
+                    ):
+                        break  # all ranks gather parameters in it
                     what, number = queue.pop(0)
                     done.add((what, replica, stage, number))
                     moved = True
         assert not any(queues.values()), {key: queue[0] for key, queue in queues.items() if queue}
+
+
+def waiting_for(queues: dict[tuple[int, int], list[tuple[str, int]]]) -> list[list[tuple[str, int]]]:
+    """Queues of the ranks that have not run the first chunk yet."""
+    return [queue for queue in queues.values() if ("encode", 0) in queue]
 
 
 def operations(plan: BubblePlan, stage: int, num_stages: int, num_rows: int) -> Iterator[tuple[str, int]]:
@@ -180,7 +189,7 @@ def test_the_last_stage_has_encoded_everything_before_its_pipeline_begins(vision
     for plan in cases(vision):
         assert plan.chunks_ahead[-1] == plan.num_chunks
         needed = np.searchsorted(plan.slot_of_chunk, vision.language.pipeline_size)
-        assert (plan.chunks_ahead >= needed).all()
+        assert (plan.chunks_ahead >= max(1, needed)).all()
 
 
 def test_late_stages_take_early_rows_and_early_stages_late_ones() -> None:
