@@ -79,10 +79,10 @@ class BubbleEncoder(WindowEncoder):
         """Let the gradients of so many slots go, once; they are on the first stage."""
         if self._stage > 0:
             return
-        chunks = sum(len(self._plan.chunks_of(slot)) for slot in range(num_slots))
-        for chunk in range(self._num_sent_back, chunks):
+        end = self._plan.chunks_of(num_slots).start
+        for chunk in range(self._num_sent_back, end):
             self._messages.send_gradients(chunk, self._store.gradients)
-        self._num_sent_back = chunks
+        self._num_sent_back = end
 
     def _run_back_until(self, end: int) -> None:
         for chunk in range(self._num_run_back, end):

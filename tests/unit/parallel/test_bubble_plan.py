@@ -94,8 +94,9 @@ def test_chunks_have_their_size() -> None:
         assert max(counts) <= size
         for unit, slot in product(range(4), range(9)):
             own = [len(plan.tiles_of(unit, chunk)) for chunk in plan.chunks_of(slot)]
-            assert own == sorted(own, reverse=True)
-            assert all(count in (0, size) for count in own[:-1]) or sum(map(bool, own)) <= len(own)
+            full, rest = divmod(sum(own), size)
+            wanted = [size] * full + [rest] * (rest > 0)
+            assert own == wanted + [0] * (len(own) - len(wanted)), "full chunks, a rest, then nothing"
 
 
 @pytest.mark.parametrize("vision", LAYOUTS)
