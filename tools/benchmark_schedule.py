@@ -214,7 +214,7 @@ def counted(setting: Setting, num_steps: int) -> dict[str, Any]:
 
 
 def measure(trials: list[Trial], num_steps: int, repeats: int) -> list[Measured]:
-    """Run trials on real ranks; all of one grid have the same encoders and run in the same processes."""
+    """Run trials on real ranks; those of one grid take turns in the same processes."""
     result = []
     for grid in dict.fromkeys(trial.grid for trial in trials):
         together = [trial for trial in trials if trial.grid == grid]
@@ -242,45 +242,40 @@ def vision_cost(measured: Measured, rows: RowSizes) -> float:
 def measured_cases(cases: list[tuple[str, Grid, float]], num_steps: int, repeats: int) -> list[dict[str, Any]]:
     """The schedules in CPU seconds, for (size, grid, image share).
 
-    The first-stage layout is tried with `plan`'s split and with the best for the speeds that were measured of the decoupled
-    one with phases apart; the faster of the two counts.
+    The first-stage layout is tried with `plan`'s split and with the best for the speeds of encoder and language model, which
+    are measured before; the faster of the two counts.
     """
     rows = {(size, share): sizes_of_narrow(narrow_steps(size, share, num_steps)) for size, _, share in cases}
-    ratio_rows = {size: sizes_of_narrow(narrow_steps(size, RATIO_SHARE, num_steps)) for size, _, _ in cases}
-    found: dict[tuple[Encoders, str, Grid, float], list[Measured]] = defaultdict(list)
+    models = dict.fromkeys((size, grid) for size, grid, _ in cases)
 
-    def run_trials(trials: list[Trial]) -> None:
-        for one in measure(trials, num_steps, repeats):
-            trial = one.trial
-            found[trial.encoders, trial.size, trial.grid, trial.image_share].append(one)
-
-    def trial(encoders: Encoders, size: str, grid: Grid, share: float) -> Trial:
+    def own_split(encoders: Encoders, size: str, grid: Grid, share: float) -> Trial:
         split = best_split(narrow_case(size, grid, encoders), rows[size, share])
         return Trial(size, share, grid, encoders, split)
 
-    run_trials([trial(encoders, *case) for case in cases for encoders in ("in_bubbles", "phases_apart")])
+    ratio_rows = {size: sizes_of_narrow(narrow_steps(size, RATIO_SHARE, 1)) for size, _ in models}
     costs = {
-        (size, grid): vision_cost(found["phases_apart", size, grid, share][0], ratio_rows[size])
-        for size, grid, share in cases
-        if share == RATIO_SHARE
+        (one.trial.size, one.trial.grid): vision_cost(one, ratio_rows[one.trial.size])
+        for one in measure([own_split("phases_apart", *model, RATIO_SHARE) for model in models], 1, repeats)
     }
     trials = []
     for size, grid, share in cases:
-        case = narrow_case(size, grid, "first_stage", costs[size, grid])
-        splits = {best_split(case, rows[size, share])}
+        splits = {best_split(narrow_case(size, grid, "first_stage", costs[size, grid]), rows[size, share])}
         if share > 0:
             splits.add(plan(narrow_config(size, grid, "first_stage"), grid.num_ranks).stage_layers)
+        trials += [own_split(encoders, size, grid, share) for encoders in ("in_bubbles", "phases_apart")]
         trials += [Trial(size, share, grid, "first_stage", split) for split in sorted(splits)]
-    run_trials(trials)
+    found: dict[tuple[Encoders, str, Grid, float], list[Measured]] = defaultdict(list)
+    for one in measure(trials, num_steps, repeats):
+        found[one.trial.encoders, one.trial.size, one.trial.grid, one.trial.image_share].append(one)
     return [
         measured_case(
-            found["in_bubbles", size, grid, share][0],
-            found["phases_apart", size, grid, share][0],
-            found["first_stage", size, grid, share],
-            rows[size, share],
-            costs[size, grid],
+            found["in_bubbles", *case][0],
+            found["phases_apart", *case][0],
+            found["first_stage", *case],
+            rows[case[0], case[2]],
+            costs[case[0], case[1]],
         )
-        for size, grid, share in cases
+        for case in cases
     ]
 
 
@@ -379,7 +374,8 @@ def table(record: dict[str, Any]) -> str:
 
 def run(options: argparse.Namespace) -> int:
     """Count, measure, print a table and write the record."""
-    cases = [(size, grid, share) for size in NARROW for grid in GRIDS for share in IMAGE_SHARES]
+    cases = [(size, Grid(1, 4), share) for size in NARROW for share in IMAGE_SHARES]
+    cases += [(size, Grid(2, 2), RATIO_SHARE) for size in NARROW]
     num_counted, num_steps, repeats = COUNTED_STEPS, options.steps, options.repeats
     if options.quick:
         cases, num_counted, num_steps, repeats = [("78B", Grid(1, 4), RATIO_SHARE)], 32, 1, 1

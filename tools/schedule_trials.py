@@ -1,12 +1,16 @@
 """Steps of narrow models on four CPU ranks, timed pass by pass in CPU seconds, for the benchmark of the schedules.
 
-Waiting costs a thread no CPU seconds, so the passes of ranks that share two cores are timed as if each rank had its own;
+Waiting costs a thread no CPU seconds, so the passes of ranks that share a core are timed as if each rank had its own;
 `scaling.step_time` puts them together. Autograd runs a CPU graph in the thread that asks for it, torch has one thread.
+All ranks are bound to one core: side by side on several they slow each other down, more so in schedules that keep more
+of them busy.
 """
 
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any, Literal
 
 import numpy as np
@@ -37,29 +41,33 @@ ROWS_PER_STEP = 8
 SEED = 1
 
 
-def _narrow(vision_layers: int, vision_size: int, vision_ffn_size: int, vocab_size: int) -> ModelConfig:
+def _narrow(
+    vision_layers: int, vision_size: int, tile_pixels: int, language_size: int, vocab_size: int
+) -> ModelConfig:
     return ModelConfig(
         vision=VisionConfig(
             hidden_size=vision_size,
             num_layers=vision_layers,
             num_heads=4,
-            ffn_hidden_size=vision_ffn_size,
-            tile_pixels=56,  # 16 patches and 4 tokens for the language model, 1/64 of the real ones
+            ffn_hidden_size=4 * vision_size,
+            tile_pixels=tile_pixels,
+            shuffle_factor=tile_pixels // 28,  # 4 tokens for the language model, 1/64 of the real ones
         ),
         language=LanguageConfig(
-            hidden_size=96,
+            hidden_size=language_size,
             num_layers=24,
             num_heads=4,
             num_kv_heads=2,
-            head_size=24,
-            ffn_hidden_size=256,
+            head_size=language_size // 4,
+            ffn_hidden_size=8 * language_size // 3,
             vocab_size=vocab_size,
         ),
     )
 
 
-NARROW = {"1B": _narrow(11, 192, 768, 8192), "78B": _narrow(2, 72, 288, 512)}
-"""Models with the work ratios of the real ones, by the size they stand for."""
+NARROW = {"1B": _narrow(11, 192, 56, 96, 8192), "78B": _narrow(2, 72, 112, 192, 1024)}
+"""Models by the size they stand for. Narrow matrices are slow: at half image tokens these encoders take 1.7 and 0.23 of the
+language model's seconds, more than the real ones' 1.35 and 0.14 in FLOPs."""
 
 
 @dataclass(frozen=True)
@@ -177,14 +185,17 @@ class ThreadTime(Device):
 
 
 def measure_trials(info: RankInfo, trials: list[Trial], num_steps: int, repeats: int) -> list[list[RankSeconds]]:
-    """Body of a rank: every trial's steps, each several times; the least seconds of every pass. All of one layout."""
+    """Body of a rank: every trial's steps in turn, several times over; the least seconds of every pass. All of one layout.
+
+    A machine whose speed changes while this runs slows down all trials of a turn alike.
+    """
     import torch
     from megatron.core.pipeline_parallel import schedules
 
     from internvl_megatron.device import open_device
     from internvl_megatron.logs import configure_logging
     from internvl_megatron.model.build import build_model
-    from internvl_megatron.parallel.groups import make_groups
+    from internvl_megatron.parallel.groups import Groups, make_groups
     from internvl_megatron.ranks import joined
     from internvl_megatron.train import windows
     from internvl_megatron.train.phases import PhaseClock, total_seconds
@@ -246,6 +257,7 @@ def measure_trials(info: RankInfo, trials: list[Trial], num_steps: int, repeats:
 
     configure_logging(info.rank)
     torch.set_num_threads(1)
+    os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     device = open_device("cpu")
     # Megatron Core's schedule looks both up in its module each time, and so does whoever plans.
     schedules.forward_step = timed("forward", schedules.forward_step)
@@ -253,20 +265,32 @@ def measure_trials(info: RankInfo, trials: list[Trial], num_steps: int, repeats:
     ChunkPasses.forward = timed_chunk("encode", ChunkPasses.forward)
     ChunkPasses.backward = timed_chunk("backprop", ChunkPasses.backward)
     windows.plan_bubbles = kept(windows.plan_bubbles)
-    measured = []
     with joined(info, device, 600):
-        run_plan = plan(trials[0].config, info.world_size)
-        groups = make_groups(run_plan.layout, device, 600, run_plan.vision_layout)
-        for trial in trials:
+
+        @cache
+        def groups_of(placement: str) -> Groups:
+            config = next(trial.config for trial in trials if trial.config.parallel.vision_placement == placement)
+            run_plan = plan(config, info.world_size)
+            return make_groups(run_plan.layout, device, 600, run_plan.vision_layout)
+
+        def prepared(trial: Trial) -> tuple[Step, list[Any]]:
             config = trial.config
+            groups = groups_of(config.parallel.vision_placement)
             step = Step(config, build_model(config, groups, device), groups, device)
             step.clock = PhaseClock(ThreadTime(device.kind, device.index, device.attention))
             steps = narrow_steps(trial.size, trial.image_share, num_steps)
             batches = [RandomPixels(rows, config.model, info.rank, info.world_size) for rows in steps]
             run_once(step, batches[0], 0)  # the first step builds what later ones find
-            runs = [[run_once(step, batch, 0) for batch in batches] for _ in range(repeats)]
-            measured.append([least(list(same_step)) for same_step in zip(*runs, strict=True)])
-    return measured
+            return step, batches
+
+        all_prepared = [prepared(trial) for trial in trials]
+        turns = [
+            [[run_once(step, batch, 0) for batch in batches] for step, batches in all_prepared] for _ in range(repeats)
+        ]
+    return [
+        [least(list(same_step)) for same_step in zip(*same_trial, strict=True)]
+        for same_trial in zip(*turns, strict=True)
+    ]
 
 
 def least(runs: list[RankSeconds]) -> RankSeconds:

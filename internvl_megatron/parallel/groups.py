@@ -63,11 +63,13 @@ def make_groups(
     """Create every process group; collective over all ranks of an initialised world.
 
     Without a layout of its own the vision encoder is data parallel over all ranks, and tiles travel between all of them.
+    Groups made before stay as they are, but Megatron Core's own global ones are those made last.
     """
     if vision_layout is None:
         vision_layout = VisionLayout(layout, exchange_replicas=layout.data_size)
     rank, world = dist.get_rank(), dist.get_world_size()
     assert world == layout.world_size, f"layout {layout} wants {layout.world_size} ranks, the world has {world}"
+    parallel_state.destroy_model_parallel()  # of a layout before
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=layout.tensor_size,
         pipeline_model_parallel_size=layout.pipeline_size,
