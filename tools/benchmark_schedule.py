@@ -269,13 +269,13 @@ def measured_cases(cases: list[tuple[str, Grid, float]], num_steps: int, repeats
         found[one.trial.encoders, one.trial.size, one.trial.grid, one.trial.image_share].append(one)
     return [
         measured_case(
-            found["in_bubbles", *case][0],
-            found["phases_apart", *case][0],
-            found["first_stage", *case],
-            rows[case[0], case[2]],
-            costs[case[0], case[1]],
+            found["in_bubbles", size, grid, share][0],
+            found["phases_apart", size, grid, share][0],
+            found["first_stage", size, grid, share],
+            rows[size, share],
+            costs[size, grid],
         )
-        for case in cases
+        for size, grid, share in cases
     ]
 
 
