@@ -1,7 +1,7 @@
 """Packed rows like those InternVL trains on, drawn from stated distributions, and small copies of them for narrow models.
 
 What matters to a schedule is how many tiles and tokens each row has. Images get a size, the trainer's own tiling turns it
-into tiles, and the trainer's own packer makes rows of a stream in which samples with an image and samples of text alone
+into tiles, and InternVL's packing algorithm makes rows of a stream in which samples with an image and samples of text alone
 take turns at random. A small copy has the same tiles in the same places, each with fewer tokens, and less text in
 proportion. Pixels and words are random.
 """

@@ -67,7 +67,7 @@ def test_first_fit_emits_what_upstream_emits_after_each_sample(seed):
     max_tokens, max_tiles = int(rng.integers(4, 80)), int(rng.integers(0, 16))
     max_buffer = int(rng.choice([0, 1, 3, 20]))
     items = random_items(rng, 250, max_tokens, max_tiles)
-    packer = FirstFitPacker(max_tokens, max_tiles, max_buffer)
+    packer, held = FirstFitPacker(max_tokens, max_tiles, max_buffer), []
     for item, (emitted, held) in zip(items, upstream_steps(items, max_tokens, max_tiles, max_buffer), strict=True):
         packs = packer.add(item, item[1], item[2])
         assert [pack.items for pack in packs] == emitted

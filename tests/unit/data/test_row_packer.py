@@ -46,7 +46,7 @@ def test_rows_of_equal_cost_keep_their_order():
     packer = rows_of_one(4, lambda window: [0, 1, 2, 3])
     for name in "abcd":
         packer.add(name, 10, 1)
-    assert [packer.take().items[0] for _ in "abcd"] == list("abcd")
+    assert [pack.items[0] for pack in iter(packer.take, None)] == list("abcd")
 
 
 ALGORITHMS = ("first_fit", "best_fit")

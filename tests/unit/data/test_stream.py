@@ -46,17 +46,18 @@ def test_rows_are_within_budgets_and_whole(data_folder, open_stream, small):
     assert kinds == {0, 1}
 
 
-@pytest.mark.parametrize("packing", ["best_fit", "first_fit"])
+@pytest.mark.parametrize(("packing", "multiple"), [("best_fit", 16), ("first_fit", 1)])
 @pytest.mark.parametrize("rows_before", [0, 1, 7, 25])
-def test_a_saved_position_gives_the_same_rows(data_folder, open_stream, rows_before, packing):
+def test_a_saved_position_gives_the_same_rows(data_folder, open_stream, rows_before, packing, multiple):
+    settings = {"v2pe": "random", "packing": packing, "sample_multiple_tokens": multiple}
     meta = data_folder.mixture()
-    stream = open_stream(meta, 1, 3, v2pe="random", packing=packing)
+    stream = open_stream(meta, 1, 3, **settings)
     take(stream, rows_before)
     state = json.loads(json.dumps(stream.state_dict()))
     assert any(state["packing"]["open"]) == (rows_before > 0), "samples wait for a row"
     assert len(state["packing"]["ready"]) == -rows_before % 4, "rows wait for their turn in the window"
     following = take(stream, 12)
-    resumed = open_stream(meta, 1, 3, v2pe="random", packing=packing)
+    resumed = open_stream(meta, 1, 3, **settings)
     resumed.load_state_dict(state)
     assert take(resumed, 12) == following
     assert resumed.state_dict() == stream.state_dict()

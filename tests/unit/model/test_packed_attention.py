@@ -32,8 +32,8 @@ def test_a_segment_sees_itself_alone() -> None:
     for start, end in itertools.pairwise(ends):
         outside = torch.ones(TOKENS, dtype=torch.bool)
         outside[start:end] = False
-        others = [torch.where(outside[:, None, None], torch.randn_like(part), part) for part in (query, key, value)]
-        changed = _per_segment(*others, row)
+        noise = torch.randn(TOKENS, HEADS, SIZE) * outside[:, None, None]
+        changed = _per_segment(query + noise, key + noise, value + noise, row)
         assert torch.equal(changed[start:end], attended[start:end])
         assert not torch.allclose(changed[outside], attended[outside])
         for gradient in torch.autograd.grad(attended[start:end].sum(), (query, key, value), retain_graph=True):
