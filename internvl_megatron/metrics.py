@@ -62,6 +62,8 @@ class StepMetrics:
     """Tiles the busiest rank encoded; `num_tiles` over the number of ranks is the mean."""
     sent_bytes: int = 0
     """Tiles, embeddings and gradients that went from one rank to another."""
+    row_fill: float | None = None
+    """Share, 0 to 1, of the token budget of the step's rows that samples fill."""
     row_cost_imbalance: float | None = None
     """Work of the language model at the replica with most of it over the mean, in FLOPs; 1 = even. None = replicas keep
     their rows, and do not tell each other what they cost."""

@@ -280,6 +280,7 @@ class Trainer:
                 eval_loss=eval_loss,
                 most_tiles_per_rank=result.most_tiles_per_rank,
                 sent_bytes=result.sent_bytes,
+                row_fill=agreement.num_tokens / (self.config.rows_per_step * self.config.data.tokens_per_row),
                 row_cost_imbalance=balance.after if balance is not None else None,
                 row_cost_imbalance_before=balance.before if balance is not None else None,
                 **{f"{name}_seconds": value for name, value in total_seconds(result.spans).items()},

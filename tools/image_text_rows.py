@@ -1,7 +1,7 @@
 """Packed rows like those InternVL trains on, drawn from stated distributions, and small copies of them for narrow models.
 
 What matters to a schedule is how many tiles and tokens each row has. Images get a size, the trainer's own tiling turns it
-into tiles, and the trainer's own packer makes rows of a stream in which samples with an image and samples of text alone
+into tiles, and InternVL's packing algorithm makes rows of a stream in which samples with an image and samples of text alone
 take turns at random. A small copy has the same tiles in the same places, each with fewer tokens, and less text in
 proportion. Pixels and words are random.
 """
@@ -12,8 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from internvl_megatron.config.schema import ModelConfig
+from internvl_megatron.data.first_fit import FirstFitPacker
 from internvl_megatron.data.images import ImageRef
-from internvl_megatron.data.packing import Packer, Row, SampleSource
+from internvl_megatron.data.packing import Row, SampleSource
 from internvl_megatron.data.step_rows import DecodedTiles, assign_images
 from internvl_megatron.data.tiling import choose_grid, num_tiles
 
@@ -89,14 +90,26 @@ def draw_rows(
     """
     rng = np.random.default_rng(seed)
     chance = _chance_of_image(image_share, tokens_per_row)
-    packer = Packer[Sample](tokens_per_row, tiles_per_row, BUFFER_ROWS)
+    packer = FirstFitPacker[Sample](tokens_per_row, tiles_per_row, BUFFER_ROWS)
     rows: list[PackedRow] = []
     while len(rows) < FIRST_ROWS + num_rows:
         sample = _draw_sample(rng, rng.random() < chance, tokens_per_row)
-        pack = packer.add(sample, sample.num_tokens, sample.num_tiles)
-        if pack is not None:
-            rows.append(pack.items)
+        rows += [pack.items for pack in packer.add(sample, sample.num_tokens, sample.num_tiles)]
     return rows[FIRST_ROWS:]
+
+
+def draw_samples(image_share: float, num_samples: int, tokens_per_row: int, seed: int) -> list[Sample]:
+    """Samples as `draw_rows` packs them.
+
+    Args:
+        image_share: image tokens over all tokens, on average.
+        num_samples: how many.
+        tokens_per_row: most tokens of a sample.
+        seed: of everything drawn.
+    """
+    rng = np.random.default_rng(seed)
+    chance = _chance_of_image(image_share, tokens_per_row)
+    return [_draw_sample(rng, rng.random() < chance, tokens_per_row) for _ in range(num_samples)]
 
 
 def _draw_sample(rng: np.random.Generator, has_image: bool, tokens_per_row: int) -> Sample:

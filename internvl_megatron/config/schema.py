@@ -167,8 +167,15 @@ class DataConfig:
     """Tile budget of one packed row (upstream: `num_images_expected`)."""
     sample_multiple_tokens: int = 1
     """Pad every sample to a multiple of so many tokens (which carry no loss); `parallel.context_ring_size` asks for it."""
+    packing: Literal["best_fit", "first_fit"] = "best_fit"
+    """How a stream's samples become rows: rows that are full to 99 % and more, or InternVL's algorithm."""
+    packing_pool_samples: int = 64
+    """Samples that wait for a row they fit (best_fit); a sample waits for as many rows at most, a tenth on average."""
+    packing_window_rows: int = 4
+    """Rows of each stream that go out in an order of cost that is the same in all streams, so that those of a step cost
+    about the same; 1 = rows go out as they are finished (upstream)."""
     packing_buffer_rows: int = 20
-    """Unfinished rows the packer may hold (upstream: `max_buffer_size`)."""
+    """Unfinished rows that may wait (first_fit; upstream: `max_buffer_size`)."""
     min_tiles: int = 1
     max_tiles: int = 12
     """Tiles an image may be cut into, thumbnail not counted; shared by the images of one sample."""

@@ -5,9 +5,11 @@ from dataclasses import replace
 from itertools import islice
 
 from internvl_megatron.data.meta import Dataset, load_datasets
-from internvl_megatron.data.packing import Packer, Row, SampleSource, build_row
+from internvl_megatron.data.packer import Packer
+from internvl_megatron.data.packing import Row, SampleSource, build_row, padded_length
 from internvl_megatron.data.positions import UNITS_PER_POSITION
 from internvl_megatron.data.records import Sample, SampleError, SampleSettings
+from internvl_megatron.data.row_packer import make_packer
 from internvl_megatron.data.seeds import Purpose, generator
 from internvl_megatron.data.stream import apply_policy, render_source
 from internvl_megatron.data.tokenizer import Tokenizer
@@ -38,10 +40,7 @@ def _packs(
     datasets: Sequence[Dataset], settings: SampleSettings, tokenizer: Tokenizer
 ) -> Iterator[list[tuple[SampleSource, Sample]]]:
     """Packed samples of all data sets, made as they are asked for."""
-    data = settings.data
-    packer: Packer[tuple[SampleSource, Sample]] = Packer(
-        data.tokens_per_row, data.tiles_per_row, data.packing_buffer_rows
-    )
+    packer: Packer[tuple[SampleSource, Sample]] = make_packer(settings.data)
     skipped: dict[str, int] = {}
     for source in _in_turns(datasets):
         try:
@@ -55,8 +54,7 @@ def _packs(
         except SampleError as error:
             apply_policy(error, settings, skipped)
             continue
-        pack = packer.add((source, sample), len(sample.token_ids), sample.num_tiles)
-        if pack is not None:
+        for pack in packer.add((source, sample), padded_length(sample, settings), sample.num_tiles):
             yield pack.items
     for pack in packer.flush():
         yield pack.items

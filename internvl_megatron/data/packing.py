@@ -1,4 +1,4 @@
-"""Packing samples into rows of a fixed number of tokens (InternVL `PackedDataset`, strict, without overflow).
+"""Rows of a fixed number of tokens: samples laid one after the other, each on its own. Packers say which (`packer.py`).
 
 A row is one micro-batch. T: tokens of a row, s: samples, i: images, t: tiles.
 """
@@ -12,66 +12,6 @@ import numpy as np
 from internvl_megatron.data.conversation import IGNORED_LABEL
 from internvl_megatron.data.images import ImageRef
 from internvl_megatron.data.records import Sample, SampleSettings, num_supervised
-
-
-@dataclass(slots=True)
-class Pack[T]:
-    """Items collected for one row."""
-
-    items: list[T]
-    tokens: int
-    tiles: int
-
-
-class Packer[T]:
-    """First-fit packing of a stream of items under a token and a tile budget.
-
-    `open_packs`, sorted by tiles, most first, is the whole state. A text-only item has no tiles (upstream runs a dummy
-    tile for it, which takes part of the tile budget; here the vision encoder can do without).
-    """
-
-    def __init__(self, tokens_per_row: int, tiles_per_row: int, max_open_packs: int) -> None:
-        """Budgets of one row, and how many unfinished packs may wait."""
-        self.tokens_per_row = tokens_per_row
-        self.tiles_per_row = tiles_per_row
-        self.max_open_packs = max_open_packs
-        self.open_packs: list[Pack[T]] = []
-
-    def add(self, item: T, tokens: int, tiles: int) -> Pack[T] | None:
-        """Add an item (within both budgets by itself); return the pack that is finished by it, if one is.
-
-        Finished is a pack that is full of tokens or tiles, or, when too many are open, the one with most tiles.
-        """
-        assert 0 < tokens <= self.tokens_per_row, f"{tokens} tokens do not fit {self.tokens_per_row}"
-        assert 0 <= tiles <= self.tiles_per_row, f"{tiles} tiles do not fit {self.tiles_per_row}"
-        pack = self._take_fitting(tokens, tiles)
-        pack.items.append(item)
-        pack.tokens += tokens
-        pack.tiles += tiles
-        if pack.tokens == self.tokens_per_row:
-            return pack
-        self._insert(pack)
-        # Only the pack just changed can be full of tiles, and it is then the first.
-        if self.open_packs[0].tiles == self.tiles_per_row or len(self.open_packs) > self.max_open_packs:
-            return self.open_packs.pop(0)
-        return None
-
-    def flush(self) -> list[Pack[T]]:
-        """Take out all unfinished packs."""
-        packs, self.open_packs = self.open_packs, []
-        return packs
-
-    def _take_fitting(self, tokens: int, tiles: int) -> Pack[T]:
-        """Take out the first pack with room, or start one."""
-        for index, pack in enumerate(self.open_packs):
-            if pack.tiles + tiles <= self.tiles_per_row and pack.tokens + tokens <= self.tokens_per_row:
-                return self.open_packs.pop(index)
-        return Pack([], 0, 0)
-
-    def _insert(self, pack: Pack[T]) -> None:
-        """Put a pack behind those with as many tiles or more."""
-        at = next((i for i, other in enumerate(self.open_packs) if other.tiles < pack.tiles), len(self.open_packs))
-        self.open_packs.insert(at, pack)
 
 
 @dataclass(frozen=True, slots=True)

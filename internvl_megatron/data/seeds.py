@@ -14,6 +14,8 @@ class Purpose(IntEnum):
     """Data set of a stream's next sample; key: stream, serial number of the sample."""
     IMAGE = 3
     """Augmentation and position step of one image; key: stream, serial number of the sample, image index."""
+    WINDOW = 4
+    """Order in which the rows of a window go out, by cost; key: number of the window."""
 
 
 def generator(seed: int, purpose: Purpose, *key: int) -> np.random.Generator:

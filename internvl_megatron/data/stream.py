@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 
 from internvl_megatron.data.meta import Dataset
-from internvl_megatron.data.packing import Pack, Packer, Row, SampleSource, build_row, padded_length
+from internvl_megatron.data.packing import Row, SampleSource, build_row, padded_length
 from internvl_megatron.data.records import ImageRng, Sample, SampleError, SampleSettings, parse_record, render_sample
+from internvl_megatron.data.row_packer import RowPacker, make_packer
 from internvl_megatron.data.seeds import Purpose, generator
 from internvl_megatron.data.tokenizer import Tokenizer
 from internvl_megatron.errors import DataError
@@ -21,8 +22,9 @@ from internvl_megatron.errors import DataError
 _logger = logging.getLogger(__name__)
 
 _SHAPING_SETTINGS = (
-    "tokens_per_row", "tiles_per_row", "packing_buffer_rows", "min_tiles", "max_tiles", "use_thumbnail",
-    "system_prompt", "v2pe", "v2pe_numerator", "on_bad_sample", "on_long_sample", "sample_multiple_tokens",
+    "tokens_per_row", "tiles_per_row", "packing", "packing_pool_samples", "packing_window_rows", "packing_buffer_rows",
+    "min_tiles", "max_tiles", "use_thumbnail", "system_prompt", "v2pe", "v2pe_numerator", "on_bad_sample",
+    "on_long_sample", "sample_multiple_tokens",
 )  # fmt: skip
 """Settings of `DataConfig` that decide which samples a row has and what they look like."""
 
@@ -56,8 +58,9 @@ class SampleStream:
         """Samples drawn so far: the number of the next draw."""
         self._skipped: dict[str, int] = {}
         self._bad_in_a_row = [0] * len(datasets)
-        data = settings.data
-        self._packer: Packer[_Item] = Packer(data.tokens_per_row, data.tiles_per_row, data.packing_buffer_rows)
+        self._packer: RowPacker[_Item] = RowPacker(
+            make_packer(settings.data), settings.data.packing_window_rows, self._window_order
+        )
 
     @property
     def skipped(self) -> dict[str, int]:
@@ -70,12 +73,11 @@ class SampleStream:
         Raises:
             DataError: a sample is bad and the policy says stop, or a whole pass gave no good sample.
         """
-        pack = None
-        while pack is None:
+        while (pack := self._packer.take()) is None:
             source = self._draw()
             sample = self._render_or_skip(source)
             if sample is not None:
-                pack = self._packer.add((source, sample), padded_length(sample, self._settings), sample.num_tiles)
+                self._packer.add((source, sample), padded_length(sample, self._settings), sample.num_tiles)
         return build_row(pack.items, self._settings, self._tokenizer.pad_id)
 
     def state_dict(self) -> dict[str, Any]:
@@ -85,7 +87,7 @@ class SampleStream:
             "serial": self._serial,
             "taken": list(self._taken),
             "skipped": dict(self._skipped),
-            "open_packs": [[list(astuple(source)) for source, _ in pack.items] for pack in self._packer.open_packs],
+            "packing": self._packer.state_dict(lambda item: list(astuple(item[0]))),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -105,7 +107,7 @@ class SampleStream:
         self._taken = [int(count) for count in state["taken"]]
         self._skipped = {kind: int(count) for kind, count in state["skipped"].items()}
         self._bad_in_a_row = [0] * len(self._datasets)
-        self._packer.open_packs = [self._restore(pack) for pack in state["open_packs"]]
+        self._packer.load_state_dict(state["packing"], self._restore)
 
     def _identity(self) -> dict[str, Any]:
         """What must be the same for a saved position to mean anything."""
@@ -165,12 +167,16 @@ class SampleStream:
         self._bad_in_a_row = [0] * len(self._datasets)
         return sample
 
-    def _restore(self, pack: list[list[int]]) -> Pack[_Item]:
-        """A pack from the references of its samples."""
-        sources = [SampleSource(*reference) for reference in pack]
-        items = [(source, self._render(source)) for source in sources]
-        tokens = sum(padded_length(sample, self._settings) for _, sample in items)
-        return Pack(items, tokens, sum(sample.num_tiles for _, sample in items))
+    def _restore(self, reference: list[int]) -> tuple[_Item, int, int]:
+        """A waiting sample with its tokens and tiles, from its reference."""
+        source = SampleSource(*reference)
+        sample = self._render(source)
+        return (source, sample), padded_length(sample, self._settings), sample.num_tiles
+
+    def _window_order(self, window: int) -> list[int]:
+        """The same in all streams: see `RowPacker`."""
+        data = self._settings.data
+        return generator(data.seed, Purpose.WINDOW, window).permutation(data.packing_window_rows).tolist()
 
 
 def render_source(

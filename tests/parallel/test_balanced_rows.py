@@ -63,7 +63,9 @@ def _config(data: Path, run: Path, layout: str, meta: str = "good", balance: boo
             tokens_per_row=128,
             tiles_per_row=8,
             max_tiles=6,
+            packing="first_fit",
             packing_buffer_rows=2,
+            packing_window_rows=1,
             v2pe="random",
             system_prompt="",
             balance_rows=balance,
@@ -115,6 +117,7 @@ def test_a_run_is_the_same_with_and_without(
         assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-6)
         for count in ("num_tiles", "num_samples", "num_supervised_tokens"):
             assert one[count] == other[count]
+        assert 0 < one["row_fill"] == other["row_fill"] <= 1
         assert 1 <= one["row_cost_imbalance"] <= one["row_cost_imbalance_before"]
         assert other["row_cost_imbalance"] is other["row_cost_imbalance_before"] is None
     assert all(row["num_tiles"] > 0 for row in balanced), "drop path was not tested"

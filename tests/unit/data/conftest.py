@@ -96,7 +96,7 @@ def make_settings() -> Callable[..., SampleSettings]:
     """Settings with 28-pixel tiles of 4 tokens; keywords go to `DataConfig`."""
 
     def make(**changes: Any) -> SampleSettings:
-        base = DataConfig(tokens_per_row=256, tiles_per_row=12, packing_buffer_rows=4, max_tiles=4, system_prompt="")
+        base = DataConfig(tokens_per_row=256, tiles_per_row=12, packing_pool_samples=8, max_tiles=4, system_prompt="")
         return SampleSettings(data=replace(base, **changes), tile_pixels=28, tokens_per_tile=4)
 
     return make

@@ -189,7 +189,7 @@ def test_the_largest_image_is_given_out_first():
 def test_an_error_of_the_leader_reaches_all_ranks_at_its_step(data_folder, open_loader, talk):
     good = [talk("a", "seven " * 33) for _ in range(20)]
     meta = data_folder.dataset("texts", [*good[:3], "{broken", *good[3:]])
-    settings = {"tokens_per_row": 128, "packing_buffer_rows": 0}
+    settings = {"tokens_per_row": 128, "packing": "first_fit", "packing_window_rows": 1, "packing_buffer_rows": 0}
 
     def body(rank, broadcast):
         loader = open_loader(meta, slots=range(NUM_STREAMS), broadcast=broadcast, rank=rank, size=2, **settings)

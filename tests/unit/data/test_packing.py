@@ -1,4 +1,4 @@
-"""Packing against a plain rewriting of InternVL's algorithm, and what a packed row must satisfy."""
+"""What a packed row must satisfy."""
 
 from dataclasses import fields
 
@@ -6,66 +6,11 @@ import numpy as np
 import pytest
 
 from internvl_megatron.data.images import ImageRef
-from internvl_megatron.data.packing import Packer, SampleSource, build_row, token_weight
+from internvl_megatron.data.packing import SampleSource, build_row, token_weight
 from internvl_megatron.data.records import Sample
 from internvl_megatron.data.row_bytes import row_to_bytes, rows_from_bytes
 
 PAD = 999
-
-
-def upstream_packs(items, max_tokens, max_tiles, max_buffer):
-    """InternVL's `PackedDataset` loop on (name, tokens, tiles), with lists sorted and searched the slow way."""
-    buffers, out = [], []
-    for item in items:
-        chosen = None
-        for candidate in buffers:
-            tokens = sum(i[1] for i in candidate) + item[1]
-            if sum(i[2] for i in candidate) + item[2] <= max_tiles and tokens <= max_tokens:
-                chosen = candidate
-                break
-        if chosen is None:
-            chosen = []
-        else:
-            buffers = [b for b in buffers if b is not chosen]
-        chosen.append(item)
-        if sum(i[1] for i in chosen) == max_tokens:
-            out.append(chosen)
-        else:
-            # A stable sort with the changed pack last puts it behind its equals.
-            buffers = sorted([*buffers, chosen], key=lambda b: -sum(i[2] for i in b))
-        for full in [b for b in buffers if sum(i[2] for i in b) == max_tiles]:
-            buffers = [b for b in buffers if b is not full]
-            out.append(full)
-        while len(buffers) > max_buffer:
-            out.append(buffers.pop(0))
-    return out, buffers
-
-
-@pytest.mark.parametrize("seed", range(30))
-def test_same_packs_as_upstream(seed):
-    rng = np.random.default_rng(seed)
-    max_tokens, max_tiles, max_buffer = int(rng.integers(8, 60)), int(rng.integers(1, 16)), int(rng.integers(0, 9))
-    items = [
-        (name, int(rng.integers(1, max_tokens + 1) ** rng.choice([0.6, 1])), int(rng.integers(0, max_tiles + 1)))
-        for name in range(300)
-    ]
-    packer = Packer(max_tokens, max_tiles, max_buffer)
-    packs = [pack for pack in (packer.add(item, item[1], item[2]) for item in items) if pack is not None]
-    expected, expected_open = upstream_packs(items, max_tokens, max_tiles, max_buffer)
-    assert [pack.items for pack in packs] == expected
-    assert [pack.items for pack in packer.open_packs] == expected_open
-    packs += packer.flush()
-    assert packer.open_packs == []
-    assert sorted(item for pack in packs for item in pack.items) == items
-    for pack in packs:
-        assert pack.tokens == sum(item[1] for item in pack.items) <= max_tokens
-        assert pack.tiles == sum(item[2] for item in pack.items) <= max_tiles
-
-
-def test_an_item_over_a_budget_is_a_mistake_of_ours():
-    for tokens, tiles in ((11, 0), (0, 0), (5, 3)):
-        with pytest.raises(AssertionError, match="do not fit"):
-            Packer(10, 2, 4).add("x", tokens, tiles)
 
 
 def sample(length, supervised, images=()):
@@ -115,6 +60,34 @@ def test_targets_stay_inside_their_sample(make_settings):
     assert [array.dtype for array in (row.token_ids, row.targets, row.positions, row.segment_lengths)] == [
         np.int32
     ] * 4
+
+
+@pytest.mark.parametrize("multiple", [1, 4])
+def test_no_token_is_trained_on_or_attended_to_across_samples(make_settings, multiple):
+    """Every token carries the number of its sample; every one of them is supervised, as in records without a template."""
+    for seed in range(30):
+        rng = np.random.default_rng(seed)
+        lengths = rng.integers(1, 12, int(rng.integers(1, 7))).tolist()
+        samples = []
+        for number, length in enumerate(lengths):
+            ids = (100 * (number + 1) + np.arange(length)).astype(np.int32)
+            none = np.zeros(0, np.int32)
+            samples.append(Sample(ids, ids.copy(), np.arange(length, dtype=np.int32), (), none))
+        row = row_of(*samples, tokens=96, make_settings=make_settings, sample_multiple_tokens=multiple)
+        segments = np.repeat(np.arange(len(row.segment_lengths)), row.segment_lengths)
+        seen = 0
+        for at in range(96):
+            token, target = int(row.token_ids[at]), int(row.targets[at])
+            if token == PAD:
+                assert target == -100 and row.weights[at] == 0
+                continue
+            seen += 1
+            assert segments[at] == token // 100 - 1, "a segment holds one sample: attention sees no other"
+            last = token % 100 == lengths[token // 100 - 1] - 1
+            assert target == (-100 if last else token + 1)
+            assert (row.weights[at] == 0) == last
+            assert row.positions[at] == token % 100
+        assert seen == sum(lengths)
 
 
 def test_a_full_row_has_no_padding_segment_and_an_empty_row_is_all_padding(make_settings):

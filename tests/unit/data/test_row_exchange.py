@@ -17,6 +17,8 @@ from internvl_megatron.data.stream import SampleStream
 from internvl_megatron.errors import DataError
 
 NUM_STREAMS = 8
+UPSTREAM: dict[str, Any] = {"packing": "first_fit", "packing_window_rows": 1}
+"""Rows as they come, of very different cost."""
 COST = RowCost(per_token=10, per_target=1, per_attention_pair=1, cut_multiple=1)
 
 
@@ -137,8 +139,8 @@ def take(open_loader, meta, run, count, state=None, **options):
 @pytest.mark.parametrize(("num_replicas", "replica_size"), [(2, 2), (4, 1)])
 def test_rows_change_their_replica_and_nothing_else(data_folder, open_loader, num_replicas, replica_size):
     meta, run = data_folder.mixture(), Run(num_replicas, replica_size)
-    balanced, kept_by_leaders = take(open_loader, meta, run, 6)
-    unbalanced, others = take(open_loader, meta, run, 6, balance=False)
+    balanced, kept_by_leaders = take(open_loader, meta, run, 6, **UPSTREAM)
+    unbalanced, others = take(open_loader, meta, run, 6, balance=False, **UPSTREAM)
     moved = 0
     for number in range(6):
         after = [ranks[0][number] for ranks in balanced]
@@ -204,7 +206,7 @@ def test_an_error_of_one_leader_reaches_all_ranks_of_all_replicas(data_folder, o
     good = [talk("a", "seven " * 33) for _ in range(40)]
     meta = data_folder.dataset("texts", [*good[:9], "{broken", *good[9:]])
     run = Run(2, 2)
-    found = until_error(open_loader, meta, run, tokens_per_row=128, packing_buffer_rows=0)
+    found = until_error(open_loader, meta, run, tokens_per_row=128, packing_buffer_rows=0, **UPSTREAM)
     assert len({count for ranks in found for count, _ in ranks}) == 1, found
     assert found[0][0][0] > 0, "some steps were good"
     errors = [[error for _, error in ranks] for ranks in found]

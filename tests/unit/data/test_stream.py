@@ -46,15 +46,18 @@ def test_rows_are_within_budgets_and_whole(data_folder, open_stream, small):
     assert kinds == {0, 1}
 
 
+@pytest.mark.parametrize(("packing", "multiple"), [("best_fit", 16), ("first_fit", 1)])
 @pytest.mark.parametrize("rows_before", [0, 1, 7, 25])
-def test_a_saved_position_gives_the_same_rows(data_folder, open_stream, rows_before):
+def test_a_saved_position_gives_the_same_rows(data_folder, open_stream, rows_before, packing, multiple):
+    settings = {"v2pe": "random", "packing": packing, "sample_multiple_tokens": multiple}
     meta = data_folder.mixture()
-    stream = open_stream(meta, 1, 3, v2pe="random")
+    stream = open_stream(meta, 1, 3, **settings)
     take(stream, rows_before)
     state = json.loads(json.dumps(stream.state_dict()))
-    assert bool(state["open_packs"]) == (rows_before > 0), "samples are waiting in the buffer"
+    assert any(state["packing"]["open"]) == (rows_before > 0), "samples wait for a row"
+    assert len(state["packing"]["ready"]) == -rows_before % 4, "rows wait for their turn in the window"
     following = take(stream, 12)
-    resumed = open_stream(meta, 1, 3, v2pe="random")
+    resumed = open_stream(meta, 1, 3, **settings)
     resumed.load_state_dict(state)
     assert take(resumed, 12) == following
     assert resumed.state_dict() == stream.state_dict()
@@ -64,6 +67,26 @@ def test_two_runs_are_equal_and_the_seed_matters(data_folder, open_stream):
     meta = data_folder.mixture()
     assert take(open_stream(meta, v2pe="random"), 5) == take(open_stream(meta, v2pe="random"), 5)
     assert take(open_stream(meta, seed=1), 5) != take(open_stream(meta, seed=0), 5)
+
+
+def test_rows_of_like_cost_meet_in_a_step(data_folder, open_stream):
+    """The n-th rows of all streams have the same rank among the four of their window, and the rank changes."""
+    meta = data_folder.mixture()
+    streams = [open_stream(meta, index, 3) for index in range(3)]
+    orders = []
+    for _ in range(6):
+        windows = [[stream.next_row() for _ in range(4)] for stream in streams]
+        costs = [[int((row.segment_lengths[: row.num_samples] ** 2).sum()) for row in rows] for rows in windows]
+        ranks = {tuple(sorted(cost).index(value) for value in cost) for cost in costs if len(set(cost)) == 4}
+        assert len(ranks) == 1
+        orders.append(ranks.pop())
+    assert len(set(orders)) > 1
+
+
+def test_evaluation_rows_keep_room_for_padded_samples(data_folder, make_settings, small):
+    meta = data_folder.mixture()
+    for row in eval_rows(str(meta), make_settings(sample_multiple_tokens=16), small, 12):
+        assert row.segment_lengths.sum() == 256 and (row.segment_lengths % 16 == 0).all()
 
 
 def test_streams_deal_out_the_records_and_repeat_in_the_same_order(data_folder, open_stream, talk):
