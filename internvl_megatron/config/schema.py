@@ -191,7 +191,9 @@ class DataConfig:
     on_long_sample: Literal["stop", "skip", "truncate"] = "truncate"
     """What a sample over `tokens_per_row` does; a sample whose images do not survive truncation is a bad sample."""
     num_workers: int = 2
-    """Threads per rank that decode and cut images; the batches do not depend on it."""
+    """Processes per rank that decode and cut images; the batches do not depend on it. 0 = the rank does it itself."""
+    read_timeout_seconds: float = 120.0
+    """An image that takes longer to read and decode is a bad sample; without processes (`num_workers=0`) it is waited for."""
     prefetch_steps: int = 2
     """Steps whose rows are prepared ahead of the step that trains on them."""
     balance_rows: bool = True

@@ -66,11 +66,11 @@ def image_size(path: str) -> tuple[int, int]:
         return image.size
 
 
-def decode_tiles(image: ImageRef, tile_pixels: int, use_thumbnail: bool) -> np.ndarray:
-    """Decode an image and cut it: uint8 [image.num_tiles, 3, tile_pixels, tile_pixels]. Raises `DataError`."""
+def decode_tiles(image: ImageRef, tile_pixels: int, use_thumbnail: bool, out: np.ndarray | None = None) -> np.ndarray:
+    """Decode an image and cut it: uint8 [image.num_tiles, 3, tile_pixels, tile_pixels], `out` if given. Raises `DataError`."""
     try:
         with _open_image(image.path) as opened:
-            tiles = cut_tiles(opened, image.grid, tile_pixels, use_thumbnail, image.jpeg_seed)
+            tiles = cut_tiles(opened, image.grid, tile_pixels, use_thumbnail, image.jpeg_seed, out)
     except DataError as error:
         raise DataError(f"{image.where}: field 'image': {error}" if image.where else str(error)) from error
     assert len(tiles) == image.num_tiles, f"{image.path}: {len(tiles)} tiles, {image.num_tiles} were promised"

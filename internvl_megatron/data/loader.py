@@ -11,6 +11,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
+from internvl_megatron.data.decode_pool import DecodePool
 from internvl_megatron.data.leader_message import Failure, failure_of, from_message, to_message
 from internvl_megatron.data.records import SampleSettings
 from internvl_megatron.data.row_bytes import row_to_bytes, rows_from_bytes
@@ -94,7 +95,7 @@ class ReplicaLoader:
         self._made: deque[Future[_Made]] = deque()
         self._state = self._streams_state()
         self._maker: ThreadPoolExecutor | None = None
-        self._workers: ThreadPoolExecutor | None = None
+        self._workers: DecodePool | None = None
         self._started = False
         self._closed = False
 
@@ -152,21 +153,24 @@ class ReplicaLoader:
         return total
 
     def close(self) -> None:
-        """End the threads. Work that has not begun is given up."""
+        """End threads and processes. Work that has not begun is given up."""
         self._closed = True
         for ahead in self._ahead:
             if isinstance(ahead.step, StepRows):
                 ahead.step.cancel()
-        for executor in (self._maker, self._workers):
-            if executor is not None:
-                executor.shutdown(wait=True, cancel_futures=True)
+        if self._maker is not None:
+            self._maker.shutdown(wait=True, cancel_futures=True)
+        if self._workers is not None:
+            self._workers.close()
 
     def _start(self) -> None:
-        """Start the threads, and the leader's first steps."""
+        """Start the processes, and the leader's first steps in a thread."""
         self._started = True
         data = self._settings.data
         if data.num_workers > 0:
-            self._workers = ThreadPoolExecutor(data.num_workers, thread_name_prefix="decode")
+            self._workers = DecodePool(
+                data.num_workers, self._settings.tile_pixels, data.use_thumbnail, data.read_timeout_seconds
+            )
         if self._streams is not None:
             self._maker = ThreadPoolExecutor(1, thread_name_prefix="rows")
             self._made.extend(self._maker.submit(self._make) for _ in range(max(1, data.prefetch_steps)))

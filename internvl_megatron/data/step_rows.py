@@ -2,11 +2,12 @@
 
 import logging
 from collections.abc import Sequence
-from concurrent.futures import Executor, Future
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 import numpy as np
 
+from internvl_megatron.data.decode_pool import DecodePool
 from internvl_megatron.data.images import ImageRef, decode_tiles
 from internvl_megatron.data.packing import Row
 from internvl_megatron.data.records import SampleSettings
@@ -61,7 +62,7 @@ class StepRows:
         settings: SampleSettings,
         rank_in_replica: int,
         replica_size: int,
-        workers: Executor | None = None,
+        workers: DecodePool | None = None,
     ) -> None:
         """Start decoding this rank's images in `workers`; None = when `tiles` is called."""
         self.rows = list(rows)
@@ -76,7 +77,7 @@ class StepRows:
         ]
         self._futures: dict[ImageKey, Future[np.ndarray]] = {}
         if workers is not None:
-            self._futures = {key: workers.submit(self._decode, self._image(key)) for key in self._mine}
+            self._futures = {key: workers.submit(self._image(key)) for key in self._mine}
         self._decoded: DecodedTiles | None = None
 
     def tiles(self) -> DecodedTiles:

@@ -1,0 +1,63 @@
+"""A process that decodes images for the trainer: images in over a socket, tiles out in shared memory.
+
+Started by `decode_pool.py` as `python -m internvl_megatron.data.decode_worker SOCKET TILE_PIXELS USE_THUMBNAIL`. It imports
+NumPy and Pillow, nothing of the trainer, and ends when the other side of the socket is gone.
+"""
+
+import json
+import math
+import os
+import pickle
+import signal
+import socket
+import sys
+from mmap import MAP_POPULATE, MAP_SHARED, mmap
+
+import numpy as np
+
+from internvl_megatron.data.images import ImageRef, decode_tiles
+from internvl_megatron.errors import DataError
+
+MAX_MESSAGE_BYTES = 65536
+"""A longer message would be cut by the socket."""
+MAX_ERROR_CHARACTERS = 4096
+
+
+READY = b"ready"
+"""The first message of a process."""
+
+
+def serve(connection: socket.socket, tile_pixels: int, use_thumbnail: bool) -> None:
+    """Answer requests, one at a time, until there are no more.
+
+    A request is a pickled `ImageRef`, which only the parent can send. The answer is JSON, for what comes out of foreign images should
+    not be unpickled: `{"shape": [...]}` with the file descriptor of memory that holds the tiles, or `{"error": text}`.
+    """
+    connection.send(READY)
+    while request := connection.recv(MAX_MESSAGE_BYTES):
+        image: ImageRef = pickle.loads(request)
+        shape = (image.num_tiles, 3, tile_pixels, tile_pixels)
+        # Memory without a name: it goes when nobody has it open or mapped, whatever dies before.
+        with os.fdopen(os.memfd_create("tiles"), "r+b") as memory:
+            memory.truncate(math.prod(shape))
+            mapped = mmap(memory.fileno(), math.prod(shape), flags=MAP_SHARED | MAP_POPULATE)
+            try:
+                tiles = np.frombuffer(mapped, dtype=np.uint8).reshape(shape)
+                decode_tiles(image, tile_pixels, use_thumbnail, tiles)
+            except DataError as error:
+                connection.send(json.dumps({"error": str(error)[:MAX_ERROR_CHARACTERS]}).encode())
+            else:
+                socket.send_fds(connection, [json.dumps({"shape": shape}).encode()], [memory.fileno()])
+
+
+def main() -> None:
+    """Serve until the parent is gone; signals are for the parent to act on."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+    descriptor, tile_pixels, use_thumbnail = map(int, sys.argv[1:])
+    with socket.socket(fileno=descriptor) as connection:
+        serve(connection, tile_pixels, bool(use_thumbnail))
+
+
+if __name__ == "__main__":
+    main()
