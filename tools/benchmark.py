@@ -2,6 +2,7 @@
 
     python -m tools.benchmark step [--model 1b|demo] [--device auto|cpu|cuda] [--steps N] [--output FILE]
     python -m tools.benchmark schedule ...     see tools/benchmark_schedule.py
+    python -m tools.benchmark index ...        see tools/benchmark_data_index.py
 
 `step`: one rank, fresh weights, synthetic packed rows (one picture and its text per sample), real step: vision encoder, projector,
 language model, loss, backward, clipping, AdamW. The record names machine, versions and date.
@@ -30,7 +31,7 @@ from internvl_megatron.data.packing import Row, SampleSource
 from internvl_megatron.data.step_rows import DecodedTiles
 from internvl_megatron.launcher import launch
 from internvl_megatron.ranks import RankInfo
-from tools import benchmark_schedule
+from tools import benchmark_data_index, benchmark_schedule
 
 TEXT_TOKENS_PER_SAMPLE = 128
 ANSWER_TOKENS_PER_SAMPLE = 48
@@ -202,6 +203,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     step.add_argument("--output", type=Path, help="JSON file to write; default: print only")
     step.set_defaults(run=measure_step)
     benchmark_schedule.add_command(commands)
+    benchmark_data_index.add_command(commands)
     options = parser.parse_args(arguments)
     return options.run(options)
 
