@@ -189,7 +189,11 @@ def test_an_index_that_is_replaced_or_deleted_while_in_use(tmp_path):
         file.read(3)
 
 
-@pytest.mark.parametrize("content", [b"{}\n" * 49, b"", b'{"a": 1}\n' * 30, b"{}\n" * 50 + b"   " * 50])
+@pytest.mark.parametrize(
+    "content",
+    [b"{}\n" * 49, b"", b'{"a": 1}\n' * 30, b"{}\n" * 50 + b"   " * 50, b"{}\n" * 69 + b"[ ]{}\n" + b"{}\n" * 29],
+    ids=["cut", "empty", "other lines", "not ended", "not begun"],
+)
 def test_a_source_that_changes_after_it_was_opened(tmp_path, content):
     source = write(tmp_path, b"{}\n" * 100)
     file = JsonlFile(source, open_index(source))
