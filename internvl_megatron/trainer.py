@@ -18,8 +18,11 @@ from internvl_megatron.config.overrides import CONFIG_FILE, changed_fields, from
 from internvl_megatron.config.plan import plan
 from internvl_megatron.config.schema import RunConfig
 from internvl_megatron.data.evaluation_rows import eval_rows
+from internvl_megatron.data.jsonl_index import index_all
 from internvl_megatron.data.loader import ReplicaLoader
-from internvl_megatron.data.meta import load_datasets
+from internvl_megatron.data.meta import load_datasets, read_meta
+from internvl_megatron.data.mixture import dataset_groups
+from internvl_megatron.data.one_rank_first import one_rank_first
 from internvl_megatron.data.records import SampleSettings
 from internvl_megatron.data.row_cost import RowCost
 from internvl_megatron.data.row_exchange import RowExchange
@@ -40,8 +43,11 @@ from internvl_megatron.train.step import Step, StepResult
 
 log = logging.getLogger(__name__)
 
+MAX_INDEX_THREADS = 8
+"""Annotation files indexed at the same time by the rank that does so for all."""
+
 FIXED_SETTINGS = (
-    "rows_per_step", "seed", "data.seed", "optimizer.name", "dtype", "optimizer.vision.trainable",
+    "rows_per_step", "seed", "data.seed", "data.group_weights", "optimizer.name", "dtype", "optimizer.vision.trainable",
     "optimizer.projector.trainable", "optimizer.language.trainable",
 )  # fmt: skip
 """Settings besides the model's that a run keeps for life: its data order and its optimizer state depend on them."""
@@ -91,6 +97,8 @@ class Trainer:
         self.replica = self.plan.layout.replica(info.rank)
         self.replica_ranks = self.plan.layout.replica_ranks(self.replica)
         self.is_leader = info.rank == self.replica_ranks[0]
+        self.index_folder = Path(config.data.index_folder or self.root / "index")
+        self._check_data()
         self.loader = self._loader()
         self.eval_batch = self._eval_batch()
         self.step = 0
@@ -140,13 +148,34 @@ class Trainer:
         if self.metrics is not None:
             self.metrics.close()
 
+    def _check_data(self) -> None:
+        """Rank 0 reads the meta files and indexes the annotations that are not yet; the others then find the indices.
+
+        Raises:
+            DataError: on all ranks, if a file is wrong.
+        """
+        data = self.config.data
+        eval_metas = [] if self.config.eval_every_steps is None else [data.eval_meta]
+
+        def work() -> None:
+            entries = read_meta(data.meta)
+            dataset_groups(entries, data.group_weights)
+            entries += [entry for meta in eval_metas if meta is not None for entry in read_meta(meta)]
+            num_threads = min(MAX_INDEX_THREADS, len(os.sched_getaffinity(0)))
+            index_all([entry.annotation for entry in entries], self.index_folder, num_threads)
+
+        def broadcast(payload: bytes | None) -> bytes:
+            return broadcast_bytes(payload, 0, self.groups.host_world)
+
+        one_rank_first(work, self.is_main, broadcast, self.config.parallel.collective_timeout_seconds / 4)
+
     def _loader(self) -> ReplicaLoader:
         """Row slot m * replicas + r of every step comes from the stream of that number, which the leader of replica r
         reads, so the data of a step do not depend on the layout."""
         config, layout = self.config, self.plan.layout
         streams = None
         if self.is_leader:
-            datasets = load_datasets(config.data.meta)
+            datasets = load_datasets(config.data.meta, self.index_folder)
             numbers = range(self.replica, config.rows_per_step, layout.data_size)
             streams = [
                 SampleStream(datasets, self.settings, self.tokenizer, number, config.rows_per_step)
@@ -176,7 +205,7 @@ class Trainer:
         config = self.config
         if config.data.eval_meta is None or config.eval_every_steps is None:
             return None
-        rows = eval_rows(config.data.eval_meta, self.settings, self.tokenizer, config.eval_rows)
+        rows = eval_rows(config.data.eval_meta, self.settings, self.tokenizer, config.eval_rows, self.index_folder)
         slots = range(self.replica, config.eval_rows, self.plan.layout.data_size)
         mine, place = [rows[slot] for slot in slots], self.replica_ranks.index(self.groups.rank)
         return StepRows(mine, slots, self.settings, place, len(self.replica_ranks))

@@ -105,6 +105,8 @@ def _value(text: str, hint: Any, path: str) -> Any:
             return text
         if get_origin(option) is tuple:
             items = [item.strip() for item in text.split(",")]
+            if get_args(option)[0] is str:
+                return tuple(items)
             if items and all(item.isdecimal() for item in items):
                 return tuple(int(item) for item in items)
         if option is bool and text.lower() in ("true", "false"):
@@ -128,7 +130,7 @@ def _describe(options: tuple[Any, ...]) -> str:
     parts = [
         f"one of {', '.join(get_args(option))}"
         if get_origin(option) is Literal
-        else "whole numbers, like 3,3,2"
+        else ("texts, like a=1,b=2" if get_args(option)[0] is str else "whole numbers, like 3,3,2")
         if get_origin(option) is tuple
         else names.get(option, str(option))
         for option in options
@@ -162,7 +164,8 @@ def _typed(value: Any, hint: Any, where: str) -> Any:
             return value
         if option is type(None) and value is None:
             return None
-        if get_origin(option) is tuple and isinstance(value, list) and all(type(item) is int for item in value):
+        is_list = get_origin(option) is tuple and isinstance(value, list)
+        if is_list and all(type(item) is get_args(option)[0] for item in value):
             return tuple(value)
         if option is float and isinstance(value, int | float) and not isinstance(value, bool):
             try:

@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
+from internvl_megatron.config.group_weights import parse_group_weights
 from internvl_megatron.config.schema import ModelConfig, RunConfig, padded_vocab_size
 from internvl_megatron.errors import ConfigError
 from internvl_megatron.parallel.layout import Layout, VisionLayout
@@ -177,6 +178,11 @@ def _data(config: RunConfig) -> list[str]:
             f"data.tokens_per_row={data.tokens_per_row} must be a multiple of "
             f"data.sample_multiple_tokens={data.sample_multiple_tokens}"
         )
+    if data.group_weights is not None:
+        try:
+            parse_group_weights(data.group_weights)
+        except ConfigError as error:
+            problems.append(str(error))
     if config.eval_every_steps and not data.eval_meta:
         problems.append("eval_every_steps is set but data.eval_meta is not: give held-out data, or set it to null")
     return problems

@@ -156,9 +156,15 @@ class DataConfig:
     """Where samples come from and how they become packed rows."""
 
     meta: str = ""
-    """InternVL meta JSON: {name: {root, annotation, repeat_time, data_augment, length, [max_dynamic_patch]}}."""
+    """InternVL meta JSON: {name: {root, annotation, repeat_time, data_augment, length, [max_dynamic_patch], [group]}}."""
     eval_meta: str | None = None
     """Meta JSON of held-out data for the evaluation loss during training; None = no evaluation."""
+    index_folder: str | None = None
+    """Where indices of annotation files go that cannot be written beside them; None = `index` in the run's folder. All
+    ranks should see it."""
+    group_weights: tuple[str, ...] | None = None
+    """Shares of the groups of data sets (`group` in the meta file) in the tokens of the run, like `language=1,multimodal=3`;
+    None = every data set in proportion to its samples, repeats counted."""
     tokenizer: str = ""
     """Folder of a Hugging Face tokenizer that already has InternVL's nine tokens."""
     tokens_per_row: int = 4096

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
+from pathlib import Path
 
 from internvl_megatron.data.meta import Dataset, load_datasets
 from internvl_megatron.data.packer import Packer
@@ -16,7 +17,9 @@ from internvl_megatron.data.tokenizer import Tokenizer
 from internvl_megatron.errors import DataError
 
 
-def eval_rows(meta_path: str, settings: SampleSettings, tokenizer: Tokenizer, num_rows: int) -> list[Row]:
+def eval_rows(
+    meta_path: str, settings: SampleSettings, tokenizer: Tokenizer, num_rows: int, index_folder: Path | None = None
+) -> list[Row]:
     """The first `num_rows` packed rows of held-out data, each record at most once, data sets taking turns.
 
     Ordinary positions (delta 1) and no augmentation, as in InternVL3's published evaluations. If there are too few
@@ -26,7 +29,7 @@ def eval_rows(meta_path: str, settings: SampleSettings, tokenizer: Tokenizer, nu
         DataError: the files are wrong, a sample is bad and the policy says stop, or there is no good sample.
     """
     fixed = replace(settings, data=replace(settings.data, v2pe="fixed", v2pe_numerator=UNITS_PER_POSITION))
-    datasets = load_datasets(meta_path)
+    datasets = load_datasets(meta_path, index_folder)
     for dataset in datasets:
         dataset.entry = replace(dataset.entry, data_augment=False)
     packs = _packs(datasets, fixed, tokenizer)
@@ -62,8 +65,8 @@ def _packs(
 
 def _in_turns(datasets: Sequence[Dataset]) -> Iterator[SampleSource]:
     """All records: the first of each data set, then the second of each, and so on."""
-    places = range(max(dataset.num_records for dataset in datasets))
-    in_turns = ((number, place) for place in places for number in range(len(datasets)))
-    in_use = ((number, place) for number, place in in_turns if place < datasets[number].num_records)
-    for serial, (number, record) in enumerate(in_use):
-        yield SampleSource(number, record, serial)
+    records = range(max(dataset.num_records for dataset in datasets))
+    in_turns = ((number, record) for record in records for number in range(len(datasets)))
+    for number, record in in_turns:
+        if record < datasets[number].num_records:
+            yield SampleSource(number, record, 0)

@@ -2,17 +2,20 @@
 
 import difflib
 import json
-from array import array
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
+from internvl_megatron.data.jsonl_index import JsonlIndex, index_in_memory, open_index
+from internvl_megatron.data.permutation import NUM_KEYS, Permutation
+from internvl_megatron.data.seeds import Purpose, name_key, words
 from internvl_megatron.errors import DataError
 
 _REQUIRED_KEYS = ("root", "annotation", "data_augment", "repeat_time")
-_OPTIONAL_KEYS = ("length", "max_dynamic_patch")
+_OPTIONAL_KEYS = ("length", "max_dynamic_patch", "group")
+_KEPT_ORDERS = 4
+"""Of a data set: streams of a leader are in different epochs of it while they go from one to the next."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,50 +33,40 @@ class DatasetEntry:
     """JPEG augmentation of the images."""
     max_tiles: int | None
     """Replaces `DataConfig.max_tiles` (`max_dynamic_patch` in the file); None = it does not."""
+    group: str | None = None
+    """Data sets that share a weight of `DataConfig.group_weights`."""
 
 
 class JsonlFile:
-    """Records of a jsonl file, found by byte offset and read one at a time. Blank lines are not records."""
+    """Records of a jsonl file, found by byte offset and read one at a time. Blank lines are not records.
 
-    def __init__(self, path: Path) -> None:
-        """Index the file. Raises `DataError` if it cannot be read or has no record."""
+    It holds no descriptor, so processes and threads may share it, and may be pickled.
+    """
+
+    def __init__(self, path: Path, index: JsonlIndex | None = None) -> None:
+        """Use an index, or make one in memory, which is for small files. Raises `DataError` if there is no record."""
         self.path = path
-        offsets, sizes, lines = array("q"), array("q"), array("q")
-        offset = 0
-        try:
-            with path.open("rb") as file:
-                for number, line in enumerate(file, start=1):
-                    if line.strip():
-                        offsets.append(offset)
-                        sizes.append(len(line))
-                        lines.append(number)
-                    offset += len(line)
-        except OSError as error:
-            raise DataError(
-                f"{path}: cannot be read ({error.strerror}); check 'annotation' in the meta file"
-            ) from error
-        if not offsets:
+        self._index = index_in_memory(path) if index is None else index
+        if not len(self._index):
             raise DataError(f"{path}: has no records")
-        self._offsets = np.array(offsets, dtype=np.int64)
-        self._sizes = np.array(sizes, dtype=np.int64)
-        self._lines = np.array(lines, dtype=np.int64)
 
     def __len__(self) -> int:
         """Number of records."""
-        return len(self._offsets)
+        return len(self._index)
 
     def where(self, index: int) -> str:
         """`file:line` of a record, line counted from 1."""
-        return f"{self.path}:{self._lines[index]}"
+        return f"{self.path}:{self._index.line(index)}"
 
     def read(self, index: int) -> dict[str, Any]:
-        """The JSON object of record `index`. Raises `DataError` if the line is not one."""
+        """The JSON object of record `index`.
+
+        Raises:
+            DataError: the line is not one, or the file is not the one that was indexed.
+        """
+        line = self._line(index)
         try:
-            with self.path.open("rb") as file:
-                file.seek(int(self._offsets[index]))
-                value = json.loads(file.read(int(self._sizes[index])))
-        except OSError as error:
-            raise DataError(f"{self.where(index)}: cannot be read ({error.strerror})") from error
+            value = json.loads(line)
         except (ValueError, RecursionError) as error:
             raise DataError(
                 f"{self.where(index)}: is not valid JSON ({error}); each line must be one object"
@@ -82,14 +75,41 @@ class JsonlFile:
             raise DataError(f"{self.where(index)}: is a JSON {type(value).__name__}; each line must be one object")
         return value
 
+    def _line(self, index: int) -> bytes:
+        """The bytes of a record's line."""
+        start, end = self._index.span(index)
+        before = min(start, 1)  # the line break before it is read as well, to see that it is there
+        try:
+            with self.path.open("rb", buffering=0) as file:
+                content = os.pread(file.fileno(), end - start + before, start - before)
+        except OSError as error:
+            raise DataError(f"{self.where(index)}: cannot be read ({error.strerror})") from error
+        is_last = index == len(self) - 1
+        if (
+            len(content) < end - start + before
+            or content[:before].strip(b"\n")
+            or not (is_last or content[-1:] == b"\n")
+        ):
+            raise DataError(
+                f"{self.where(index)}: is not where it was when the file was indexed; put the file back as it was, or start "
+                "again, and it is indexed anew"
+            )
+        return content[before:].partition(b"\n")[0]
+
 
 class Dataset:
     """A data set: its entry in the meta file and its records."""
 
-    def __init__(self, entry: DatasetEntry) -> None:
-        """Index the annotation file. Raises `DataError` if it cannot be used."""
+    def __init__(self, entry: DatasetEntry, index_folder: Path | None = None) -> None:
+        """Open the annotation file by its index, which is made if there is none (`jsonl_index.open_index`).
+
+        Raises:
+            DataError: the annotation cannot be used.
+        """
         self.entry = entry
-        self.file = JsonlFile(entry.annotation)
+        self.key = name_key(entry.name)
+        """Stands for the data set in the seeds of random numbers."""
+        self.file = JsonlFile(entry.annotation, open_index(entry.annotation, index_folder))
         share = min(1.0, entry.repeat_time)
         self.num_records = int(len(self.file) * share)
         """Records in use: the first ones of the file."""
@@ -99,20 +119,31 @@ class Dataset:
                 "raise it"
             )
         self.num_repeats = max(1, int(entry.repeat_time))
-
-    def shuffled_records(self, rng: np.random.Generator) -> np.ndarray:
-        """Indices of the records in use, each `num_repeats` times, in random order: int64 [records * repeats]."""
-        return rng.permutation(np.tile(np.arange(self.num_records, dtype=np.int64), self.num_repeats))
+        self._orders: dict[tuple[int, int], Permutation] = {}
 
     @property
     def length(self) -> int:
-        """Samples of one pass, repeats counted."""
+        """Samples of one epoch, repeats counted."""
         return self.num_records * self.num_repeats
 
+    def sample(self, seed: int, epoch: int, place: int) -> tuple[int, int]:
+        """(record, pass over it) at a place of an epoch's order, `length` places.
 
-def load_datasets(meta_path: str | Path) -> list[Dataset]:
-    """All data sets of a meta file, indexed. Raises `DataError`."""
-    return [Dataset(entry) for entry in read_meta(meta_path)]
+        Every record in use is at `num_repeats` places, each time for another pass, which counts on from epoch to epoch.
+        """
+        order = self._orders.get((seed, epoch))
+        if order is None:
+            if len(self._orders) == _KEPT_ORDERS:
+                del self._orders[next(iter(self._orders))]
+            order = Permutation(self.length, words(NUM_KEYS, seed, Purpose.SHUFFLE, self.key, epoch))
+            self._orders[seed, epoch] = order
+        repeat, record = divmod(order(place), self.num_records)
+        return record, epoch * self.num_repeats + repeat
+
+
+def load_datasets(meta_path: str | Path, index_folder: Path | None = None) -> list[Dataset]:
+    """All data sets of a meta file, by their indices, which are made if there are none. Raises `DataError`."""
+    return [Dataset(entry, index_folder) for entry in read_meta(meta_path)]
 
 
 def read_meta(meta_path: str | Path) -> list[DatasetEntry]:
@@ -169,6 +200,7 @@ def _problems(entry: object) -> list[str]:
         "repeat_time": (_valid_repeat_time, "must be a fraction between 0 and 1 or a whole number from 1"),
         "length": (lambda value: _is_number(value, int), "must be a whole number"),
         "max_dynamic_patch": (lambda value: _is_number(value, int) and value >= 1, "must be a whole number from 1"),
+        "group": (lambda value: isinstance(value, str) and value, "must be the name of a group"),
     }
     problems += [
         f"'{key}' {demand}, not {json.dumps(entry[key])}"
@@ -192,4 +224,5 @@ def _entry(name: str, entry: dict[str, Any], folder: Path) -> DatasetEntry:
         repeat_time=float(entry["repeat_time"]),
         data_augment=entry["data_augment"],
         max_tiles=entry.get("max_dynamic_patch"),
+        group=entry.get("group"),
     )

@@ -22,8 +22,8 @@ class SampleSource:
     """Index of the data set in the meta file."""
     record: int
     """Index of the record in its jsonl file, blank lines not counted."""
-    serial: int
-    """Number of the draw in its stream; seeds the sample's random numbers."""
+    pass_number: int
+    """Which pass over the data set's records, from 0; seeds the sample's random numbers, with data set and record."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

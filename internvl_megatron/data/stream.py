@@ -4,14 +4,15 @@ A run has as many streams as a step has rows: row k of every step comes from str
 data do not depend on the number of ranks or workers, and a run may go on with another layout.
 """
 
+import hashlib
+import json
 import logging
 from collections.abc import Sequence
 from dataclasses import astuple
 from typing import Any
 
-import numpy as np
-
 from internvl_megatron.data.meta import Dataset
+from internvl_megatron.data.mixture import Group, Mixture, dataset_groups
 from internvl_megatron.data.packing import Row, SampleSource, build_row, padded_length
 from internvl_megatron.data.records import ImageRng, Sample, SampleError, SampleSettings, parse_record, render_sample
 from internvl_megatron.data.row_packer import RowPacker, make_packer
@@ -32,32 +33,33 @@ _Item = tuple[SampleSource, Sample]
 
 
 class SampleStream:
-    """Stream `index` of `num_streams`: shuffled samples of all data sets, packed into rows, without end.
+    """Stream `index` of `num_streams`: samples of all data sets in random order, packed into rows, without end.
 
-    The records of each data set are shuffled once and dealt to the streams in turn; a stream that has used up its share
-    goes through it again in the same order (InternVL `PackedDataset`). The next sample's data set is drawn with a
-    probability proportional to its length, repeats counted.
+    The samples of each data set are put in an order that is another one in every epoch (InternVL's `PackedDataset` goes
+    through the same order again), and dealt to the streams in turn. `Mixture` says which data set is next.
     """
 
     def __init__(
         self, datasets: Sequence[Dataset], settings: SampleSettings, tokenizer: Tokenizer, index: int, num_streams: int
     ) -> None:
-        """Start at the beginning; `load_state_dict` moves elsewhere. Data sets may be shared between streams."""
+        """Start at the beginning; `load_state_dict` moves elsewhere. Data sets may be shared between streams.
+
+        Raises:
+            DataError: data sets and group weights do not go together, or there are too few samples for so many streams.
+        """
         assert 0 <= index < num_streams, f"stream {index} of {num_streams}"
         self.index = index
         self.num_streams = num_streams
         self._datasets = datasets
         self._settings = settings
         self._tokenizer = tokenizer
-        self._shares = [self._share(number, dataset) for number, dataset in enumerate(datasets)]
-        lengths = np.array([dataset.length for dataset in datasets], dtype=np.float64)
-        self._choice_bounds = np.cumsum(lengths / lengths.sum())
-        self._taken = [0] * len(datasets)
-        """Samples drawn from each data set so far."""
-        self._serial = 0
-        """Samples drawn so far: the number of the next draw."""
+        groups = dataset_groups([dataset.entry for dataset in datasets], settings.data.group_weights)
+        lengths = [dataset.length for dataset in datasets]
+        self._mixture = Mixture(lengths, groups, settings.data.seed, index, num_streams)
+        self._identity = self._make_identity(groups)
         self._skipped: dict[str, int] = {}
-        self._bad_in_a_row = [0] * len(datasets)
+        self._bad_in_a_row = [0] * len(groups)
+        """Samples of each group left out since the last good one."""
         self._packer: RowPacker[_Item] = RowPacker(
             make_packer(settings.data), settings.data.packing_window_rows, self._window_order
         )
@@ -83,9 +85,8 @@ class SampleStream:
     def state_dict(self) -> dict[str, Any]:
         """Position of the stream, as JSON. Buffered samples are saved as references and made again on loading."""
         return {
-            "identity": self._identity(),
-            "serial": self._serial,
-            "taken": list(self._taken),
+            "identity": self._identity,
+            **self._mixture.state_dict(),
             "skipped": dict(self._skipped),
             "packing": self._packer.state_dict(lambda item: list(astuple(item[0]))),
         }
@@ -96,75 +97,73 @@ class SampleStream:
         Raises:
             DataError: the state was saved with other data, or a buffered sample cannot be made any more.
         """
-        identity = self._identity()
+        identity = self._identity
         if state["identity"] != identity:
             changed = [key for key in identity if state["identity"].get(key) != identity[key]]
             details = "; ".join(f"{key} was {state['identity'].get(key)}, is {identity[key]}" for key in changed)
             raise DataError(
                 f"the saved position of data stream {self.index} is for other data ({details}); restore them"
             )
-        self._serial = int(state["serial"])
-        self._taken = [int(count) for count in state["taken"]]
+        self._mixture.load_state_dict(state)
         self._skipped = {kind: int(count) for kind, count in state["skipped"].items()}
-        self._bad_in_a_row = [0] * len(self._datasets)
+        self._bad_in_a_row = [0] * len(self._bad_in_a_row)
         self._packer.load_state_dict(state["packing"], self._restore)
 
-    def _identity(self) -> dict[str, Any]:
+    def _make_identity(self, groups: Sequence[Group]) -> dict[str, Any]:
         """What must be the same for a saved position to mean anything."""
         data = self._settings.data
+        names = {member: group.name for group in groups for member in group.members}
+        datasets = [
+            [dataset.entry.name, dataset.num_records, dataset.num_repeats, names[number]]
+            for number, dataset in enumerate(self._datasets)
+        ]
+        # A state is saved for every stream: hundreds of data sets are not listed in each.
+        digest = hashlib.blake2b(json.dumps(datasets).encode(), digest_size=8).hexdigest()
+        num_samples = sum(dataset.length for dataset in self._datasets)
         return {
             "stream": [self.index, self.num_streams],
             "seed": data.seed,
-            "datasets": [[dataset.entry.name, dataset.num_records, dataset.num_repeats] for dataset in self._datasets],
+            "datasets": f"{len(datasets)} of {num_samples} samples in an epoch, names, numbers and groups {digest}",
+            "groups": [[group.name, group.weight] for group in groups],
             "vocabulary": len(self._tokenizer),
             "tile": [self._settings.tile_pixels, self._settings.tokens_per_tile],
             **{name: getattr(data, name) for name in _SHAPING_SETTINGS},
         }
 
-    def _share(self, number: int, dataset: Dataset) -> np.ndarray:
-        """Records of a data set this stream goes through, in order.
-
-        A data set with fewer records than there are streams gives one of them to every stream, some to several, so that
-        no stream lacks a data set.
-        """
-        order = dataset.shuffled_records(generator(self._settings.data.seed, Purpose.SHUFFLE, number))
-        return order[self.index % len(order) :: self.num_streams].copy()
-
     def _draw(self) -> SampleSource:
         """Choose the next sample."""
-        chosen = generator(self._settings.data.seed, Purpose.CHOOSE, self.index, self._serial).random()
-        number = min(int(np.searchsorted(self._choice_bounds, chosen, side="right")), len(self._datasets) - 1)
-        share = self._shares[number]
-        source = SampleSource(number, int(share[self._taken[number] % len(share)]), self._serial)
-        self._taken[number] += 1
-        self._serial += 1
-        return source
+        draw = self._mixture.draw()
+        record, pass_number = self._datasets[draw.dataset].sample(self._settings.data.seed, draw.epoch, draw.place)
+        return SampleSource(draw.dataset, record, pass_number)
 
     def _render(self, source: SampleSource) -> Sample:
-        """Make a sample from its record. The same source always gives the same sample."""
-        seed = self._settings.data.seed
+        """Make a sample from its record. The same source always gives the same sample, in whatever stream."""
+        dataset, seed = self._datasets[source.dataset], self._settings.data.seed
         return render_source(
-            self._datasets[source.dataset],
+            dataset,
             source.record,
             self._settings,
             self._tokenizer,
-            lambda image: generator(seed, Purpose.IMAGE, self.index, source.serial, image),
+            lambda image: generator(seed, Purpose.IMAGE, dataset.key, source.record, source.pass_number, image),
         )
 
     def _render_or_skip(self, source: SampleSource) -> Sample | None:
         """The sample, or None if it is bad and the policy says to leave it out."""
+        group = self._mixture.group_of(source.dataset)
         try:
             sample = self._render(source)
         except SampleError as error:
             apply_policy(error, self._settings, self._skipped)
-            self._bad_in_a_row[source.dataset] += 1
-            if all(bad >= len(share) for bad, share in zip(self._bad_in_a_row, self._shares, strict=True)):
+            self._bad_in_a_row[group] += 1
+            # So many draws in a row hold a whole epoch, wherever they begin.
+            if self._bad_in_a_row[group] >= 2 * self._mixture.group_share(group) - 1:
                 raise DataError(
                     f"data stream {self.index}: a whole pass over its data gave no good sample ({self._skipped} left "
                     f"out); the last one: {error}"
                 ) from error
             return None
-        self._bad_in_a_row = [0] * len(self._datasets)
+        self._bad_in_a_row[group] = 0
+        self._mixture.add_tokens(source.dataset, len(sample.token_ids))
         return sample
 
     def _restore(self, reference: list[int]) -> tuple[_Item, int, int]:

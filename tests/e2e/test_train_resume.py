@@ -208,3 +208,18 @@ def test_a_broken_image_stops_or_is_skipped(data: Path, tmp_path: Path) -> None:
     skipped = _train(copy, tmp_path / "skip", "data.on_bad_sample=skip", "num_steps=2")
     assert skipped.returncode == 0, skipped.stderr
     assert all(row["num_failed_images"] > 0 and row["loss"] > 0 for row in _metrics(tmp_path / "skip"))
+
+
+def test_an_annotation_that_cannot_be_read_ends_all_ranks(data: Path, tmp_path: Path) -> None:
+    """Rank 0 alone looks for it; the others, leaders or not, hear of it and do not wait for ever."""
+    meta = json.loads((data / "train_meta.json").read_text())
+    for entry in meta.values():
+        entry["root"] = str(data / entry["root"])
+        entry["annotation"] = str(data / entry["annotation"])
+    meta["facts"]["annotation"] = str(tmp_path / "none.jsonl")
+    path = tmp_path / "meta.json"
+    path.write_text(json.dumps(meta))
+    done = _train(data, tmp_path / "run", f"data.meta={path}")
+    assert done.returncode == 2
+    assert "none.jsonl: cannot be read (No such file or directory)" in done.stderr
+    assert "Traceback" not in done.stderr

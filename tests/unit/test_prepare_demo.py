@@ -130,7 +130,8 @@ def test_the_trainer_reads_it_and_cuts_a_tile_per_digit(demo):
 def test_the_same_seed_makes_the_same_files_and_a_finished_folder_is_kept(demo, tmp_path):
     again, other = tmp_path / "again", tmp_path / "other"
     prepare(again, seed=0, amounts=SMALL)
-    files = sorted(path.relative_to(demo) for path in demo.rglob("*") if path.is_file())
+    # Reading the data adds indices, which another test does.
+    files = sorted(path.relative_to(demo) for path in demo.rglob("*") if path.is_file() and path.suffix != ".index")
     assert files == sorted(path.relative_to(again) for path in again.rglob("*") if path.is_file())
     assert all((demo / name).read_bytes() == (again / name).read_bytes() for name in files)
 

@@ -1,10 +1,12 @@
 """Overrides, JSON, and the plan's cross-field checks."""
 
 import json
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
 
+from internvl_megatron.config.group_weights import parse_group_weights
 from internvl_megatron.config.overrides import apply_overrides, changed_fields, field_paths, from_json, to_json
 from internvl_megatron.config.plan import plan
 from internvl_megatron.config.recipes import RECIPES, demo_digits, find_recipe
@@ -45,6 +47,7 @@ def test_overrides_are_read_by_type() -> None:
         ("dtype=fp8", "is not one of fp32, bf16"),
         ("parallel.sequence_parallel=1", "is not true or false"),
         ("parallel.stage_layers=3,x", "is not whole numbers, like 3,3,2"),
+        ("data.group_weights", "write it as section.field=value"),
     ],
 )
 def test_wrong_overrides_say_what_to_do(text: str, message: str) -> None:
@@ -70,6 +73,8 @@ def test_json_round_trip(tmp_path: Path) -> None:
         ({"num_steps": "1"}, "num_steps: '1' is not a whole number"),
         ({"optimizer": []}, "optimizer: expected an object"),
         ({"dtype": "int4"}, "dtype: 'int4' is not one of"),
+        ({"data": {"group_weights": ["a=1", 2]}}, "group_weights: .* is not texts, like a=1,b=2"),
+        ({"data": {"group_weights": "a=1"}}, "group_weights: 'a=1' is not texts, like a=1,b=2 or null"),
     ],
 )
 def test_wrong_json_names_the_field(tmp_path: Path, change: dict[str, object], message: str) -> None:
@@ -309,3 +314,41 @@ def test_plan_names_all_problems_at_once() -> None:
 
 def test_plan_asks_for_rows_of_evaluation_only_where_there_is_one() -> None:
     assert plan(apply_overrides(demo_digits(), ["rows_per_step=16", "eval_every_steps=null", "eval_rows=3"]), 64)
+
+
+def test_group_weights(tmp_path: Path) -> None:
+    config = apply_overrides(demo_digits(), ["data.group_weights=language=1, multi=modal=2.50"])
+    assert config.data.group_weights == ("language=1", "multi=modal=2.50")
+    path = tmp_path / "config.json"
+    path.write_text(to_json(config))
+    assert from_json(path) == config
+    plan(config, world_size=4)
+    assert config.data.group_weights is not None
+    assert parse_group_weights(config.data.group_weights) == {"language": Fraction(1), "multi=modal": Fraction(5, 2)}
+    assert apply_overrides(config, ["data.group_weights=null"]).data.group_weights is None
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a", "'a' is not a group and its weight"),
+        ("a=0", "'a=0' is not a group and its weight, a number above 0"),
+        ("a=0.000", "is not a group and its weight"),
+        ("a=-1", "is not a group and its weight"),
+        ("a=nan", "is not a group and its weight"),
+        ("a=1e400", "is not a group and its weight"),
+        ("=1", "is not a group and its weight"),
+        ("a=1,,b=2", "'' is not a group and its weight"),
+        ("a=1,b=2,a=1", "group 'a' is there twice"),
+        ("", "'' is not a group"),
+    ],
+)
+def test_wrong_group_weights(text: str, message: str) -> None:
+    config = apply_overrides(demo_digits(), [f"data.group_weights={text}"])
+    with pytest.raises(ConfigError, match=f"data.group_weights: .*{message}"):
+        plan(config, world_size=4)
+
+
+def test_group_weights_of_no_group() -> None:
+    with pytest.raises(ConfigError, match="names no group"):
+        parse_group_weights(())

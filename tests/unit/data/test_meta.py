@@ -2,7 +2,6 @@
 
 import json
 
-import numpy as np
 import pytest
 
 from internvl_megatron.data.meta import Dataset, load_datasets, read_meta
@@ -19,12 +18,13 @@ def write(folder, content):
 
 def test_paths_are_relative_to_the_meta_file_unless_absolute(tmp_path):
     entries = {
-        "a": {**GOOD, "max_dynamic_patch": 6, "length": 9},
+        "a": {**GOOD, "max_dynamic_patch": 6, "length": 9, "group": "text"},
         "b": {**GOOD, "root": "/x", "annotation": "/y.jsonl"},
     }
     a, b = read_meta(write(tmp_path, entries))
     assert (a.name, a.root, a.annotation) == ("a", tmp_path / "images", tmp_path / "a.jsonl")
     assert (a.data_augment, a.repeat_time, a.max_tiles) == (True, 1.0, 6)
+    assert (a.group, b.group) == ("text", None)
     assert (str(b.root), str(b.annotation), b.max_tiles) == ("/x", "/y.jsonl", None)
 
 
@@ -48,6 +48,8 @@ def test_missing_keys(tmp_path, key):
         ({"length": "many"}, "'length' must be a whole number"),
         ({"root": None}, "'root' must be a string"),
         ({"annotation": ""}, "'annotation' must be the path"),
+        ({"group": ""}, "'group' must be the name of a group"),
+        ({"group": 3}, "'group' must be the name of a group"),
     ],
 )
 def test_wrong_values(tmp_path, change, message):
@@ -110,9 +112,26 @@ def test_empty_annotation(tmp_path):
 def test_repeat_time(tmp_path, repeat_time, records):
     (tmp_path / "a.jsonl").write_text('{"id": 0}\n' * 10)
     (dataset,) = load_datasets(write(tmp_path, {"faces": {**GOOD, "repeat_time": repeat_time}}))
-    order = dataset.shuffled_records(np.random.default_rng(0))
-    assert sorted(order.tolist()) == (records or sorted([*range(10)] * 3))
-    assert len(order) == dataset.length
+    for epoch in (0, 1):
+        samples = [dataset.sample(0, epoch, place) for place in range(dataset.length)]
+        assert sorted(record for record, _ in samples) == (records or sorted([*range(10)] * 3))
+        repeats = max(1, int(repeat_time))
+        passes = {number: sorted(r for r, n in samples if n == number) for number in {n for _, n in samples}}
+        assert sorted(passes) == list(range(epoch * repeats, (epoch + 1) * repeats))
+        assert all(used == sorted(set(used)) and len(used) == dataset.num_records for used in passes.values())
+
+
+def test_orders_differ_by_seed_epoch_and_name(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"id": 0}\n' * 1000)
+    one, other = load_datasets(write(tmp_path, {"one": GOOD, "other": GOOD}))
+    places = range(0, 1000, 100)
+
+    def order(dataset, seed, epoch):
+        return [dataset.sample(seed, epoch, place)[0] for place in places]
+
+    orders = [order(dataset, seed, epoch) for dataset in (one, other) for seed in range(3) for epoch in range(7)]
+    assert len({tuple(records) for records in orders}) == len(orders)
+    assert orders[0] == order(one, 0, 0), "orders that were given up are made again"
 
 
 def test_a_fraction_that_leaves_nothing(tmp_path):

@@ -89,33 +89,43 @@ def test_evaluation_rows_keep_room_for_padded_samples(data_folder, make_settings
         assert row.segment_lengths.sum() == 256 and (row.segment_lengths % 16 == 0).all()
 
 
-def test_streams_deal_out_the_records_and_repeat_in_the_same_order(data_folder, open_stream, talk):
-    meta = data_folder.dataset("texts", [talk("n", f"{'seven ' * 20} {i}") for i in range(20)])
-    drawn = []
+def test_streams_deal_out_the_records_and_every_pass_has_another_order(data_folder, open_stream, talk):
+    """Rows of one sample and no buffer: samples come in the order in which they are drawn."""
+    meta = data_folder.dataset("texts", [talk("n", f"{'seven ' * 30} {i}") for i in range(20)])
+    drawn = [[], []]
     for index in range(3):
-        stream = open_stream(meta, index, 3, tokens_per_row=128)
-        sources = sorted(
-            (source for _ in range(40) for source in stream.next_row().sources), key=lambda source: source.serial
-        )
-        records = [source.record for source in sources]
+        stream = open_stream(meta, index, 3, tokens_per_row=70, packing_buffer_rows=0)
+        sources = [source for _ in range(14) for source in stream.next_row().sources]
         share = 7 if index < 2 else 6
-        assert records[:share] == records[share : 2 * share] and len(set(records[:share])) == share
-        drawn += records[:share]
-    assert sorted(drawn) == list(range(20))
+        for number, epoch in enumerate((sources[:share], sources[share : 2 * share])):
+            assert {source.pass_number for source in epoch} == {number}
+            drawn[number].append([source.record for source in epoch])
+    for epoch in drawn:
+        assert sorted(record for share in epoch for record in share) == list(range(20))
+    assert all(set(one) != set(other) for one, other in zip(*drawn, strict=True))
 
 
-def test_a_record_is_augmented_anew_each_time_and_in_each_stream(data_folder, open_stream, talk):
-    record = {**talk("?", "x"), "image": data_folder.image("a.png", 30, 30)}
-    meta = data_folder.dataset("pictures", [record], data_augment=True)
-    streams = [open_stream(meta, index, 2) for index in range(2)]
-    seeds = [image.jpeg_seed for stream in streams for _ in range(3) for image in stream.next_row().images]
-    assert len(seeds) > 20 and len(set(seeds)) == len(seeds)
+def image_seeds(stream, num_rows):
+    rows = (stream.next_row() for _ in range(num_rows))
+    return {
+        (source.dataset, source.record, source.pass_number): [image.jpeg_seed for image in row.images]
+        for row in rows
+        for source in row.sources
+    }
 
 
-def test_a_data_set_smaller_than_the_number_of_streams_is_in_every_stream(data_folder, open_stream, talk):
-    meta = data_folder.dataset("one", [talk("a", "seven " * 30), talk("b", "seven " * 30)])
-    first = [open_stream(meta, index, 5, tokens_per_row=100).next_row().sources[0].record for index in range(5)]
-    assert set(first) == {0, 1}
+def test_a_sample_has_the_same_random_numbers_in_whatever_stream(data_folder, open_stream, talk):
+    names = [data_folder.image(f"{index}.png", 30, 30) for index in range(2)]
+    record = {**talk("<image><image>?", "x"), "image": names}
+    data_folder.dataset("others", [record] * 3, data_augment=True)
+    meta = data_folder.dataset("pictures", [record] * 6, data_augment=True, repeat_time=2)
+    one_sample = {"tiles_per_row": 2, "max_tiles": 1}
+    alone = image_seeds(open_stream(meta, **one_sample), 30)
+    shared = [image_seeds(open_stream(meta, index, 3, **one_sample), 10) for index in range(3)]
+    assert len(alone) == 30 and {source[2] for source in alone if source[0] == 1} == {0, 1, 2, 3}
+    assert {source: seeds for stream in shared for source, seeds in stream.items()} == alone
+    seeds = [seed for images in alone.values() for seed in images]
+    assert len(seeds) == 60 == len(set(seeds)), "every image of every pass of every data set has its own"
 
 
 def test_data_sets_are_drawn_in_proportion_to_their_length(data_folder, open_stream, talk):
@@ -123,8 +133,37 @@ def test_data_sets_are_drawn_in_proportion_to_their_length(data_folder, open_str
     data_folder.dataset("small", [long] * 4, repeat_time=2)
     meta = data_folder.dataset("large", [long] * 24)
     stream = open_stream(meta, tokens_per_row=len(rows_tokens(open_stream(meta))))
-    counts = Counter(source.dataset for _ in range(800) for source in stream.next_row().sources)
-    assert 0.2 < counts[0] / counts.total() < 0.3
+    counts = Counter(source.dataset for _ in range(320) for source in stream.next_row().sources)
+    assert counts == {0: 80, 1: 240}, "ten epochs"
+
+
+def test_groups_have_their_share_of_the_tokens(data_folder, open_stream, talk):
+    data_folder.dataset("talks", [talk("a", "seven " * (5 * i)) for i in range(1, 9)], group="language")
+    meta = data_folder.dataset("more", [talk("a", "seven " * i) for i in range(1, 20)], group="multimodal")
+    stream = open_stream(meta, group_weights=("language=1", "multimodal=3"), packing_buffer_rows=0)
+    tokens, longest = Counter(), 0
+    for _ in range(600):  # rows of one sample, as none may wait
+        row = stream.next_row()
+        tokens[row.sources[0].dataset] += int(row.segment_lengths[0])
+        longest = max(longest, int(row.segment_lengths[0]))
+        assert abs(tokens[1] - 0.75 * tokens.total()) < longest
+    assert tokens.total() > 100 * longest
+
+
+def test_groups_that_do_not_fit(data_folder, open_stream, talk):
+    meta = data_folder.dataset("texts", [talk("a", "b")] * 4)
+    with pytest.raises(DataError, match="data set 'texts' has no 'group' in the meta file"):
+        open_stream(meta, group_weights=("language=1",))
+
+
+def test_a_group_without_good_samples_ends_the_stream(data_folder, open_stream, talk):
+    """It would always be the one that is furthest behind."""
+    data_folder.dataset("texts", [talk("a", "seven")] * 4, group="good")
+    meta = data_folder.dataset("broken", ["{"] * 5, group="bad")
+    stream = open_stream(meta, on_bad_sample="skip", group_weights=("good=3", "bad=1"))
+    with pytest.raises(DataError, match="a whole pass over its data gave no good sample"):
+        for _ in range(20):
+            stream.next_row()
 
 
 def rows_tokens(stream):
@@ -172,15 +211,42 @@ def test_nothing_but_bad_samples(data_folder, open_stream, talk):
 
 
 def test_a_position_for_other_data_is_refused(data_folder, open_stream, talk):
-    meta = data_folder.dataset("texts", [talk("a", "b")] * 4)
-    state = open_stream(meta).state_dict()
-    for stream, changed in [(open_stream(meta, 0, 2), "stream was"), (open_stream(meta, seed=3), "seed was 0, is 3"),
-                            (open_stream(meta, max_tiles=2), "max_tiles was 4, is 2")]:  # fmt: skip
-        with pytest.raises(DataError, match=f"saved position of data stream 0 is for other data .*{changed}"):
+    meta = data_folder.dataset("texts", [talk("a", "b")] * 4, group="x")
+    data_folder.dataset("others", [talk("a", "b")] * 6, group="y")
+    weights = ("x=1", "y=2")
+    state = open_stream(meta, group_weights=weights).state_dict()
+
+    def refused(message, index=0, num_streams=1, **changes):
+        stream = open_stream(meta, index, num_streams, **{"group_weights": weights, **changes})
+        with pytest.raises(DataError, match=f"saved position of data stream 0 is for other data .*{message}"):
             stream.load_state_dict(state)
-    data_folder.dataset("texts", [talk("a", "b")] * 5)
-    with pytest.raises(DataError, match="datasets was"):
-        open_stream(meta).load_state_dict(state)
+
+    refused("stream was", 0, 2)
+    refused("seed was 0, is 3", seed=3)
+    refused("max_tiles was 4, is 2", max_tiles=2)
+    refused("groups was", group_weights=("x=1", "y=3"))
+    refused("groups was", group_weights=None)
+    good = dict(data_folder.meta)
+    data_folder.meta = dict(reversed(good.items()))
+    data_folder.dataset("texts", [talk("a", "b")] * 4, group="x")
+    refused("datasets was")  # another order
+    for name, count, entry in [("texts", 5, {"group": "x"}), ("texts", 4, {"group": "y"}), ("renamed", 4, {"group": "x"}),
+                               ("texts", 2, {"group": "x", "repeat_time": 2})]:  # fmt: skip
+        data_folder.meta = {}
+        data_folder.dataset(name, [talk("a", "b")] * count, **entry)
+        data_folder.dataset("others", [talk("a", "b")] * 6, group="x" if entry["group"] == "y" else "y")
+        refused("datasets was")
+    data_folder.meta = {}
+    data_folder.dataset("texts", [talk("a", "b")] * 4, group="x")
+    data_folder.dataset("others", [talk("a", "b")] * 6, group="y")
+    open_stream(meta, group_weights=("y=4", "x=2")).load_state_dict(state)  # the same shares, written otherwise
+
+
+def test_a_state_is_small_whatever_the_number_of_data_sets(data_folder, open_stream, talk):
+    for number in range(300):
+        meta = data_folder.dataset(f"a data set with a long name {number}", [talk("a", "b")])
+    state = open_stream(meta).state_dict()
+    assert len(json.dumps(state)) < 2000
 
 
 def test_evaluation_rows_are_each_record_once_and_always_the_same(data_folder, make_settings, small):
