@@ -53,7 +53,7 @@ def _packs(
                 lambda image: generator(0, Purpose.IMAGE, image),
             )
         except SampleError as error:
-            apply_policy(error, settings, skipped)
+            apply_policy(error, settings, skipped, source.serial + 1)
             continue
         pack = packer.add((source, sample), len(sample.token_ids), sample.num_tiles)
         if pack is not None:

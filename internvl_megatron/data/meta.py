@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from internvl_megatron.data.files import is_url
 from internvl_megatron.errors import DataError
 
 _REQUIRED_KEYS = ("root", "annotation", "data_augment", "repeat_time")
@@ -20,8 +21,8 @@ class DatasetEntry:
     """One data set of a meta file, checked."""
 
     name: str
-    root: Path
-    """Folder image paths are relative to."""
+    root: Path | str
+    """Folder image paths are relative to, or its URL."""
     annotation: Path
     """The jsonl file."""
     repeat_time: float
@@ -187,7 +188,7 @@ def _entry(name: str, entry: dict[str, Any], folder: Path) -> DatasetEntry:
     """A checked entry, its paths made relative to the meta file's folder."""
     return DatasetEntry(
         name=name,
-        root=folder / entry["root"],
+        root=entry["root"] if is_url(entry["root"]) else folder / entry["root"],
         annotation=folder / entry["annotation"],
         repeat_time=float(entry["repeat_time"]),
         data_augment=entry["data_augment"],

@@ -83,3 +83,17 @@ def cut_tiles(
         qualities = np.random.default_rng(jpeg_seed).integers(low, high, size=len(tiles), endpoint=True)
         tiles = [_recompress(tile, int(quality)) for tile, quality in zip(tiles, qualities, strict=True)]
     return np.ascontiguousarray(np.stack([np.asarray(tile) for tile in tiles]).transpose(0, 3, 1, 2))
+
+
+def cut_frame(frame: Image.Image, tile_pixels: int, jpeg_seed: int | None) -> np.ndarray:
+    """The one tile of a video's frame: uint8 [3, tile_pixels, tile_pixels].
+
+    With a `jpeg_seed` the frame goes through JPEG before it is resized, as InternVL's transform of an image that was not
+    cut into tiles has it.
+    """
+    frame = frame.convert("RGB")
+    if jpeg_seed is not None:
+        low, high = JPEG_QUALITY_RANGE
+        frame = _recompress(frame, int(np.random.default_rng(jpeg_seed).integers(low, high, endpoint=True)))
+    resized = frame.resize((tile_pixels, tile_pixels), Image.Resampling.BICUBIC)
+    return np.asarray(resized).transpose(2, 0, 1)

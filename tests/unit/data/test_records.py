@@ -58,12 +58,6 @@ def test_data_set_overrides_max_tiles(render, data_folder, talk):
     assert render(record, max_tiles=2).images[0].grid == (2, 1)
 
 
-def test_absolute_image_paths(render, data_folder, talk, tmp_path_factory):
-    elsewhere = tmp_path_factory.mktemp("elsewhere") / "b.png"
-    Image.new("RGB", (30, 30)).save(elsewhere)
-    assert render({**talk("?", "x"), "image": str(elsewhere)}).images[0].path == str(elsewhere)
-
-
 def test_random_steps_and_augmentation_are_drawn_per_image(render, data_folder, talk, make_settings):
     names = [data_folder.image(f"{i}.png", 30, 30) for i in range(9)]
     record = {**talk("<image>" * 9, "x"), "image": names}
@@ -84,22 +78,39 @@ GOOD = {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "valu
 @pytest.mark.parametrize(
     ("raw", "kind", "message"),
     [
-        ({}, "record", "field 'conversations' must be a list"),
-        ({"conversations": []}, "record", "field 'conversations' must be a list"),
-        ({"conversations": ["hi"]}, "record", r"field 'conversations\[0\]' must be an object"),
-        ({"conversations": [{"value": "a"}]}, "record", r"field 'conversations\[0\]\.from' must be one of"),
-        ({"conversations": [{"from": ["gpt"], "value": "a"}]}, "record", r"\.from' must be one of"),
-        ({"conversations": [GOOD["conversations"][0], {"from": "gpt"}]}, "record",
+        ({}, "conversation", "field 'conversations' must be a list"),
+        ({"conversations": []}, "conversation", "field 'conversations' must be a list"),
+        ({"conversations": ["hi"]}, "conversation", r"field 'conversations\[0\]' must be an object"),
+        ({"conversations": [{"value": "a"}]}, "conversation", r"field 'conversations\[0\]\.from' must be one of"),
+        ({"conversations": [{"from": ["gpt"], "value": "a"}]}, "conversation", r"\.from' must be one of"),
+        ({"conversations": [GOOD["conversations"][0], {"from": "gpt"}]}, "conversation",
          r"field 'conversations\[1\]\.value' must be a string, not NoneType"),
-        ({"conversations": [{"from": "gpt", "value": "\ud800"}]}, "record", "half a surrogate pair"),
-        ({"conversations": [{"from": "human", "value": "a"}]}, "record", "has no 'gpt' turn"),
-        ({"conversations": [{"from": "gpt", "value": "a"}], "image": "x.png"}, "record", "has no 'human' turn"),
+        ({"conversations": [{"from": "gpt", "value": "\ud800"}]}, "conversation", "half a surrogate pair"),
+        ({"conversations": [{"from": "human", "value": "a"}]}, "conversation", "has no 'gpt' turn"),
+        ({"conversations": [{"from": "gpt", "value": "a"}], "image": "x.png"}, "conversation", "has no 'human' turn"),
+        ({"conversations": [{"from": "gpt", "value": "a"}], "video": "x.mp4"}, "conversation", "has no 'human' turn"),
+        ({"conversations": [*GOOD["conversations"], {"from": "system", "value": "s"}]}, "conversation",
+         "a system turn must be the first"),
+        ({"conversations": [*GOOD["conversations"], {"from": "pretrain", "value": "s"}]}, "conversation",
+         "a pretrain turn must be the only turn"),
+        ({"conversations": [{"from": "pretrain", "value": "a"}] * 2}, "conversation", "must be the only turn"),
+        ({"conversations": [{"from": "pretrain", "value": ""}]}, "conversation", "has no text"),
         ({**GOOD, "image": 3}, "record", "field 'image' must be a path or a list"),
         ({**GOOD, "image": ["a.png", None]}, "record", "field 'image' must be a path or a list"),
-        ({**GOOD, "video": "a.mp4"}, "video", "video records are not supported yet"),
-        ({**GOOD, "image": "none.png"}, "image", r"field 'image': image .*none\.png: file not found"),
-        ({**GOOD, "image": "a\0b.png"}, "image", "cannot be read"),
-        ({**GOOD, "image": "."}, "image", "cannot be read"),
+        ({**GOOD, "video": ["a.mp4"]}, "record", "field 'video' must be a path"),
+        ({**GOOD, "video": "a.mp4", "clip": [3, 3]}, "record", r"field 'clip' must be \[start, end\] in seconds"),
+        ({**GOOD, "video": "a.mp4", "clip": [0, True]}, "record", "field 'clip'"),
+        ({**GOOD, "video": "a.mp4", "clip": [0, float("inf")]}, "record", "field 'clip'"),
+        ({**GOOD, "video": "a.mp4", "clip": [float("nan"), 1]}, "record", "field 'clip'"),
+        ({**GOOD, "video": "a.mp4", "clip": [-1, 1]}, "record", "field 'clip'"),
+        ({**GOOD, "video": "a.mp4", "clip": "0-3"}, "record", "field 'clip'"),
+        ({**GOOD, "image": "none.png"}, "missing", r"field 'image': image .*none\.png: file not found"),
+        ({**GOOD, "video": "none.mp4"}, "missing", r"field 'video': .*none\.mp4: file not found"),
+        ({**GOOD, "video": "none/"}, "missing", r"field 'video': .*none/: folder not found"),
+        ({**GOOD, "image": "a\0b.png"}, "path", "zero byte"),
+        ({**GOOD, "image": "a\ud800.png"}, "path", "half a surrogate pair"),
+        ({**GOOD, "image": "."}, "unreadable", "cannot be opened .*is a folder"),
+        ({**GOOD, "image": "a/" * 3000}, "unreadable", "cannot be opened .*name too long"),
     ],
 )  # fmt: skip
 def test_bad_records_are_named(render, raw, kind, message):
@@ -110,8 +121,9 @@ def test_bad_records_are_named(render, raw, kind, message):
 
 def test_placeholders_must_match_the_images(render, data_folder, talk):
     name = data_folder.image("a.png", 30, 30)
-    with pytest.raises(SampleError, match=r"^a\.jsonl:7: field 'conversations': 1 <image> .* but 2 image"):
+    with pytest.raises(SampleError, match=r"^a\.jsonl:7: field 'conversations': 1 <image> .* but 2 image") as caught:
         render({**talk("<image>", "x"), "image": [name, name]})
+    assert caught.value.kind == "placeholders"
 
 
 def test_corrupt_header(render, data_folder, talk):
