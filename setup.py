@@ -47,7 +47,14 @@ CORE = [
 EXTRAS = {
     "gpu": ["transformer-engine[pytorch]>=2.20,<3", "flash-attn>=2.8,<3", "nvidia-resiliency-ext>=0.4,<1"],
     # torchvision: transformers' processor of exported checkpoints needs it, the tests load one.
-    "dev": ["torchvision>=0.26", "av>=16,<19", "pytest>=9,<10", "ruff>=0.17,<0.18", "basedpyright>=1.40,<2", "pre-commit>=4,<5"],
+    "dev": [
+        "torchvision>=0.26",
+        "av>=16,<19",
+        "pytest>=9,<10",
+        "ruff>=0.17,<0.18",
+        "basedpyright>=1.40,<2",
+        "pre-commit>=4,<5",
+    ],
     "video": ["av>=16,<19"],
     "demo": ["scikit-learn>=1.6,<2", "matplotlib>=3.10,<4"],
 }

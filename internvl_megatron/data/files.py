@@ -109,7 +109,7 @@ def open_file(path: str) -> Iterator[BinaryIO]:
 
 def is_folder(path: str) -> bool:
     """Whether a path is that of a folder: what ends with a slash, and local folders."""
-    return path.endswith("/") or (not is_url(path) and os.path.isdir(path))  # noqa: PTH112 - the path may be odd
+    return path.endswith("/") or (not is_url(path) and Path(path).is_dir())
 
 
 def list_folder(path: str) -> list[str]:
@@ -119,7 +119,7 @@ def list_folder(path: str) -> list[str]:
             system, _ = _file_system(path)
             names = [str(entry).rstrip("/").rsplit("/", 1)[-1] for entry in system.ls(path, detail=False)]
         else:
-            names = os.listdir(path)
+            names = [entry.name for entry in Path(path).iterdir()]
     except (FileNotFoundError, NotADirectoryError) as error:
         raise FileError(
             "missing", f"{path}: folder not found; check the name in the record and the dataset's 'root'"

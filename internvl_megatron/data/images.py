@@ -106,7 +106,9 @@ def decode_tiles(image: ImageRef, tile_pixels: int, use_thumbnail: bool) -> np.n
             tiles = cut_tiles(opened, image.grid, tile_pixels, use_thumbnail, image.jpeg_seed)
     except FileError as error:
         field = "image" if image.video is None else "video"
-        raise FileError(error.fault, f"{image.where}: field '{field}': {error}" if image.where else str(error)) from error
+        raise FileError(
+            error.fault, f"{image.where}: field '{field}': {error}" if image.where else str(error)
+        ) from error
     assert len(tiles) == image.num_tiles, f"{image.path}: {len(tiles)} tiles, {image.num_tiles} were promised"
     return tiles
 
@@ -117,8 +119,10 @@ def _decode_video(image: ImageRef, video: VideoFrames, tile_pixels: int) -> np.n
     seeds: list[int | None] = [None] * len(tiles)
     if image.jpeg_seed is not None:
         seeds = list(np.random.default_rng(image.jpeg_seed).integers(2**63, size=len(tiles)).tolist())
-    frames = _folder_frames(image.path, video) if video.files else decode_frames(
-        image.path, video, len(tiles), MAX_IMAGE_PIXELS
+    frames = (
+        _folder_frames(image.path, video)
+        if video.files
+        else decode_frames(image.path, video, len(tiles), MAX_IMAGE_PIXELS)
     )
     for tile, frame, seed in zip(tiles, frames, seeds, strict=True):
         tile[:] = cut_frame(frame, tile_pixels, seed)

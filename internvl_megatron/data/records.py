@@ -153,7 +153,9 @@ def _parse_clip(clip: object, where: str) -> tuple[float, float] | None:
     """Field 'clip': start and end in seconds."""
     if clip is None:
         return None
-    numbers = [x for x in clip if isinstance(x, int | float) and not isinstance(x, bool)] if isinstance(clip, list) else []
+    numbers = (
+        [x for x in clip if isinstance(x, int | float) and not isinstance(x, bool)] if isinstance(clip, list) else []
+    )
     if not isinstance(clip, list) or not len(clip) == len(numbers) == 2 or not 0 <= numbers[0] < numbers[1] < _LONGEST:
         raise SampleError("record", f"{where}: field 'clip' must be [start, end] in seconds, not {str(clip)[:80]}")
     return float(numbers[0]), float(numbers[1])
@@ -163,7 +165,9 @@ def _parse_turns(raw: dict[str, Any], where: str, has_images: bool) -> tuple[Tur
     """The turns of field 'conversations'."""
     conversations = raw.get("conversations")
     if not isinstance(conversations, list) or not conversations:
-        raise SampleError("conversation", f"{where}: field 'conversations' must be a list of turns with 'from' and 'value'")
+        raise SampleError(
+            "conversation", f"{where}: field 'conversations' must be a list of turns with 'from' and 'value'"
+        )
     turns = []
     for index, turn in enumerate(conversations):
         field = f"{where}: field 'conversations[{index}]"
@@ -237,7 +241,9 @@ def render_sample(record: Record, settings: SampleSettings, tokenizer: Tokenizer
         labels=tokens.labels,
         positions=positions,
         images=pictures.images,
-        image_starts=tokens.image_starts[: len(pictures.images)],  # a video is the only one, and begins with its first frame
+        image_starts=tokens.image_starts[
+            : len(pictures.images)
+        ],  # a video is the only one, and begins with its first frame
         tile_starts=np.array(tile_starts, dtype=np.int32),
     )
 

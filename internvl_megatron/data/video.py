@@ -99,7 +99,9 @@ def _images(frames: Iterable["VideoFrame"], path: str, max_pixels: int) -> Itera
 
 def _check_size(path: str, width: int, height: int, max_pixels: int) -> None:
     if width * height > max_pixels:
-        raise FileError("pixels", f"video {path}: frames of {width}x{height} are over {max_pixels} pixels; scale it down")
+        raise FileError(
+            "pixels", f"video {path}: frames of {width}x{height} are over {max_pixels} pixels; scale it down"
+        )
 
 
 @contextmanager
@@ -107,6 +109,7 @@ def _open_stream(file: BinaryIO, path: str) -> Iterator[tuple["InputContainer", 
     """A container and its video stream; what is wrong with the file, also later, becomes a `FileError`."""
     try:
         import av
+        from av.error import FFmpegError
         from av.stream import Disposition
     except ImportError as error:
         raise ConfigError(
@@ -120,7 +123,7 @@ def _open_stream(file: BinaryIO, path: str) -> Iterator[tuple["InputContainer", 
             if not streams:
                 raise FileError("video", f"video {path}: has no pictures, only sound or text; drop the record")
             yield container, streams[0]
-    except (av.error.FFmpegError, OSError, ValueError, ArithmeticError, MemoryError, RuntimeError) as error:
+    except (FFmpegError, OSError, ValueError, ArithmeticError, MemoryError, RuntimeError) as error:
         if isinstance(error, FileError | ConfigError):
             raise
         raise FileError(
@@ -174,7 +177,8 @@ def _clip_bounds(
 
 def _no_frames_in(path: str, clip: tuple[float, float], seconds: float) -> FileError:
     return FileError(
-        "video", f"video {path}: field 'clip': starts at {clip[0]:g} seconds, but the video has {seconds:g}; correct it"
+        "video",
+        f"video {path}: field 'clip': starts at {clip[0]:g} seconds, but the video has {seconds:g}; correct it",
     )
 
 

@@ -21,6 +21,7 @@ def write_video(
     """Write a video whose frames are shown at these seconds, and return its name."""
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=25, options=options or {})
+        assert isinstance(stream, av.VideoStream)
         stream.width, stream.height = size
         stream.pix_fmt = "yuv420p"
         stream.codec_context.time_base = unit
@@ -37,6 +38,7 @@ def write_sound(path: Path) -> str:
     """Write a second of silence in a container for videos, and return its name."""
     with av.open(str(path), "w") as container:
         stream = container.add_stream("aac", rate=16000, layout="mono")
+        assert isinstance(stream, av.AudioStream)
         for start in range(0, 16000, 1024):
             frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
             frame.sample_rate, frame.pts = 16000, start

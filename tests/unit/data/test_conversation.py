@@ -191,7 +191,8 @@ def test_typed_special_tokens_become_tokens_only_if_asked_for(request, kind, rol
     turns = [Turn(role, typed)] if role == "pretrain" else [Turn(role, typed), Turn("gpt", "b")]
     names = {"system": "system", "human": "user", "gpt": "assistant"}
     texts = [
-        turn.text if role == "pretrain" else f"<|im_start|>{names[turn.role]}\n{turn.text}<|im_end|>\n" for turn in turns
+        turn.text if role == "pretrain" else f"<|im_start|>{names[turn.role]}\n{turn.text}<|im_end|>\n"
+        for turn in turns
     ]
     ids = [token for text in texts for token in tokenizer.hf_tokenizer(text, add_special_tokens=False).input_ids]
     as_tokens = tokenize_conversation(turns, [], tokenizer, "", "as_tokens")
@@ -208,7 +209,11 @@ def test_typed_special_tokens_become_tokens_only_if_asked_for(request, kind, rol
 
 def test_every_typed_name_of_a_special_token_is_text(qwen):
     """Not only those the template uses: all that Qwen's tokenizer calls special."""
-    names = {token: index for token, index in qwen.special_ids().items() if token[1:-1].strip("/") not in ("ref", "box", "quad")}
+    names = {
+        token: index
+        for token, index in qwen.special_ids().items()
+        if token[1:-1].strip("/") not in ("ref", "box", "quad")
+    }
     assert {"<|im_start|>", "<|vision_start|>", "<|endoftext|>", "<IMG_CONTEXT>"} <= names.keys()
     ids = tokenize_conversation([Turn("pretrain", " ".join(names))], [], qwen).token_ids.tolist()
     assert not set(ids) & set(names.values()) and qwen.decode(ids) == " ".join(names)

@@ -36,7 +36,9 @@ def tree(tmp_path):
     return root
 
 
-@pytest.mark.parametrize("name", ["sub/a.png", "sub/../sub/a.png", "inward", "./sub//a.png", "none.png", "sub/ä 東.png", "."])
+@pytest.mark.parametrize(
+    "name", ["sub/a.png", "sub/../sub/a.png", "inward", "./sub//a.png", "none.png", "sub/ä 東.png", "."]
+)
 def test_names_inside_the_root(tree, name):
     assert os.path.realpath(locate(tree, name, False)) == os.path.realpath(tree / name)
 
@@ -50,7 +52,16 @@ def test_absolute_names_and_linked_roots(tree):
 
 @pytest.mark.parametrize(
     "name",
-    ["../secret", "sub/../../secret", "/etc/passwd", "outward", "folder_out/a.png", "../root2/a.png", "..", "memory://a/b"],
+    [
+        "../secret",
+        "sub/../../secret",
+        "/etc/passwd",
+        "outward",
+        "folder_out/a.png",
+        "../root2/a.png",
+        "..",
+        "memory://a/b",
+    ],
 )
 def test_names_that_lead_out_need_permission(tree, name):
     with pytest.raises(FileError, match=r"leads outside the data set's root .*data\.allow_outside_root") as caught:
@@ -84,8 +95,16 @@ def test_only_regular_files_are_opened(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(tmp_path / "socket"))
-        for path, what in [("pipe", "not a regular file"), ("", "a folder"), ("socket", ""), ("/dev/zero", "not a regular")]:
-            with pytest.raises(FileError, match=rf"cannot be opened \(.*{what}") as caught, open_file(str(tmp_path / path)):
+        for path, what in [
+            ("pipe", "not a regular file"),
+            ("", "a folder"),
+            ("socket", ""),
+            ("/dev/zero", "not a regular"),
+        ]:
+            with (
+                pytest.raises(FileError, match=rf"cannot be opened \(.*{what}") as caught,
+                open_file(str(tmp_path / path)),
+            ):
                 pass
             assert caught.value.fault == "unreadable"
 
@@ -130,7 +149,7 @@ class StuckFileSystem(MemoryFileSystem):
     def open(self, path, *args, **options):
         file = super().open(path.replace("stuck://", "memory://"), *args, **options)
         if "stuck.png" in path:
-            file.read = lambda *_: self.released.wait()
+            setattr(file, "read", lambda *_: self.released.wait())
         return file
 
 
@@ -140,9 +159,17 @@ def store(tmp_path):
     fsspec.register_implementation("stuck", StuckFileSystem, clobber=True)
     StuckFileSystem.released.clear()
     memory = fsspec.filesystem("memory")
-    Image.fromarray(np.arange(30 * 60 * 3, dtype=np.uint32).astype(np.uint8).reshape(30, 60, 3)).save(tmp_path / "a.png")
+    Image.fromarray(np.arange(30 * 60 * 3, dtype=np.uint32).astype(np.uint8).reshape(30, 60, 3)).save(
+        tmp_path / "a.png"
+    )
     write_video(tmp_path / "film.mp4", [k / 25 for k in range(40)])
-    content = {"a.png": "a.png", "stuck.png": "a.png", "film.mp4": "film.mp4", "film/f1.png": "a.png", "film/f2.png": "a.png"}
+    content = {
+        "a.png": "a.png",
+        "stuck.png": "a.png",
+        "film.mp4": "film.mp4",
+        "film/f1.png": "a.png",
+        "film/f2.png": "a.png",
+    }
     for name, source in content.items():
         memory.pipe(f"/data/{name}", (tmp_path / source).read_bytes())
     yield tmp_path
@@ -211,7 +238,9 @@ def test_a_pipe_among_the_images(data_folder, talk, make_settings, small):
 
 
 @pytest.mark.parametrize(("allowed", "kinds"), [(True, set()), (False, {"path"})])
-def test_files_outside_the_root_by_configuration(data_folder, talk, make_settings, small, tmp_path_factory, allowed, kinds):
+def test_files_outside_the_root_by_configuration(
+    data_folder, talk, make_settings, small, tmp_path_factory, allowed, kinds
+):
     elsewhere = tmp_path_factory.mktemp("elsewhere") / "b.png"
     Image.new("RGB", (30, 30)).save(elsewhere)
     (data_folder.folder / "link.png").symlink_to(elsewhere)
@@ -238,7 +267,7 @@ def test_a_url_without_its_program_stops_the_run(data_folder, talk, make_setting
     """It would be every sample of the data set: nothing to leave out and go on."""
     meta = data_folder.dataset("a", [{**talk("?", "x"), "image": "a.png"}], root="adl://none/data")
     stream, _ = open_stream(meta, make_settings, small)
-    with pytest.raises(ConfigError, match="adl://none/data/a.png"):
+    with pytest.raises(ConfigError, match=r"adl://none/data/a\.png"):
         stream.next_row()
     with pytest.raises(FileError, match=r"cannot be opened \(.*nosuch") as caught:
         image_size("nosuch://a/b.png")

@@ -10,8 +10,8 @@ from PIL.GifImagePlugin import GifImageFile
 from internvl_megatron.config.schema import DataConfig
 from internvl_megatron.data.images import ImageRef, decode_tiles, image_size
 from internvl_megatron.data.meta import DatasetEntry
-from internvl_megatron.data.positions import STRIDES
 from internvl_megatron.data.packing import SampleSource, build_row
+from internvl_megatron.data.positions import STRIDES
 from internvl_megatron.data.records import SampleError, SampleSettings, parse_record, render_sample
 from internvl_megatron.errors import DataError
 
@@ -189,8 +189,9 @@ def odd_images(folder):
     rgb.convert("CMYK").save(folder / "cmyk.tif")
     rgb.save(folder / "turned.jpg", exif=turned)
     rgb.convert("P").save(folder / "frames.gif", save_all=True, append_images=[image.convert("P") for image in others])
-    for name in ("frames.png", "frames.webp", "frames.tif"):
-        rgb.save(folder / name, save_all=True, append_images=others, **({"lossless": True} if "webp" in name else {}))
+    rgb.save(folder / "frames.webp", save_all=True, append_images=others, lossless=True)
+    for name in ("frames.png", "frames.tif"):
+        rgb.save(folder / name, save_all=True, append_images=others)
     return sorted(path.name for path in folder.iterdir())
 
 
@@ -212,7 +213,9 @@ def test_of_many_frames_only_the_first_is_read(tmp_path, monkeypatch):
     odd_images(tmp_path)
     read = []
     seek = GifImageFile._seek
-    monkeypatch.setattr(GifImageFile, "_seek", lambda self, frame, *rest: read.append(frame) or seek(self, frame, *rest))
+    monkeypatch.setattr(
+        GifImageFile, "_seek", lambda self, frame, *rest: read.append(frame) or seek(self, frame, *rest)
+    )
     decode_tiles(ImageRef(str(tmp_path / "frames.gif"), (1, 1), 1, None), 28, True)
     assert set(read) == {0}
 
@@ -256,7 +259,13 @@ def test_typed_image_tokens_are_refused_where_they_would_be_tokens(render, data_
 def test_grounding_is_text_with_tokens(render, talk, small):
     sample = render(talk("where is <ref>it</ref>?", "<box>[[1, 2, 3, 4]]</box>"))
     ids = sample.token_ids.tolist()
-    assert [ids.count(small.find(name)) for name in ("<ref>", "</ref>", "<box>", "</box>", "<quad>")] == [1, 1, 1, 1, 0]
+    assert [ids.count(small.find(name)) for name in ("<ref>", "</ref>", "<box>", "</box>", "<quad>")] == [
+        1,
+        1,
+        1,
+        1,
+        0,
+    ]
     trained = sample.token_ids[sample.labels != -100].tolist()
     assert trained == [small.find("<box>"), *small.encode("[[1, 2, 3, 4]]"), small.find("</box>"), small.turn_end_id]
 

@@ -125,7 +125,9 @@ def test_bad_samples_are_left_out_and_counted(data_folder, open_stream, talk, ca
     assert {source.record for row in rows for source in row.sources} == set(range(6))
     skipped = stream.skipped
     assert set(skipped) == {"json", "missing", "long"} and skipped["missing"] > LOGGED_OF_A_KIND
-    assert len(caplog.records) == sum(min(count, LOGGED_OF_A_KIND) for count in skipped.values()), "the first of a kind"
+    assert len(caplog.records) == sum(min(count, LOGGED_OF_A_KIND) for count in skipped.values()), (
+        "the first of a kind"
+    )
     assert "texts.jsonl:7: " in caplog.text and "none.png: file not found" in caplog.text
     # The counters are part of the position.
     other = open_stream(meta, on_bad_sample="skip", on_long_sample="skip")
@@ -152,7 +154,9 @@ def test_too_large_a_share_of_bad_samples_stops_the_stream(data_folder, open_str
         take(stream, 500)
         assert sum(stream.skipped.values()) > 100
         return
-    with pytest.raises(DataError, match=r"(\d+) of (\d+) samples are bad, more than data\.max_skipped_share=0\.1") as caught:
+    with pytest.raises(
+        DataError, match=r"(\d+) of (\d+) samples are bad, more than data\.max_skipped_share=0\.1"
+    ) as caught:
         take(stream, 500)
     text = str(caught.value)
     assert all(f"{kind} {count}" in text for kind, count in stream.skipped.items())

@@ -36,7 +36,9 @@ def videos(tmp_path_factory):
     write_video(folder / "uneven.mp4", UNEVEN, options={"g": "12"})
     write_video(folder / "uneven.mkv", UNEVEN, options={"g": "12"})
     write_video(folder / "late.ts", [k + 7 for k in EVEN], options={"g": "12"})
-    write_video(folder / "old.avi", EVEN, codec="mpeg4", options={"bf": "2", "qmin": "1", "qmax": "1"}, unit=Fraction(1, 25))
+    write_video(
+        folder / "old.avi", EVEN, codec="mpeg4", options={"bf": "2", "qmin": "1", "qmax": "1"}, unit=Fraction(1, 25)
+    )
     write_video(folder / "web.webm", EVEN, codec="libvpx-vp9", options={"cpu-used": "8"})
     write_video(folder / "short.mp4", EVEN[:3])
     write_sound(folder / "sound.mp4")
@@ -181,11 +183,13 @@ def test_a_placeholder_says_where_the_frames_go(render, talk, small):
     sample = render({**talk("before <video>\nafter", "x"), "video": "short.mp4"})
     text = small.decode(sample.token_ids.tolist(), skip_special_tokens=False).replace("<IMG_CONTEXT>", "")
     count = sample.num_tiles
-    assert f"before Frame-1: <img></img>\nFrame-2: <img></img>\n" in text
+    assert "before Frame-1: <img></img>\nFrame-2: <img></img>\n" in text
     assert f"Frame-{count}: <img></img>\nafter" in text and text.count("Frame-") == count
 
 
-@pytest.mark.parametrize(("text", "found"), [("<video> <video>", "2 <video>"), ("<video><image>", "<image> in the human")])
+@pytest.mark.parametrize(
+    ("text", "found"), [("<video> <video>", "2 <video>"), ("<video><image>", "<image> in the human")]
+)
 def test_wrong_placeholders(render, talk, text, found):
     with pytest.raises(SampleError, match=found) as caught:
         render({**talk(text, "x"), "video": "short.mp4"})
@@ -201,8 +205,8 @@ def test_number_and_choice_of_frames_depend_on_the_seed_alone(videos, make_setti
         return render_sample(record, settings, small, lambda image: np.random.default_rng((seed, image)))
 
     refs = [sample(seed).images[0] for seed in range(300)]
-    assert set(ref.num_tiles for ref in refs) == set(range(8, 33)), "all numbers, both ends included"
-    assert len({ref.video.seed for ref in refs}) == len({ref.jpeg_seed for ref in refs}) == 300
+    assert {ref.num_tiles for ref in refs} == set(range(8, 33)), "all numbers, both ends included"
+    assert len({ref.video and ref.video.seed for ref in refs}) == len({ref.jpeg_seed for ref in refs}) == 300
     again = sample(5).images[0]
     assert again == refs[5]
     assert (decode_tiles(again, 28, True) == decode_tiles(refs[5], 28, True)).all()
@@ -276,14 +280,16 @@ def test_a_video_travels_between_ranks_and_is_decoded_by_one(render, talk, make_
         *first.tile_starts, *(film.tile_starts + len(first.token_ids))
     ]  # fmt: skip
     (sent,) = rows_from_bytes(row_to_bytes(0, row)).values()
-    assert sent.images == row.images and sent.images[1].video.clip == (0.5, 2.0)
+    assert sent.images == row.images and sent.images[1].video == VideoFrames(film.images[0].video.seed, (0.5, 2.0))
     assert row_to_bytes(0, sent) == row_to_bytes(0, row)
     owners = assign_images([sent], 3)
     assert owners[0][0] != owners[0][1]
     ranks = [StepRows([sent], [0], settings, rank, 3).tiles() for rank in range(3)]
     (tiles,) = [rank.tiles[0, 1] for rank in ranks if (0, 1) in rank.tiles]
     assert len(tiles) == film.num_tiles
-    assert (sent.without_samples_of_images({1}).weights[: len(first.token_ids)] == row.weights[: len(first.token_ids)]).all()
+    assert (
+        sent.without_samples_of_images({1}).weights[: len(first.token_ids)] == row.weights[: len(first.token_ids)]
+    ).all()
     assert not sent.without_samples_of_images({1}).weights[len(first.token_ids) :].any()
 
 
