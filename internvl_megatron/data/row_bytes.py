@@ -67,8 +67,8 @@ def _header(slot: int, row: Row) -> dict[str, Any]:
 
 def _image(path: str, grid: list[int], *rest: Any) -> ImageRef:
     """An image from its fields as JSON gives them back."""
-    *plain, video = rest
+    tiles, jpeg_seed, where, video = rest
     if video is not None:
         seed, clip, files = video
         video = VideoFrames(seed, None if clip is None else (clip[0], clip[1]), tuple(files))
-    return ImageRef(path, (grid[0], grid[1]), *plain, video)
+    return ImageRef(path, (grid[0], grid[1]), tiles, jpeg_seed, where, video)

@@ -88,13 +88,12 @@ def _duration(container: "InputContainer", stream: "VideoStream") -> float | Non
 
 def _images(frames: Iterable["VideoFrame"], path: str, max_pixels: int) -> Iterator[Image.Image]:
     """Decoded frames as images."""
-    last: VideoFrame | None = None
-    image: Image.Image | None = None
+    made: tuple[VideoFrame, Image.Image] | None = None
     for frame in frames:
-        if image is None or frame is not last:
+        if made is None or made[0] is not frame:
             _check_size(path, frame.width, frame.height, max_pixels)
-            last, image = frame, frame.to_image()
-        yield image
+            made = frame, frame.to_image()
+        yield made[1]
 
 
 def _check_size(path: str, width: int, height: int, max_pixels: int) -> None:
@@ -118,7 +117,7 @@ def _open_stream(file: BinaryIO, path: str) -> Iterator[tuple["InputContainer", 
     try:
         # No play lists, and no way to other files or the network from inside a file.
         options = {"format_whitelist": ",".join(FORMATS), "protocol_whitelist": ""}
-        with av.open(file, options=options) as container:
+        with av.open(file, "r", options=options) as container:
             streams = [s for s in container.streams.video if not Disposition.attached_pic & s.disposition]
             if not streams:
                 raise FileError("video", f"video {path}: has no pictures, only sound or text; drop the record")
