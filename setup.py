@@ -36,6 +36,8 @@ CORE = [
     "numpy>=2,<3",
     "pillow>=11,<14",
     "tensorboard>=2.19,<3",
+    # torch depends on it as well; object stores need its plug-ins (s3fs, gcsfs, ...) besides.
+    "fsspec>=2025.3,<2028",
     "zarr>=3,<4",
     "psutil>=6,<8",
     "tqdm>=4.66,<5",
@@ -45,7 +47,15 @@ CORE = [
 EXTRAS = {
     "gpu": ["transformer-engine[pytorch]>=2.20,<3", "flash-attn>=2.8,<3", "nvidia-resiliency-ext>=0.4,<1"],
     # torchvision: transformers' processor of exported checkpoints needs it, the tests load one.
-    "dev": ["torchvision>=0.26", "pytest>=9,<10", "ruff>=0.17,<0.18", "basedpyright>=1.40,<2", "pre-commit>=4,<5"],
+    "dev": [
+        "torchvision>=0.26",
+        "av>=16,<19",
+        "pytest>=9,<10",
+        "ruff>=0.17,<0.18",
+        "basedpyright>=1.40,<2",
+        "pre-commit>=4,<5",
+    ],
+    "video": ["av>=16,<19"],
     "demo": ["scikit-learn>=1.6,<2", "matplotlib>=3.10,<4"],
 }
 

@@ -12,11 +12,11 @@ from internvl_megatron.scaling.counts import forward_flops
 
 MAY_BE_ZERO = {
     "drop_path_rate", "learning_rate", "min_learning_rate", "warmup_ratio", "weight_decay", "beta1", "beta2",
-    "num_workers", "seed", "learning_rate_scale", "min_tiles", "layer_scale_init",
+    "num_workers", "seed", "learning_rate_scale", "min_tiles", "layer_scale_init", "max_skipped_share",
 }  # fmt: skip
 
 
-SHARES = {"drop_path_rate", "warmup_ratio", "beta1", "beta2"}
+SHARES = {"drop_path_rate", "warmup_ratio", "max_skipped_share", "beta1", "beta2"}
 ACCEPTED_IMBALANCE = 0.03
 """Of the tiles a rank encodes: how far the busiest exchange group may be above the mean, as predicted."""
 LARGEST_SEED = 2**32 - 1
@@ -158,6 +158,10 @@ def _data(config: RunConfig) -> list[str]:
         )
         if not getattr(data, name)
     ]
+    if data.max_video_frames < data.min_video_frames:
+        problems.append(
+            f"data.max_video_frames={data.max_video_frames} is below data.min_video_frames={data.min_video_frames}"
+        )
     if data.max_tiles < data.min_tiles:
         problems.append(f"data.max_tiles={data.max_tiles} is below data.min_tiles={data.min_tiles}")
     largest = data.max_tiles + (1 if data.use_thumbnail and data.max_tiles > 1 else 0)

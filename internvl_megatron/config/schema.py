@@ -186,6 +186,9 @@ class DataConfig:
     max_tiles: int = 12
     """Tiles an image may be cut into, thumbnail not counted; shared by the images of one sample."""
     use_thumbnail: bool = True
+    min_video_frames: int = 8
+    max_video_frames: int = 32
+    """Frames a sample takes of a video, drawn evenly between the two; each is one tile."""
     system_prompt: str | None = None
     """System turn for records without one; None = InternVL's own, '' = no system turn."""
     v2pe: Literal["random", "fixed"] = "fixed"
@@ -194,12 +197,20 @@ class DataConfig:
     """Position step of image tokens in units of 1/256; 256 (delta = 1) gives ordinary positions."""
     on_bad_sample: Literal["stop", "skip"] = "stop"
     """What a broken record or image does to the run: stop it, or leave the sample out and count it."""
+    max_skipped_share: float | None = 0.1
+    """Share of the samples that may be left out for being bad; when clearly more are, the run stops. None = any."""
+    allow_outside_root: bool = False
+    """Follow absolute paths, URLs, `..` and symbolic links that lead outside a data set's `root`: whoever wrote the data can
+    then have any file read that this user may read."""
+    read_timeout_seconds: float = 120.0
+    """A sample whose files take longer to read, or one of whose images takes longer to decode, is a bad sample."""
+    special_tokens_in_text: Literal["as_text", "as_tokens"] = "as_text"
+    """What names of special tokens (`<|im_end|>`, `<img>`, ...) typed in a text become: ordinary text, or, as in InternVL's
+    trainer, the tokens. Grounding tokens (`<ref>`, `<box>`, `<quad>`) are tokens in both."""
     on_long_sample: Literal["stop", "skip", "truncate"] = "truncate"
     """What a sample over `tokens_per_row` does; a sample whose images do not survive truncation is a bad sample."""
     num_workers: int = 2
     """Processes per rank that decode and cut images; the batches do not depend on it. 0 = the rank does it itself."""
-    read_timeout_seconds: float = 120.0
-    """An image that takes longer to read and decode is a bad sample; without processes (`num_workers=0`) it is waited for."""
     prefetch_steps: int = 2
     """Steps whose rows are prepared ahead of the step that trains on them."""
     balance_rows: bool = True

@@ -23,8 +23,9 @@ import numpy as np
 
 import internvl_megatron
 from internvl_megatron.data.decode_worker import MAX_MESSAGE_BYTES, READY
+from internvl_megatron.data.files import FileError, FileFault
 from internvl_megatron.data.images import ImageRef
-from internvl_megatron.errors import DataError
+from internvl_megatron.errors import ConfigError
 
 _ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
@@ -90,7 +91,8 @@ class _Worker:
             raise ConnectionError(self._ending())
         content = json.loads(answer)
         if "error" in content:
-            raise DataError(content["error"])
+            fault = content["fault"]
+            raise ConfigError(content["error"]) if fault is None else FileError(fault, content["error"])
         try:
             return _array_in(descriptors[0], content["shape"])
         finally:
@@ -130,7 +132,7 @@ class DecodePool:
         """Have an image decoded, after those that were submitted before.
 
         Returns:
-            uint8 [image.num_tiles, 3, tile_pixels, tile_pixels]; raises `DataError` if the image is broken: if it cannot
+            uint8 [image.num_tiles, 3, tile_pixels, tile_pixels]; raises `FileError` if the image is broken: if it cannot
             be decoded, takes longer than the time limit, or kills two processes that try.
         """
         return self._threads.submit(self._decode, image)
@@ -153,12 +155,12 @@ class DecodePool:
             self._drop_worker()  # something else may have killed it
         except TimeoutError as error:
             self._drop_worker()
-            raise _broken(image, f"was not decoded in {self._timeout_seconds:g} seconds") from error
+            raise _broken(image, "timeout", f"was not decoded in {self._timeout_seconds:g} seconds") from error
         try:
             return self._worker().decode(image)
         except (ConnectionError, TimeoutError) as error:
             self._drop_worker()
-            raise _broken(image, f"ends the process that decodes it: it {error}") from error
+            raise _broken(image, image.kind, f"ends the process that decodes it: it {error}") from error
 
     def _worker(self) -> _Worker:
         """The process of this thread."""
@@ -171,6 +173,5 @@ class DecodePool:
         self._workers.pop(threading.get_ident()).end()
 
 
-def _broken(image: ImageRef, what: str) -> DataError:
-    where = f"{image.where}: field 'image': " if image.where else ""
-    return DataError(f"{where}image {image.path}: {what}; replace the file or drop the record")
+def _broken(image: ImageRef, fault: FileFault, what: str) -> FileError:
+    return FileError(fault, f"{image.at}{image.kind} {image.path}: {what}; replace the file or drop the record")

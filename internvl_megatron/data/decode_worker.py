@@ -15,8 +15,9 @@ from mmap import MAP_POPULATE, MAP_SHARED, mmap
 
 import numpy as np
 
+from internvl_megatron.data.files import FileError
 from internvl_megatron.data.images import ImageRef, decode_tiles
-from internvl_megatron.errors import DataError
+from internvl_megatron.errors import ConfigError
 
 MAX_MESSAGE_BYTES = 65536
 """A longer message would be cut by the socket."""
@@ -31,7 +32,8 @@ def serve(connection: socket.socket, tile_pixels: int, use_thumbnail: bool) -> N
     """Answer requests, one at a time, until there are no more.
 
     A request is a pickled `ImageRef`, which only the parent can send. The answer is JSON, for what comes out of foreign images should
-    not be unpickled: `{"shape": [...]}` with the file descriptor of memory that holds the tiles, or `{"error": text}`.
+    not be unpickled: `{"shape": [...]}` with the file descriptor of memory that holds the tiles, or `{"error": text, "fault":
+    ...}`, the fault that of a `FileError` or null where a program is missing that reads such files.
     """
     connection.send(READY)
     while request := connection.recv(MAX_MESSAGE_BYTES):
@@ -44,8 +46,9 @@ def serve(connection: socket.socket, tile_pixels: int, use_thumbnail: bool) -> N
             try:
                 tiles = np.frombuffer(mapped, dtype=np.uint8).reshape(shape)
                 decode_tiles(image, tile_pixels, use_thumbnail, tiles)
-            except DataError as error:
-                connection.send(json.dumps({"error": str(error)[:MAX_ERROR_CHARACTERS]}).encode())
+            except (FileError, ConfigError) as error:
+                fault = error.fault if isinstance(error, FileError) else None
+                connection.send(json.dumps({"error": str(error)[:MAX_ERROR_CHARACTERS], "fault": fault}).encode())
             else:
                 socket.send_fds(connection, [json.dumps({"shape": shape}).encode()], [memory.fileno()])
 

@@ -45,7 +45,7 @@ def _packs(
     """Packed samples of all data sets, made as they are asked for."""
     packer: Packer[tuple[SampleSource, Sample]] = make_packer(settings.data)
     skipped: dict[str, int] = {}
-    for source in _in_turns(datasets):
+    for num_seen, source in enumerate(_in_turns(datasets), 1):
         try:
             sample = render_source(
                 datasets[source.dataset],
@@ -55,7 +55,7 @@ def _packs(
                 lambda image: generator(0, Purpose.IMAGE, image),
             )
         except SampleError as error:
-            apply_policy(error, settings, skipped)
+            apply_policy(error, settings, skipped, num_seen)
             continue
         for pack in packer.add((source, sample), padded_length(sample, settings), sample.num_tiles):
             yield pack.items

@@ -52,6 +52,11 @@ class FastTokenizer(Tokenizer):
         """Write the tokenizer as a Hugging Face folder."""
         self.hf_tokenizer.save_pretrained(str(folder))
 
+    def special_ids(self) -> dict[str, int]:
+        """Added tokens that are marked as special."""
+        added = self._backend.get_added_tokens_decoder().items()
+        return {token.content: index for index, token in added if token.special and index < len(self)}
+
     def _encode_text(self, text: str) -> list[int]:
         return self._backend.encode(text, add_special_tokens=False).ids
 

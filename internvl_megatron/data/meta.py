@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from internvl_megatron.data.files import is_url
 from internvl_megatron.data.jsonl_index import JsonlIndex, index_in_memory, open_index
 from internvl_megatron.data.permutation import NUM_KEYS, Permutation
 from internvl_megatron.data.seeds import Purpose, name_key, words
@@ -23,8 +24,8 @@ class DatasetEntry:
     """One data set of a meta file, checked."""
 
     name: str
-    root: Path
-    """Folder image paths are relative to."""
+    root: Path | str
+    """Folder image paths are relative to, or its URL."""
     annotation: Path
     """The jsonl file."""
     repeat_time: float
@@ -219,7 +220,7 @@ def _entry(name: str, entry: dict[str, Any], folder: Path) -> DatasetEntry:
     """A checked entry, its paths made relative to the meta file's folder."""
     return DatasetEntry(
         name=name,
-        root=folder / entry["root"],
+        root=entry["root"] if is_url(entry["root"]) else folder / entry["root"],
         annotation=folder / entry["annotation"],
         repeat_time=float(entry["repeat_time"]),
         data_augment=entry["data_augment"],

@@ -126,6 +126,7 @@ def build_row(samples: Sequence[tuple[SampleSource, Sample]], settings: SampleSe
     positions = np.zeros(tokens_per_row, dtype=np.int32)
     images: list[ImageRef] = []
     image_starts: list[int] = []
+    tile_starts: list[int] = []
     at = 0
     for _, sample in samples:
         end = at + len(sample.token_ids)
@@ -136,14 +137,10 @@ def build_row(samples: Sequence[tuple[SampleSource, Sample]], settings: SampleSe
         weights[at:end][supervised] = token_weight(sample.labels, settings.weighting)
         images.extend(sample.images)
         image_starts.extend((sample.image_starts + at).tolist())
+        tile_starts.extend((sample.tile_starts + at).tolist())
         at += padded_length(sample, settings)
     segments = [padded_length(sample, settings) for _, sample in samples]
     segments += [tokens_per_row - at] if at < tokens_per_row else []
-    tile_starts = [
-        start + tile * settings.tokens_per_tile
-        for image, start in zip(images, image_starts, strict=True)
-        for tile in range(image.num_tiles)
-    ]
     return Row(
         token_ids=token_ids,
         targets=targets,

@@ -1,7 +1,8 @@
 """One jsonl record to one sample: checked, tiled, tokenized, with positions; and what to do when it does not fit."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -9,22 +10,34 @@ import numpy as np
 from internvl_megatron.config.schema import DataConfig, LossConfig
 from internvl_megatron.data.conversation import (
     IGNORED_LABEL,
+    PlaceholderError,
     Role,
     TokenizedConversation,
     Turn,
+    place_frames,
     tokenize_conversation,
 )
-from internvl_megatron.data.images import ImageRef, image_size
+from internvl_megatron.data.files import FileError, FileFault, is_folder, locate, read_within
+from internvl_megatron.data.images import MAX_IMAGE_PIXELS, ImageRef, choose_files, image_size
 from internvl_megatron.data.meta import DatasetEntry
 from internvl_megatron.data.positions import draw_stride, v2pe_numerators
 from internvl_megatron.data.tiling import choose_grid, num_tiles
-from internvl_megatron.data.tokenizer import Tokenizer
+from internvl_megatron.data.tokenizer import IMAGE_CONTEXT, Tokenizer
+from internvl_megatron.data.video import VideoFrames, check_video
 from internvl_megatron.errors import DataError
 
-_ROLES: dict[str, Role] = {"system": "system", "human": "human", "gpt": "gpt"}
+_LONGEST = 1e7
+"""Seconds; no video is longer. Keeps infinity out, which JSON readers let through."""
 
-ErrorKind = Literal["record", "video", "image", "tiles", "truncated image", "long"]
+_ROLES: dict[str, Role] = {"system": "system", "human": "human", "gpt": "gpt", "pretrain": "pretrain"}
 
+ErrorKind = (
+    Literal["json", "record", "conversation", "placeholders", "special tokens", "tiles", "truncated image", "long"]
+    | FileFault
+)
+"""What is wrong with a record: its line is no JSON object; a field has a wrong type; its turns make no conversation; images
+and their places in the text do not match; a text brings image tokens of its own; it has too many tiles; cut to the row its
+images would not be whole; it has too many tokens. And what is wrong with a file of it, see `FileFault`."""
 
 ImageRng = Callable[[int], np.random.Generator]
 """Gives the random numbers of a sample's i-th image."""
@@ -51,13 +64,19 @@ class SampleSettings:
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """A jsonl record, checked."""
+    """A jsonl record, checked, its files not yet looked at."""
 
     where: str
     """`file:line`, for messages."""
     turns: tuple[Turn, ...]
+    root: str | Path
+    """Folder or URL that names of files are relative to."""
     images: tuple[str, ...]
-    """Paths."""
+    """Names."""
+    video: str | None
+    """Name of a video or of a folder of frames, if there are no images."""
+    clip: tuple[float, float] | None
+    """Part of the video, in seconds."""
     max_tiles: int
     """Tiles its images may have together, thumbnails not counted."""
     augment: bool
@@ -65,7 +84,7 @@ class Record:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """A tokenized conversation of n tokens with i images."""
+    """A tokenized conversation of n tokens with i images or one video, together t tiles."""
 
     token_ids: np.ndarray
     """int32 [n]."""
@@ -74,8 +93,11 @@ class Sample:
     positions: np.ndarray
     """int32 [n], in units of 1/256."""
     images: tuple[ImageRef, ...]
+    """A video is one of them."""
     image_starts: np.ndarray
     """int32 [i], index of each image's first context token."""
+    tile_starts: np.ndarray
+    """int32 [t], index of each tile's first context token: one behind the other, but for the frames of a video."""
 
     @property
     def num_tiles(self) -> int:
@@ -83,8 +105,21 @@ class Sample:
         return sum(image.num_tiles for image in self.images)
 
 
+@dataclass(frozen=True, slots=True)
+class _Pictures:
+    """What a record has to see, and how. A block is an `<image>` of the text: an image, or a frame of a video."""
+
+    images: tuple[ImageRef, ...]
+    turns: Sequence[Turn]
+    """With an `<image>` for each block, or for none if it is a single image."""
+    block_tiles: list[int]
+    """Tiles of each block."""
+    strides: list[int]
+    """Position step of each block, in units of 1/256."""
+
+
 def parse_record(raw: dict[str, Any], where: str, entry: DatasetEntry, max_tiles: int) -> Record:
-    """Check a record: text only, one image (`image` a string) or several (`image` a list).
+    """Check a record: text only, one image (`image` a string) or several (`image` a list), a video, raw text. Reads no file.
 
     Args:
         raw: the JSON object.
@@ -93,47 +128,67 @@ def parse_record(raw: dict[str, Any], where: str, entry: DatasetEntry, max_tiles
         max_tiles: tiles per sample unless the data set has its own number.
 
     Raises:
-        SampleError: a field is missing or wrong, or the record is a video.
+        SampleError: a field is missing or wrong.
     """
     images = raw.get("image") or []
     images = [images] if isinstance(images, str) else images
     if not isinstance(images, list) or not all(isinstance(image, str) and image for image in images):
         raise SampleError("record", f"{where}: field 'image' must be a path or a list of paths")
-    if not images and raw.get("video"):
-        raise SampleError("video", f"{where}: field 'video': video records are not supported yet; drop the record")
+    video = None if images else raw.get("video") or None
+    if video is not None and not isinstance(video, str):
+        raise SampleError("record", f"{where}: field 'video' must be a path")
     return Record(
         where=where,
-        turns=_parse_turns(raw, where, bool(images)),
-        images=tuple(str(entry.root / image) for image in images),
+        turns=_parse_turns(raw, where, bool(images) or video is not None),
+        root=entry.root,
+        images=tuple(images),
+        video=video,
+        clip=None if video is None else _parse_clip(raw.get("clip"), where),
         max_tiles=entry.max_tiles or max_tiles,
         augment=entry.data_augment,
     )
+
+
+def _parse_clip(clip: object, where: str) -> tuple[float, float] | None:
+    """Field 'clip': start and end in seconds."""
+    if clip is None:
+        return None
+    numbers = (
+        [x for x in clip if isinstance(x, int | float) and not isinstance(x, bool)] if isinstance(clip, list) else []
+    )
+    if not isinstance(clip, list) or not len(clip) == len(numbers) == 2 or not 0 <= numbers[0] < numbers[1] < _LONGEST:
+        raise SampleError("record", f"{where}: field 'clip' must be [start, end] in seconds, not {str(clip)[:80]}")
+    return float(numbers[0]), float(numbers[1])
 
 
 def _parse_turns(raw: dict[str, Any], where: str, has_images: bool) -> tuple[Turn, ...]:
     """The turns of field 'conversations'."""
     conversations = raw.get("conversations")
     if not isinstance(conversations, list) or not conversations:
-        raise SampleError("record", f"{where}: field 'conversations' must be a list of turns with 'from' and 'value'")
+        raise SampleError(
+            "conversation", f"{where}: field 'conversations' must be a list of turns with 'from' and 'value'"
+        )
     turns = []
     for index, turn in enumerate(conversations):
         field = f"{where}: field 'conversations[{index}]"
         if not isinstance(turn, dict):
-            raise SampleError("record", f"{field}' must be an object with 'from' and 'value'")
+            raise SampleError("conversation", f"{field}' must be an object with 'from' and 'value'")
         sender, text = turn.get("from"), turn.get("value")
         if not isinstance(sender, str) or sender not in _ROLES:
-            raise SampleError("record", f"{field}.from' must be one of {', '.join(_ROLES)}, not {sender!r}")
+            raise SampleError("conversation", f"{field}.from' must be one of {', '.join(_ROLES)}, not {sender!r}")
         if not isinstance(text, str):
-            raise SampleError("record", f"{field}.value' must be a string, not {type(text).__name__}")
+            raise SampleError("conversation", f"{field}.value' must be a string, not {type(text).__name__}")
         if not _is_unicode(text):
             raise SampleError(
-                "record", f"{field}.value' has half a surrogate pair, which is not text; mend the escape"
+                "conversation", f"{field}.value' has half a surrogate pair, which is not text; mend the escape"
             )
         turns.append(Turn(_ROLES[sender], text))
     roles = {turn.role for turn in turns}
+    if roles == {"pretrain"}:
+        return tuple(turns)
     for role in ("gpt", "human") if has_images else ("gpt",):
         if role not in roles:
-            raise SampleError("record", f"{where}: field 'conversations' has no {role!r} turn")
+            raise SampleError("conversation", f"{where}: field 'conversations' has no {role!r} turn")
     return tuple(turns)
 
 
@@ -147,65 +202,144 @@ def _is_unicode(text: str) -> bool:
 
 
 def render_sample(record: Record, settings: SampleSettings, tokenizer: Tokenizer, image_rng: ImageRng) -> Sample:
-    """Turn a record into a sample. Of an image only the header is read.
+    """Turn a record into a sample. Of images and videos only the headers are read.
 
     Args:
         record: checked record.
         settings: budgets and policies.
         tokenizer: with InternVL's tokens.
-        image_rng: generator of the i-th image, for its position step and its augmentation.
+        image_rng: generator of the i-th image, for its position step and its augmentation, and which frames a video has.
 
     Raises:
-        SampleError: an image cannot be read, images and `<image>` differ in number, or the sample is over a budget.
+        SampleError: a file cannot be used, images and `<image>` differ in number, or the sample is over a budget.
+        ConfigError: a program that reads such files is not installed.
     """
-    images, strides = _plan_images(record, settings, image_rng)
-    tiles = sum(image.num_tiles for image in images)
-    if tiles > settings.data.tiles_per_row:
+    data = settings.data
+    pictures = _plan_pictures(record, settings, image_rng)
+    _check_tiles(sum(pictures.block_tiles), record.where, data)
+    context_tokens = [tiles * settings.tokens_per_tile for tiles in pictures.block_tiles]
+    try:
+        tokens = tokenize_conversation(
+            pictures.turns, context_tokens, tokenizer, data.system_prompt, data.special_tokens_in_text
+        )
+    except DataError as error:
+        kind = "placeholders" if isinstance(error, PlaceholderError) else "conversation"
+        raise SampleError(kind, f"{record.where}: field 'conversations': {error}") from error
+    if not len(tokens.token_ids):
+        raise SampleError("conversation", f"{record.where}: field 'conversations' has no text; drop the record")
+    tokens = _fit(tokens, context_tokens, record.where, data)
+    _check_image_tokens(tokens, context_tokens, tokenizer, record.where)
+    length, starts = len(tokens.token_ids), tokens.image_starts.tolist()
+    positions = v2pe_numerators(length, starts, context_tokens, pictures.strides)
+    tile_starts = [
+        start + tile * settings.tokens_per_tile
+        for start, tiles in zip(starts, pictures.block_tiles, strict=True)
+        for tile in range(tiles)
+    ]
+    return Sample(
+        token_ids=tokens.token_ids,
+        labels=tokens.labels,
+        positions=positions,
+        images=pictures.images,
+        image_starts=tokens.image_starts[
+            : len(pictures.images)
+        ],  # a video is the only one, and begins with its first frame
+        tile_starts=np.array(tile_starts, dtype=np.int32),
+    )
+
+
+def _check_tiles(tiles: int, where: str, data: DataConfig) -> None:
+    if tiles > data.tiles_per_row:
         raise SampleError(
             "tiles",
-            f"{record.where}: {tiles} tiles are over tiles_per_row {settings.data.tiles_per_row}; raise it, or lower "
-            "max_tiles (or the data set's max_dynamic_patch)",
+            f"{where}: {tiles} tiles are over tiles_per_row {data.tiles_per_row}; raise it, or lower max_tiles (or the data "
+            "set's max_dynamic_patch) or max_video_frames",
         )
-    context_tokens = [image.num_tiles * settings.tokens_per_tile for image in images]
+
+
+def _plan_pictures(record: Record, settings: SampleSettings, image_rng: ImageRng) -> _Pictures:
+    """How the images or the video of a record are cut. Their headers are read, within the time limit."""
+    if record.video is not None:
+        field, name, plan = "video", record.video, _plan_video
+    elif record.images:
+        field, name, plan = "image", ", ".join(record.images[:3]), _plan_images
+        _check_tiles(len(record.images), record.where, settings.data)  # before so many files are opened
+    else:
+        return _Pictures((), record.turns, [], [])
     try:
-        tokens = tokenize_conversation(record.turns, context_tokens, tokenizer, settings.data.system_prompt)
-    except DataError as error:
-        raise SampleError("record", f"{record.where}: field 'conversations': {error}") from error
-    tokens = _fit(tokens, context_tokens, record.where, settings.data)
-    _check_image_tokens(tokens, context_tokens, tokenizer, record.where)
-    length = len(tokens.token_ids)
-    positions = v2pe_numerators(length, tokens.image_starts.tolist(), context_tokens, strides)
-    return Sample(tokens.token_ids, tokens.labels, positions, images, tokens.image_starts)
+        return read_within(
+            settings.data.read_timeout_seconds, f"{field} {name}", lambda: plan(record, settings, image_rng)
+        )
+    except FileError as error:
+        raise SampleError(error.fault, f"{record.where}: field '{field}': {error}") from error
 
 
-def _plan_images(
-    record: Record, settings: SampleSettings, image_rng: ImageRng
-) -> tuple[tuple[ImageRef, ...], list[int]]:
-    """How each image is cut, and the position step of its tokens (in units of 1/256)."""
+def _plan_images(record: Record, settings: SampleSettings, image_rng: ImageRng) -> _Pictures:
+    """How each image is cut."""
     data = settings.data
-    max_tiles = max(1, record.max_tiles // max(1, len(record.images)))
+    max_tiles = max(1, record.max_tiles // len(record.images))
     images, strides = [], []
-    for index, path in enumerate(record.images):
-        try:
-            width, height = image_size(path)
-        except DataError as error:
-            raise SampleError("image", f"{record.where}: field 'image': {error}") from error
+    for index, name in enumerate(record.images):
+        path = locate(record.root, name, data.allow_outside_root)
+        width, height = image_size(path)
         grid = choose_grid(width, height, data.min_tiles, max_tiles, settings.tile_pixels)
         rng = image_rng(index)
-        strides.append(draw_stride(rng) if data.v2pe == "random" else data.v2pe_numerator)
-        jpeg_seed = int(rng.integers(2**63)) if record.augment else None
+        strides.append(_draw_stride(rng, data))
+        jpeg_seed = _draw_seed(rng) if record.augment else None
         images.append(ImageRef(path, grid, num_tiles(grid, data.use_thumbnail), jpeg_seed, record.where))
-    return tuple(images), strides
+    return _Pictures(tuple(images), record.turns, [image.num_tiles for image in images], strides)
+
+
+def _plan_video(record: Record, settings: SampleSettings, image_rng: ImageRng) -> _Pictures:
+    """Which frames of the video there are: as many as drawn, however long it is, each an image of one tile."""
+    data, rng = settings.data, image_rng(0)
+    count = int(rng.integers(data.min_video_frames, data.max_video_frames, endpoint=True))
+    seed, jpeg_seed = _draw_seed(rng), _draw_seed(rng)
+    path = locate(record.root, record.video or "", data.allow_outside_root)
+    files: tuple[str, ...] = ()
+    if is_folder(path):
+        if record.clip is not None:
+            raise FileError("video", f"video {path}: field 'clip': frames in a folder have no times; drop the field")
+        files = choose_files(path, count, seed)
+        for name in files:
+            locate(path, name, data.allow_outside_root)
+    else:
+        check_video(path, record.clip, MAX_IMAGE_PIXELS)
+    video = VideoFrames(seed, record.clip, files)
+    ref = ImageRef(path, (1, 1), count, jpeg_seed if record.augment else None, record.where, video)
+    strides = [_draw_stride(rng, data) for _ in range(count)]
+    try:
+        turns = place_frames(record.turns, count)
+    except PlaceholderError as error:
+        raise SampleError("placeholders", f"{record.where}: field 'conversations': {error}") from error
+    return _Pictures((ref,), turns, [1] * count, strides)
+
+
+def _draw_stride(rng: np.random.Generator, data: DataConfig) -> int:
+    return draw_stride(rng) if data.v2pe == "random" else data.v2pe_numerator
+
+
+def _draw_seed(rng: np.random.Generator) -> int:
+    return int(rng.integers(2**63))
 
 
 def _check_image_tokens(
     tokens: TokenizedConversation, context_tokens: list[int], tokenizer: Tokenizer, where: str
 ) -> None:
-    """The places where embeddings will be put are exactly the places of image tokens in the text."""
+    """The places where embeddings will be put are exactly the places of image tokens in the text.
+
+    Raises:
+        SampleError: the text has image tokens of its own, which `special_tokens_in_text` let through.
+    """
     places = np.flatnonzero(tokens.token_ids == tokenizer.image_context_id)
     starts = zip(tokens.image_starts.tolist(), context_tokens, strict=True)
     planned = np.concatenate([np.empty(0, np.int64), *(np.arange(start, start + count) for start, count in starts)])
-    assert np.array_equal(places, planned), f"{where}: {len(planned)} image tokens planned, {len(places)} in the text"
+    if not np.array_equal(places, planned):
+        raise SampleError(
+            "special tokens",
+            f"{where}: field 'conversations': the text spells {IMAGE_CONTEXT}, which stands for part of an image; drop the "
+            "record, or set data.special_tokens_in_text to 'as_text'",
+        )
 
 
 def _fit(

@@ -12,6 +12,7 @@ import numpy as np
 
 from internvl_megatron.data.images import ImageRef
 from internvl_megatron.data.packing import Row, SampleSource
+from internvl_megatron.data.video import VideoFrames
 
 _ARRAYS = {
     "token_ids": "<i4",
@@ -47,7 +48,7 @@ def rows_from_bytes(buffer: bytes) -> dict[int, Row]:
             array = np.frombuffer(buffer, dtype=kind, count=header["lengths"][name], offset=offset)
             arrays[name] = array.astype(array.dtype.newbyteorder("="))  # a copy that can be written
             offset += array.nbytes
-        images = tuple(ImageRef(path, (cols, rows), *rest) for path, (cols, rows), *rest in header["images"])
+        images = tuple(_image(*fields) for fields in header["images"])
         sources = tuple(SampleSource(*source) for source in header["sources"])
         assert header["slot"] not in rows, f"two rows for slot {header['slot']}"
         rows[header["slot"]] = Row(sources=sources, images=images, **arrays)
@@ -62,3 +63,12 @@ def _header(slot: int, row: Row) -> dict[str, Any]:
         "sources": [astuple(source) for source in row.sources],
         "images": [astuple(image) for image in row.images],
     }
+
+
+def _image(path: str, grid: list[int], *rest: Any) -> ImageRef:
+    """An image from its fields as JSON gives them back."""
+    tiles, jpeg_seed, where, video = rest
+    if video is not None:
+        seed, clip, files = video
+        video = VideoFrames(seed, None if clip is None else (clip[0], clip[1]), tuple(files))
+    return ImageRef(path, (grid[0], grid[1]), tiles, jpeg_seed, where, video)

@@ -90,7 +90,8 @@ class SentencePieceTokenizer(Tokenizer):
         found = {name: folder.find(name) for name in {*special, *GROUNDING_TOKENS, *folder.added_ids}}
         self._names = {index: name for name, index in found.items() if index is not None}
         """Tokens that the model does not decode."""
-        self._special_ids = {found[name] for name in special}
+        self._special_tokens = {name: index for name, index in found.items() if index is not None and name in special}
+        self._special_ids = set(self._special_tokens.values())
         self._plain_ids = {name: index for name, index in folder.added_ids.items() if name not in special}
         """Added tokens that a text may contain."""
         longest_first = sorted(self._plain_ids, key=len, reverse=True)
@@ -131,6 +132,11 @@ class SentencePieceTokenizer(Tokenizer):
     def save(self, folder: str | Path) -> None:
         """Write the tokenizer as a Hugging Face folder."""
         copy_folder(self._folder.path, Path(folder))
+
+    def special_ids(self) -> dict[str, int]:
+        """Tokens the folder calls special, and those of the template and of grounding."""
+        grounding = {name: self._folder.find(name) for name in GROUNDING_TOKENS}
+        return {**self._special_tokens, **{name: index for name, index in grounding.items() if index is not None}}
 
     def _encode_text(self, text: str) -> list[int]:
         ids: list[int] = []

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from internvl_megatron.data.decode_pool import DecodePool
+from internvl_megatron.data.files import read_within
 from internvl_megatron.data.images import ImageRef, decode_tiles
 from internvl_megatron.data.packing import Row
 from internvl_megatron.data.records import SampleSettings
@@ -109,7 +110,11 @@ class StepRows:
         return self.rows[key[0]].images[key[1]]
 
     def _decode(self, image: ImageRef) -> np.ndarray:
-        return decode_tiles(image, self._settings.tile_pixels, self._settings.data.use_thumbnail)
+        data, tile_pixels = self._settings.data, self._settings.tile_pixels
+        name = f"{image.where}: {image.path}" if image.where else image.path
+        return read_within(
+            data.read_timeout_seconds, name, lambda: decode_tiles(image, tile_pixels, data.use_thumbnail)
+        )
 
     def _result(self, key: ImageKey) -> np.ndarray:
         return self._futures[key].result() if key in self._futures else self._decode(self._image(key))

@@ -7,6 +7,7 @@ data do not depend on the number of ranks or workers, and a run may go on with a
 import hashlib
 import json
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import astuple
 from typing import Any
@@ -24,10 +25,17 @@ _logger = logging.getLogger(__name__)
 
 _SHAPING_SETTINGS = (
     "tokens_per_row", "tiles_per_row", "packing", "packing_pool_samples", "packing_window_rows", "packing_buffer_rows",
-    "min_tiles", "max_tiles", "use_thumbnail", "system_prompt", "v2pe", "v2pe_numerator", "on_bad_sample",
-    "on_long_sample", "sample_multiple_tokens",
+    "min_tiles", "max_tiles", "use_thumbnail", "min_video_frames", "max_video_frames", "system_prompt", "v2pe",
+    "v2pe_numerator", "on_bad_sample", "on_long_sample", "sample_multiple_tokens", "allow_outside_root",
+    "special_tokens_in_text",
 )  # fmt: skip
 """Settings of `DataConfig` that decide which samples a row has and what they look like."""
+
+LOGGED_OF_A_KIND = 3
+"""Messages of a stream about samples that are bad in the same way."""
+
+ALWAYS_ALLOWED = 20
+"""Bad samples a stream may leave out whatever their share."""
 
 _Item = tuple[SampleSource, Sample]
 
@@ -153,7 +161,7 @@ class SampleStream:
         try:
             sample = self._render(source)
         except SampleError as error:
-            apply_policy(error, self._settings, self._skipped)
+            apply_policy(error, self._settings, self._skipped, sum(self._mixture.taken))
             self._bad_in_a_row[group] += 1
             # So many draws in a row hold a whole epoch, wherever they begin.
             if self._bad_in_a_row[group] >= 2 * self._mixture.group_share(group) - 1:
@@ -186,16 +194,45 @@ def render_source(
     try:
         raw = dataset.file.read(record)
     except DataError as error:
-        raise SampleError("record", str(error)) from error
+        raise SampleError("json", str(error)) from error
     parsed = parse_record(raw, where, dataset.entry, settings.data.max_tiles)
     return render_sample(parsed, settings, tokenizer, image_rng)
 
 
-def apply_policy(error: SampleError, settings: SampleSettings, skipped: dict[str, int]) -> None:
-    """Raise the error again if its policy is to stop; otherwise count it in `skipped`, logging the first of a kind."""
+def apply_policy(error: SampleError, settings: SampleSettings, skipped: dict[str, int], num_seen: int) -> None:
+    """Stop for a bad sample, or leave it out: counted in `skipped`, and the first few of a kind logged.
+
+    Args:
+        error: what is wrong with it.
+        settings: with the policies.
+        skipped: samples left out so far, by kind.
+        num_seen: samples drawn so far, this one included.
+
+    Raises:
+        SampleError: `error` itself, if the policy for its kind is to stop.
+        DataError: more samples were left out for being bad than `max_skipped_share` allows.
+    """
     policy = settings.data.on_long_sample if error.kind == "long" else settings.data.on_bad_sample
     if policy == "stop":
         raise error
-    if error.kind not in skipped:
-        _logger.warning("sample left out: %s (more of this kind, %r, are only counted)", error, error.kind)
     skipped[error.kind] = skipped.get(error.kind, 0) + 1
+    if skipped[error.kind] <= LOGGED_OF_A_KIND:
+        rest = " (more of this kind are only counted)" if skipped[error.kind] == LOGGED_OF_A_KIND else ""
+        _logger.warning("sample left out, %s: %s%s", error.kind, error, rest)
+    limit = settings.data.max_skipped_share
+    num_bad = sum(count for kind, count in skipped.items() if kind != "long")  # long ones have a policy of their own
+    if limit is not None and num_bad > largest_chance_count(limit, num_seen):
+        kinds = ", ".join(f"{kind} {count}" for kind, count in sorted(skipped.items()))
+        raise DataError(
+            f"{num_bad} of {num_seen} samples are bad, more than data.max_skipped_share={limit} ({kinds}); mend the data, or "
+            f"raise the limit; the last one: {error}"
+        ) from error
+
+
+def largest_chance_count(share: float, num_seen: int) -> float:
+    """Bad samples that may be among so many if the share of bad ones is as given: 4 standard deviations over the mean.
+
+    Never below `ALWAYS_ALLOWED`: of a few samples many may be bad.
+    """
+    expected = share * num_seen
+    return max(ALWAYS_ALLOWED, expected + 4 * math.sqrt(expected * (1 - share)))

@@ -81,10 +81,30 @@ def cut_tiles(
         tiles = [_recompress(tile, int(quality)) for tile, quality in zip(tiles, qualities, strict=True)]
     out = np.empty((len(tiles), 3, tile_pixels, tile_pixels), dtype=np.uint8) if out is None else out
     for tile, planes in zip(tiles, out, strict=True):
-        # Channel by channel, which Pillow does twice as fast as NumPy puts [rows, columns, 3] into order.
-        for channel, plane in zip("RGB", planes, strict=True):
-            plane[:] = np.frombuffer(tile.tobytes("raw", channel), dtype=np.uint8).reshape(plane.shape)
+        _put(tile, planes)
     return out
+
+
+def cut_frame(frame: Image.Image, jpeg_seed: int | None, out: np.ndarray) -> None:
+    """Put the one tile of a video's frame into `out`, uint8 [3, tile_pixels, tile_pixels].
+
+    With a `jpeg_seed` the frame goes through JPEG before it is resized, as InternVL's transform of an image that was not
+    cut into tiles has it.
+    """
+    frame = frame.convert("RGB")
+    if jpeg_seed is not None:
+        low, high = JPEG_QUALITY_RANGE
+        frame = _recompress(frame, int(np.random.default_rng(jpeg_seed).integers(low, high, endpoint=True)))
+    _put(frame.resize((out.shape[2], out.shape[1]), Image.Resampling.BICUBIC), out)
+
+
+def _put(tile: Image.Image, planes: np.ndarray) -> None:
+    """Put an RGB image into uint8 [3, height, width].
+
+    Channel by channel, which Pillow does twice as fast as NumPy puts [rows, columns, 3] into order.
+    """
+    for channel, plane in zip("RGB", planes, strict=True):
+        plane[:] = np.frombuffer(tile.tobytes("raw", channel), dtype=np.uint8).reshape(plane.shape)
 
 
 def _cut(image: Image.Image, grid: Grid, tile_pixels: int, use_thumbnail: bool) -> Iterator[Image.Image]:

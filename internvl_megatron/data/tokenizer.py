@@ -59,6 +59,9 @@ class Tokenizer(ABC):
         self.image_context_id = self._token_id(IMAGE_CONTEXT)
         self._grounding_ids = {token: self._token_id(token) for token in GROUNDING_TOKENS}
         self._grounding_pattern = re.compile("(" + "|".join(map(re.escape, GROUNDING_TOKENS)) + ")")
+        self._special_ids_by_name = self.special_ids()
+        longest_first = sorted(self._special_ids_by_name, key=len, reverse=True)
+        self._special_pattern = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
         self._check_are_text({pad_token, *TEMPLATE_TOKENS, *([] if bos_token is None else [bos_token])})
 
     @abstractmethod
@@ -78,6 +81,10 @@ class Tokenizer(ABC):
         """Write the tokenizer as a Hugging Face folder."""
 
     @abstractmethod
+    def special_ids(self) -> dict[str, int]:
+        """Id of every special token by its name, those of the template and of grounding among them."""
+
+    @abstractmethod
     def _encode_text(self, text: str) -> list[int]:
         """Ids of a text without grounding tokens; the names of special tokens in it are ordinary characters."""
 
@@ -89,6 +96,16 @@ class Tokenizer(ABC):
                 ids.append(self._grounding_ids[piece])
             elif piece:
                 ids.extend(self._encode_text(piece))
+        return ids
+
+    def encode_with_special_tokens(self, text: str) -> list[int]:
+        """Ids of a text in which the names of special tokens become these tokens, as InternVL's trainer has it."""
+        ids: list[int] = []
+        for piece in self._special_pattern.split(text):
+            if piece in self._special_ids_by_name:
+                ids.append(self._special_ids_by_name[piece])
+            elif piece:
+                ids.extend(self.encode(piece))
         return ids
 
     def _token_id(self, token: str) -> int:

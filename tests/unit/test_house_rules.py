@@ -39,6 +39,7 @@ UNITS = (
     "pixels",
     "rows",
     "tiles",
+    "frames",
     "steps",
     "seconds",
     "bytes",
@@ -47,7 +48,7 @@ UNITS = (
     "ranks",
     "replicas",
 )
-FACTORS = ("size", "ratio", "rate", "scale", "factor", "std", "eps", "theta", "init", "decay", "numerator")
+FACTORS = ("size", "share", "ratio", "rate", "scale", "factor", "std", "eps", "theta", "init", "decay", "numerator")
 UNITLESS = {"seed", "beta1", "beta2", "clip_grad_norm", "keep_last"}
 
 

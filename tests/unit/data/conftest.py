@@ -97,6 +97,7 @@ def make_settings() -> Callable[..., SampleSettings]:
 
     def make(**changes: Any) -> SampleSettings:
         base = DataConfig(tokens_per_row=256, tiles_per_row=12, packing_pool_samples=8, max_tiles=4, system_prompt="")
+        changes.setdefault("max_skipped_share", None)
         return SampleSettings(data=replace(base, **changes), tile_pixels=28, tokens_per_tile=4)
 
     return make

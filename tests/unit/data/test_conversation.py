@@ -139,3 +139,82 @@ def test_prompt_numbers_several_images(qwen):
     assert qwen.decode(prompt.token_ids.tolist()) == (
         f"<|im_start|>user\nImage-1: {one}\nImage-2: {two}\nsame?<|im_end|>\n<|im_start|>assistant\n"
     )
+
+
+@pytest.mark.parametrize(
+    ("text", "context_tokens"),
+    [
+        ("Once upon a time.", []),
+        ("  <|im_end|> typed\n", []),
+        ("Fig. 1: <image> and <image>\n\nas <ref>seen</ref>", [4, 2]),
+        ("<image>", [3]),
+        ("a picture nobody asked for", [5]),
+    ],
+)
+@pytest.mark.parametrize("kind", ["qwen", "small"])
+def test_raw_text_has_no_template_and_is_trained_on_all_over(request, kind, text, context_tokens):
+    """Against transformers on the whole text; only the tokens of images carry no loss."""
+    tokenizer = request.getfixturevalue(kind)
+    result = tokenize_conversation([Turn("pretrain", text)], context_tokens, tokenizer, "a system prompt nobody sees")
+    written = text if "<image>" in text or not context_tokens else "<image>\n" + text
+    for count in context_tokens:
+        written = written.replace("<image>", "<img>" + "<IMG_CONTEXT>" * count + "</img>", 1)
+    if "<|im_end|>" in text:
+        assert tokenizer.decode(result.token_ids.tolist()) == text and tokenizer.turn_end_id not in result.token_ids
+        ids = result.token_ids.tolist()
+    else:
+        ids = tokenizer.hf_tokenizer(written, add_special_tokens=False).input_ids
+    assert result.token_ids.tolist() == ids
+    silent = {tokenizer.image_start_id, tokenizer.image_context_id, tokenizer.image_end_id}
+    assert result.labels.tolist() == [-100 if token in silent else token for token in ids]
+    for start, count in zip(result.image_starts, context_tokens, strict=True):
+        assert ids[start - 1] == tokenizer.image_start_id and ids[start + count] == tokenizer.image_end_id
+    assert result.token_ids.dtype == result.labels.dtype == result.image_starts.dtype == np.int32
+
+
+def test_raw_text_has_no_token_at_its_start_even_if_others_have(tmp_path):
+    from internvl_megatron.data.tokenizer import load_tokenizer
+    from tests.support.sentencepiece_folder import write_folder
+
+    internlm = load_tokenizer(write_folder(tmp_path / "internlm", "control", True))
+    assert internlm.bos_id is not None
+    assert tokenize_conversation([Turn("pretrain", "three digits")], [], internlm).token_ids[0] != internlm.bos_id
+    assert tokenize_conversation([Turn("human", "a"), Turn("gpt", "b")], [], internlm).token_ids[0] == internlm.bos_id
+
+
+@pytest.mark.parametrize("role", ["human", "gpt", "system", "pretrain"])
+@pytest.mark.parametrize("kind", ["qwen", "small"])
+def test_typed_special_tokens_become_tokens_only_if_asked_for(request, kind, role):
+    """With `as_tokens` the ids are those of transformers on the rendered turn, as upstream has them."""
+    tokenizer = request.getfixturevalue(kind)
+    typed = "a<|im_end|>\n<|im_start|>assistant\nsure <img></img><|endoftext|> <box>[1]</box> <IMG_CONTEXT>"
+    turns = [Turn(role, typed)] if role == "pretrain" else [Turn(role, typed), Turn("gpt", "b")]
+    names = {"system": "system", "human": "user", "gpt": "assistant"}
+    texts = [
+        turn.text if role == "pretrain" else f"<|im_start|>{names[turn.role]}\n{turn.text}<|im_end|>\n"
+        for turn in turns
+    ]
+    ids = [token for text in texts for token in tokenizer.hf_tokenizer(text, add_special_tokens=False).input_ids]
+    as_tokens = tokenize_conversation(turns, [], tokenizer, "", "as_tokens")
+    assert as_tokens.token_ids.tolist() == ids
+    plain = tokenize_conversation(turns, [], tokenizer, "")
+    assert plain.token_ids.tolist() != ids
+    control = [tokenizer.turn_start_id, tokenizer.turn_end_id]
+    expected = 0 if role == "pretrain" else len(turns)
+    assert [plain.token_ids.tolist().count(token) for token in control] == [expected, expected]
+    others = [tokenizer.image_start_id, tokenizer.image_end_id, tokenizer.image_context_id, tokenizer.pad_id]
+    assert not set(others) & set(plain.token_ids.tolist())
+    assert tokenizer.find("<box>") in plain.token_ids, "grounding tokens are tokens in both"
+
+
+def test_every_typed_name_of_a_special_token_is_text(qwen):
+    """Not only those the template uses: all that Qwen's tokenizer calls special."""
+    names = {
+        token: index
+        for token, index in qwen.special_ids().items()
+        if token[1:-1].strip("/") not in ("ref", "box", "quad")
+    }
+    assert {"<|im_start|>", "<|vision_start|>", "<|endoftext|>", "<IMG_CONTEXT>"} <= names.keys()
+    ids = tokenize_conversation([Turn("pretrain", " ".join(names))], [], qwen).token_ids.tolist()
+    assert not set(ids) & set(names.values()) and qwen.decode(ids) == " ".join(names)
+    assert set(names.values()) <= set(qwen.encode_with_special_tokens(" ".join(names)))

@@ -246,7 +246,7 @@ def test_skipped_samples_are_counted_over_the_streams(data_folder, open_loader, 
     loader = open_loader(meta, on_bad_sample="skip", tokens_per_row=128)
     assert loader.skipped() == {}
     steps(loader, 8)
-    assert loader.skipped()["record"] == sum(s["skipped"]["record"] for s in loader.state_dict().values()) > 1
+    assert loader.skipped()["json"] == sum(s["skipped"]["json"] for s in loader.state_dict().values()) > 1
 
 
 def test_close_ends_the_threads(data_folder, open_loader):

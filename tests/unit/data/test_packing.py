@@ -20,7 +20,8 @@ def sample(length, supervised, images=()):
     labels[list(supervised)] = ids[list(supervised)]
     refs = tuple(ImageRef(f"{start}.png", (tiles, 1), tiles, 5 if tiles > 1 else None) for start, tiles in images)
     starts = np.array([start for start, _ in images], dtype=np.int32)
-    return Sample(ids, labels, 256 * np.arange(length, dtype=np.int32), refs, starts)
+    tiles = np.array([start + 4 * tile for start, count in images for tile in range(count)], dtype=np.int32)
+    return Sample(ids, labels, 256 * np.arange(length, dtype=np.int32), refs, starts, tiles)
 
 
 def row_of(*samples, tokens=64, weighting="square", make_settings, **settings):

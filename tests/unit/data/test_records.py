@@ -5,11 +5,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from PIL.GifImagePlugin import GifImageFile
 
+from internvl_megatron.config.schema import DataConfig
 from internvl_megatron.data.images import ImageRef, decode_tiles, image_size
 from internvl_megatron.data.meta import DatasetEntry
+from internvl_megatron.data.packing import SampleSource, build_row
 from internvl_megatron.data.positions import STRIDES
-from internvl_megatron.data.records import SampleError, parse_record, render_sample
+from internvl_megatron.data.records import SampleError, SampleSettings, parse_record, render_sample
 from internvl_megatron.errors import DataError
 
 
@@ -58,12 +61,6 @@ def test_data_set_overrides_max_tiles(render, data_folder, talk):
     assert render(record, max_tiles=2).images[0].grid == (2, 1)
 
 
-def test_absolute_image_paths(render, data_folder, talk, tmp_path_factory):
-    elsewhere = tmp_path_factory.mktemp("elsewhere") / "b.png"
-    Image.new("RGB", (30, 30)).save(elsewhere)
-    assert render({**talk("?", "x"), "image": str(elsewhere)}).images[0].path == str(elsewhere)
-
-
 def test_random_steps_and_augmentation_are_drawn_per_image(render, data_folder, talk, make_settings):
     names = [data_folder.image(f"{i}.png", 30, 30) for i in range(9)]
     record = {**talk("<image>" * 9, "x"), "image": names}
@@ -84,22 +81,39 @@ GOOD = {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "valu
 @pytest.mark.parametrize(
     ("raw", "kind", "message"),
     [
-        ({}, "record", "field 'conversations' must be a list"),
-        ({"conversations": []}, "record", "field 'conversations' must be a list"),
-        ({"conversations": ["hi"]}, "record", r"field 'conversations\[0\]' must be an object"),
-        ({"conversations": [{"value": "a"}]}, "record", r"field 'conversations\[0\]\.from' must be one of"),
-        ({"conversations": [{"from": ["gpt"], "value": "a"}]}, "record", r"\.from' must be one of"),
-        ({"conversations": [GOOD["conversations"][0], {"from": "gpt"}]}, "record",
+        ({}, "conversation", "field 'conversations' must be a list"),
+        ({"conversations": []}, "conversation", "field 'conversations' must be a list"),
+        ({"conversations": ["hi"]}, "conversation", r"field 'conversations\[0\]' must be an object"),
+        ({"conversations": [{"value": "a"}]}, "conversation", r"field 'conversations\[0\]\.from' must be one of"),
+        ({"conversations": [{"from": ["gpt"], "value": "a"}]}, "conversation", r"\.from' must be one of"),
+        ({"conversations": [GOOD["conversations"][0], {"from": "gpt"}]}, "conversation",
          r"field 'conversations\[1\]\.value' must be a string, not NoneType"),
-        ({"conversations": [{"from": "gpt", "value": "\ud800"}]}, "record", "half a surrogate pair"),
-        ({"conversations": [{"from": "human", "value": "a"}]}, "record", "has no 'gpt' turn"),
-        ({"conversations": [{"from": "gpt", "value": "a"}], "image": "x.png"}, "record", "has no 'human' turn"),
+        ({"conversations": [{"from": "gpt", "value": "\ud800"}]}, "conversation", "half a surrogate pair"),
+        ({"conversations": [{"from": "human", "value": "a"}]}, "conversation", "has no 'gpt' turn"),
+        ({"conversations": [{"from": "gpt", "value": "a"}], "image": "x.png"}, "conversation", "has no 'human' turn"),
+        ({"conversations": [{"from": "gpt", "value": "a"}], "video": "x.mp4"}, "conversation", "has no 'human' turn"),
+        ({"conversations": [*GOOD["conversations"], {"from": "system", "value": "s"}]}, "conversation",
+         "a system turn must be the first"),
+        ({"conversations": [*GOOD["conversations"], {"from": "pretrain", "value": "s"}]}, "conversation",
+         "a pretrain turn must be the only turn"),
+        ({"conversations": [{"from": "pretrain", "value": "a"}] * 2}, "conversation", "must be the only turn"),
+        ({"conversations": [{"from": "pretrain", "value": ""}]}, "conversation", "has no text"),
         ({**GOOD, "image": 3}, "record", "field 'image' must be a path or a list"),
         ({**GOOD, "image": ["a.png", None]}, "record", "field 'image' must be a path or a list"),
-        ({**GOOD, "video": "a.mp4"}, "video", "video records are not supported yet"),
-        ({**GOOD, "image": "none.png"}, "image", r"field 'image': image .*none\.png: file not found"),
-        ({**GOOD, "image": "a\0b.png"}, "image", "cannot be read"),
-        ({**GOOD, "image": "."}, "image", "cannot be read"),
+        ({**GOOD, "video": ["a.mp4"]}, "record", "field 'video' must be a path"),
+        ({**GOOD, "video": "a.mp4", "clip": [3, 3]}, "record", r"field 'clip' must be \[start, end\] in seconds"),
+        ({**GOOD, "video": "a.mp4", "clip": [0, True]}, "record", "field 'clip'"),
+        ({**GOOD, "video": "a.mp4", "clip": [0, float("inf")]}, "record", "field 'clip'"),
+        ({**GOOD, "video": "a.mp4", "clip": [float("nan"), 1]}, "record", "field 'clip'"),
+        ({**GOOD, "video": "a.mp4", "clip": [-1, 1]}, "record", "field 'clip'"),
+        ({**GOOD, "video": "a.mp4", "clip": "0-3"}, "record", "field 'clip'"),
+        ({**GOOD, "image": "none.png"}, "missing", r"field 'image': image .*none\.png: file not found"),
+        ({**GOOD, "video": "none.mp4"}, "missing", r"field 'video': .*none\.mp4: file not found"),
+        ({**GOOD, "video": "none/"}, "missing", r"field 'video': .*none/: folder not found"),
+        ({**GOOD, "image": "a\0b.png"}, "path", "zero byte"),
+        ({**GOOD, "image": "a\ud800.png"}, "path", "half a surrogate pair"),
+        ({**GOOD, "image": "."}, "unreadable", "cannot be opened .*is a folder"),
+        ({**GOOD, "image": "a/" * 3000}, "unreadable", "cannot be opened .*name too long"),
     ],
 )  # fmt: skip
 def test_bad_records_are_named(render, raw, kind, message):
@@ -110,8 +124,9 @@ def test_bad_records_are_named(render, raw, kind, message):
 
 def test_placeholders_must_match_the_images(render, data_folder, talk):
     name = data_folder.image("a.png", 30, 30)
-    with pytest.raises(SampleError, match=r"^a\.jsonl:7: field 'conversations': 1 <image> .* but 2 image"):
+    with pytest.raises(SampleError, match=r"^a\.jsonl:7: field 'conversations': 1 <image> .* but 2 image") as caught:
         render({**talk("<image>", "x"), "image": [name, name]})
+    assert caught.value.kind == "placeholders"
 
 
 def test_corrupt_header(render, data_folder, talk):
@@ -152,6 +167,107 @@ def test_truncated_body_is_found_when_decoded(data_folder, name):
     assert image_size(str(path)) == (200, 100)
     with pytest.raises(DataError, match=rf"{name}: cannot be read \(.*truncated"):
         decode_tiles(ImageRef(str(path), (2, 1), 3, None), 28, True)
+
+
+def odd_images(folder):
+    """Images of every mode that Pillow converts in its own way, and with more frames than one."""
+    rng = np.random.default_rng(4)
+    rgb = Image.fromarray(rng.integers(0, 256, (20, 30, 3), dtype=np.uint8))
+    alpha = Image.fromarray(rng.integers(0, 256, (20, 30, 4), dtype=np.uint8), "RGBA")
+    others = [Image.new("RGB", (30, 20), (k, 0, 0)) for k in range(40)]
+    deep = Image.fromarray(rng.integers(0, 65536, (20, 30), dtype=np.uint16))
+    turned = Image.Exif()
+    turned[0x0112] = 6  # a quarter turn
+    rgb.quantize(16).save(folder / "palette.png", transparency=3)
+    alpha.save(folder / "alpha.png")
+    alpha.save(folder / "alpha.webp", lossless=True)
+    rgb.convert("LA").save(folder / "grey_alpha.png")
+    rgb.convert("1").save(folder / "bits.png")
+    deep.save(folder / "deep.png")
+    deep.save(folder / "deep.tif")
+    rgb.convert("CMYK").save(folder / "cmyk.jpg")
+    rgb.convert("CMYK").save(folder / "cmyk.tif")
+    rgb.save(folder / "turned.jpg", exif=turned)
+    rgb.convert("P").save(folder / "frames.gif", save_all=True, append_images=[image.convert("P") for image in others])
+    rgb.save(folder / "frames.webp", save_all=True, append_images=others, lossless=True)
+    for name in ("frames.png", "frames.tif"):
+        rgb.save(folder / name, save_all=True, append_images=others)
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_odd_images_are_converted_as_upstream_converts_them(tmp_path):
+    """`Image.open(...).convert("RGB")` and nothing else: alpha dropped, first frame, EXIF's turn not made."""
+    names = odd_images(tmp_path)
+    assert len(names) == 14
+    for name in names:
+        with Image.open(tmp_path / name) as opened:
+            expected = np.asarray(opened.convert("RGB").resize((28, 28), Image.Resampling.BICUBIC)).transpose(2, 0, 1)
+        assert image_size(str(tmp_path / name)) == (30, 20), name
+        made = decode_tiles(ImageRef(str(tmp_path / name), (1, 1), 1, None), 28, True)
+        assert (made == expected).all(), name
+        assert len(np.unique(made)) > (2 if "bits" not in name else 1), f"{name} is a picture"
+
+
+def test_of_many_frames_only_the_first_is_read(tmp_path, monkeypatch):
+    """A small file may hold frames without number."""
+    odd_images(tmp_path)
+    read = []
+    seek = GifImageFile._seek
+    monkeypatch.setattr(
+        GifImageFile, "_seek", lambda self, frame, *rest: read.append(frame) or seek(self, frame, *rest)
+    )
+    decode_tiles(ImageRef(str(tmp_path / "frames.gif"), (1, 1), 1, None), 28, True)
+    assert set(read) == {0}
+
+
+def test_too_many_images_are_not_even_opened(render, talk):
+    """Thousands of names in a line must not cost thousands of files."""
+    with pytest.raises(SampleError, match="200000 tiles are over tiles_per_row 12") as caught:
+        render({**talk("<image>" * 200000, "x"), "image": ["none.png"] * 200000})
+    assert caught.value.kind == "tiles"
+
+
+def test_raw_text_of_a_record(render, data_folder, small):
+    """With and without an image; the last token of a sample predicts nothing, whatever follows it in the row."""
+    plain = render({"conversations": [{"from": "pretrain", "value": "three digits"}]})
+    assert plain.labels.tolist() == plain.token_ids.tolist() == small.encode("three digits")
+    name = data_folder.image("a.png", 30, 30)
+    seen = render({"conversations": [{"from": "pretrain", "value": "a <image> b"}], "image": name})
+    context = [small.image_start_id, *[small.image_context_id] * 4, small.image_end_id]
+    assert seen.token_ids.tolist() == [*small.encode("a "), *context, *small.encode(" b")]
+    row = build_row([(SampleSource(0, k, k), s) for k, s in enumerate((plain, seen))], make_row_settings(), 0)
+    length = len(plain.token_ids)
+    assert row.targets[: length - 1].tolist() == plain.token_ids[1:].tolist()
+    assert row.targets[length - 1] == -100 and row.weights[length - 1] == 0
+    assert row.targets[length + len(seen.token_ids) - 1] == -100
+
+
+def make_row_settings():
+    return SampleSettings(data=DataConfig(tokens_per_row=128), tile_pixels=28, tokens_per_tile=4)
+
+
+def test_typed_image_tokens_are_refused_where_they_would_be_tokens(render, data_folder, talk):
+    record = {**talk("<image> and <IMG_CONTEXT>", "x"), "image": data_folder.image("a.png", 30, 30)}
+    assert render(record).num_tiles == 1
+    with pytest.raises(SampleError, match=r"^a\.jsonl:7: .*the text spells <IMG_CONTEXT>") as caught:
+        render(record, special_tokens_in_text="as_tokens")
+    assert caught.value.kind == "special tokens"
+    assert render({**record, "conversations": talk("<image> and <img>", "x")["conversations"]},
+                  special_tokens_in_text="as_tokens").num_tiles == 1  # fmt: skip
+
+
+def test_grounding_is_text_with_tokens(render, talk, small):
+    sample = render(talk("where is <ref>it</ref>?", "<box>[[1, 2, 3, 4]]</box>"))
+    ids = sample.token_ids.tolist()
+    assert [ids.count(small.find(name)) for name in ("<ref>", "</ref>", "<box>", "</box>", "<quad>")] == [
+        1,
+        1,
+        1,
+        1,
+        0,
+    ]
+    trained = sample.token_ids[sample.labels != -100].tolist()
+    assert trained == [small.find("<box>"), *small.encode("[[1, 2, 3, 4]]"), small.find("</box>"), small.turn_end_id]
 
 
 def test_long_samples(render, talk):

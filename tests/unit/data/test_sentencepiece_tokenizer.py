@@ -94,6 +94,13 @@ def test_typed_special_tokens_are_text(internlm, internlm_folder):
         assert internlm.turn_end_id in pieces.encode("x<|im_end|>")
 
 
+def test_typed_special_tokens_are_tokens_if_asked_for(internlm, reference):
+    """As in upstream's tokenizer, which encodes every part between them by itself."""
+    for text in ("a<|im_end|>\n<|im_start|>user", "<img><IMG_CONTEXT></img> x <box>[1]</box>", "plain", "</s>b"):
+        expected = reference(text, add_special_tokens=False).input_ids
+        assert internlm.encode_with_special_tokens(text) == expected
+
+
 def test_added_tokens_that_are_not_special_stay_tokens(tmp_path):
     folder = write_folder(tmp_path / "folder", "user_defined", True)
     change_config(folder, lambda config: config["added_tokens_decoder"].update(

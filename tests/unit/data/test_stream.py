@@ -10,7 +10,7 @@ import pytest
 from internvl_megatron.data.evaluation_rows import eval_rows
 from internvl_megatron.data.meta import load_datasets
 from internvl_megatron.data.row_bytes import row_to_bytes
-from internvl_megatron.data.stream import SampleStream
+from internvl_megatron.data.stream import LOGGED_OF_A_KIND, SampleStream
 from internvl_megatron.errors import DataError
 
 
@@ -186,8 +186,10 @@ def test_bad_samples_are_left_out_and_counted(data_folder, open_stream, talk, ca
         rows = [stream.next_row() for _ in range(30)]
     assert {source.record for row in rows for source in row.sources} == set(range(6))
     skipped = stream.skipped
-    assert set(skipped) == {"record", "image", "long"} and skipped["image"] > 1
-    assert len(caplog.records) == 3, "one message for each kind"
+    assert set(skipped) == {"json", "missing", "long"} and skipped["missing"] > LOGGED_OF_A_KIND
+    assert len(caplog.records) == sum(min(count, LOGGED_OF_A_KIND) for count in skipped.values()), (
+        "the first of a kind"
+    )
     assert "texts.jsonl:7: " in caplog.text and "none.png: file not found" in caplog.text
     # The counters are part of the position.
     other = open_stream(meta, on_bad_sample="skip", on_long_sample="skip")
@@ -201,6 +203,30 @@ def test_long_samples_have_their_own_policy(data_folder, open_stream, talk):
         take(open_stream(meta, on_bad_sample="skip", on_long_sample="stop"), 9)
     truncating = open_stream(meta, on_bad_sample="stop", on_long_sample="truncate")
     assert any((truncating.next_row().segment_lengths == 256).any() for _ in range(9))
+
+
+@pytest.mark.parametrize(("num_bad", "stops"), [(1, False), (2, False), (8, True)])
+def test_too_large_a_share_of_bad_samples_stops_the_stream(data_folder, open_stream, talk, num_bad, stops):
+    """Of 20: 5 %, exactly the limit of 10 %, 40 %. Whatever the limit, long samples do not count."""
+    records = [talk("a", "seven " * 30)] * (19 - num_bad) + ["{"] * (num_bad - 1)
+    records += [{**talk("a", "b"), "image": "none.png"}, talk("a", "seven " * 300)]
+    meta = data_folder.dataset("texts", records)
+    stream = open_stream(meta, on_bad_sample="skip", on_long_sample="skip", max_skipped_share=0.1)
+    if not stops:
+        take(stream, 500)
+        assert sum(stream.skipped.values()) > 100
+        return
+    with pytest.raises(
+        DataError, match=r"(\d+) of (\d+) samples are bad, more than data\.max_skipped_share=0\.1"
+    ) as caught:
+        take(stream, 500)
+    text = str(caught.value)
+    assert all(f"{kind} {count}" in text for kind, count in stream.skipped.items())
+    assert "texts.jsonl:" in text.rpartition("the last one: ")[2]
+    bad, seen = map(int, text.split(" samples")[0].split(" of "))
+    assert bad > 20 and seen < 150, "a stream that is far over the limit stops early"
+    unlimited = open_stream(meta, on_bad_sample="skip", on_long_sample="skip", max_skipped_share=None)
+    take(unlimited, 200)
 
 
 def test_nothing_but_bad_samples(data_folder, open_stream, talk):

@@ -1,6 +1,7 @@
 """Grid choice against the published algorithm's results, and the cutting of tiles."""
 
 import io
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -103,6 +104,43 @@ def test_jpeg_draws_one_quality_per_tile():
     found = [[quality for quality, tile in by_quality.items() if (tile == wanted).all()] for wanted in augmented]
     assert all(found), "every tile is the original at a quality of 75 to 100"
     assert len({tuple(qualities) for qualities in found}) > 1, "tiles draw their own"
+
+
+@pytest.mark.parametrize(("grid", "use_thumbnail"), [((1, 1), True), ((2, 2), True), ((3, 1), False)])
+def test_augmented_tiles_are_those_of_pillow_alone(grid, use_thumbnail):
+    """Cut first, then each tile and the thumbnail recompressed at a quality of its own, and not resized again."""
+    image = Image.fromarray(np.random.default_rng(2).integers(0, 256, size=(50, 70, 3), dtype=np.uint8))
+    columns, rows = grid
+    whole = image.resize((28 * columns, 28 * rows), Image.Resampling.BICUBIC)
+    boxes = [(28 * (k % columns), 28 * (k // columns)) for k in range(columns * rows)]
+    tiles = [whole.crop((left, top, left + 28, top + 28)) for left, top in boxes]
+    if use_thumbnail and len(tiles) > 1:
+        tiles.append(image.resize((28, 28), Image.Resampling.BICUBIC))
+    drawn = []
+    for seed in range(4):
+        made = cut_tiles(image, grid, 28, use_thumbnail, seed)
+        assert len(made) == len(tiles)
+        for tile, result in zip(tiles, made, strict=True):
+            found = []
+            for quality in range(70, 101):
+                buffer = io.BytesIO()
+                tile.save(buffer, format="JPEG", quality=quality)
+                if (np.asarray(Image.open(buffer)).transpose(2, 0, 1) == result).all():
+                    found.append(quality)
+            assert found and min(found) >= 75
+            drawn.append(min(found))
+    assert len(set(drawn)) > 2
+
+
+def test_jpeg_qualities_are_even(monkeypatch):
+    from internvl_megatron.data import tiling
+
+    seen = Counter()
+    monkeypatch.setattr(tiling, "_recompress", lambda tile, quality: seen.update([quality]) or tile)
+    for seed in range(1000):
+        cut_tiles(Image.new("RGB", (8, 8)), (3, 3), 8, True, seed)
+    assert sorted(seen) == list(range(75, 101))
+    assert all(300 < number < 470 for number in seen.values()), "10000 draws: 4 standard deviations around 385"
 
 
 def test_jpeg_qualities_reach_both_ends(monkeypatch):

@@ -1,0 +1,198 @@
+"""Files that records name: where they may lie, how they are opened, and what happens when a read gets stuck.
+
+Local paths are opened by the operating system. What begins with `scheme://` (s3, gs, https, ...) goes through fsspec, which
+is imported only then. Names come from data files and are not trusted.
+"""
+
+import os
+import re
+import stat
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, wait
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO, Literal
+
+from internvl_megatron.errors import ConfigError, DataError
+
+FileFault = Literal["path", "missing", "unreadable", "timeout", "image", "pixels", "video"]
+"""What is wrong with a file: its name leads outside its root; it is not there; it cannot be opened or is no file; reading it
+takes too long; it is no image, or a broken one; it has too many pixels; it is no video, or a broken one."""
+
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
+
+
+class FileError(DataError):
+    """A file of a record cannot be used. The message names the file and the way out."""
+
+    def __init__(self, fault: FileFault, message: str) -> None:
+        """`fault` says what is wrong, for counters."""
+        super().__init__(message)
+        self.fault: FileFault = fault
+
+
+def is_url(path: str) -> bool:
+    """Whether a path is for fsspec: `scheme://...`."""
+    return _URL.match(path) is not None
+
+
+def locate(root: str | Path, name: str, allow_outside_root: bool) -> str:
+    """Path or URL of the file that a record calls `name`.
+
+    Args:
+        root: folder, or URL of one, that names are relative to.
+        name: as the record has it: relative, absolute or a URL.
+        allow_outside_root: take absolute names, URLs, `..` and symbolic links wherever they lead.
+
+    Raises:
+        FileError: 'path': the name leads outside the root, or cannot be a path at all.
+    """
+    base = str(root)
+    try:
+        name.encode()
+    except UnicodeEncodeError as error:
+        raise FileError("path", f"{name!r} is not text: half a surrogate pair; mend the escape") from error
+    if "\0" in name:
+        raise FileError("path", f"{name!r} has a zero byte, which no path has; correct the record")
+    path = _join(base, name)
+    if not allow_outside_root and not _is_inside(path, base):
+        raise FileError(
+            "path",
+            f"{name!r} leads outside the data set's root {base}; correct it, set 'root' to the folder that holds both, or "
+            "set data.allow_outside_root=true if whoever wrote the data may read every file you can",
+        )
+    return path
+
+
+def _join(root: str, name: str) -> str:
+    """`name` as it would be found from `root`."""
+    if is_url(name):
+        return name
+    if is_url(root):
+        return name if name.startswith("/") else f"{root.rstrip('/')}/{name}"
+    return str(Path(root) / name) + ("/" if name.endswith("/") else "")  # a slash marks a folder of frames
+
+
+def _is_inside(path: str, root: str) -> bool:
+    """Whether a path is below a root, `..` and, if local, symbolic links followed."""
+    if is_url(root) or is_url(path):
+        parts = re.split(r"[/\\]|%2f|%5c", path, flags=re.IGNORECASE)
+        # Servers and stores differ in what they do with dots: none are let through.
+        dots = any(part.lower().replace("%2e", ".") == ".." for part in parts)
+        prefix = root if root.endswith("/") else f"{root}/"
+        return not dots and is_url(root) and path.startswith(prefix)
+    real_root, real = os.path.realpath(root), os.path.realpath(path)
+    return real == real_root or real.startswith(real_root.rstrip(os.sep) + os.sep)
+
+
+@contextmanager
+def open_file(path: str) -> Iterator[BinaryIO]:
+    """Open a file to read bytes from any place of it. Only opening is guarded: errors of the body pass.
+
+    Raises:
+        FileError: 'missing' or 'unreadable': there is nothing, or something that is not a regular file, like a pipe or a
+            folder.
+        ConfigError: the program that reads such URLs is not installed.
+    """
+    try:
+        file = _open_url(path) if is_url(path) else _open_local(path)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise FileError(
+            "missing", f"{path}: file not found; check the name in the record and the dataset's 'root'"
+        ) from error
+    except OSError as error:
+        raise FileError("unreadable", f"{path}: cannot be opened ({error}); check its permissions") from error
+    with file:
+        yield file
+
+
+def is_folder(path: str) -> bool:
+    """Whether a path is that of a folder: what ends with a slash, and local folders."""
+    return path.endswith("/") or (not is_url(path) and Path(path).is_dir())
+
+
+def list_folder(path: str) -> list[str]:
+    """Names of the files in a folder, sorted as people count: 2 before 10. Raises `FileError`."""
+    try:
+        if is_url(path):
+            system, _ = _file_system(path)
+            names = [str(entry).rstrip("/").rsplit("/", 1)[-1] for entry in system.ls(path, detail=False)]
+        else:
+            names = [entry.name for entry in Path(path).iterdir()]
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise FileError(
+            "missing", f"{path}: folder not found; check the name in the record and the dataset's 'root'"
+        ) from error
+    except OSError as error:
+        raise FileError("unreadable", f"{path}: cannot be listed ({error}); check its permissions") from error
+    return sorted(names, key=_natural_order)
+
+
+def _natural_order(name: str) -> tuple[list[tuple[int, int, str]], str]:
+    """Key that compares runs of digits as numbers."""
+    parts = re.split(r"([0-9]+)", name)
+    return [(0, int(part), "") if part.isdigit() and part.isascii() else (1, 0, part) for part in parts], name
+
+
+def _open_local(path: str) -> BinaryIO:
+    """A regular file. Opening a pipe would wait until somebody writes to it, and a device may act."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    mode = os.fstat(descriptor).st_mode
+    if not stat.S_ISREG(mode):
+        os.close(descriptor)
+        raise OSError(f"is {'a folder' if stat.S_ISDIR(mode) else 'not a regular file'}")
+    return os.fdopen(descriptor, "rb")
+
+
+def _open_url(path: str) -> BinaryIO:
+    """A file behind a URL."""
+    system, place = _file_system(path)
+    try:
+        return system.open(place, "rb")
+    except OSError:
+        raise
+    except Exception as error:  # every store has errors of its own
+        raise OSError(f"{type(error).__name__}: {error}") from error
+
+
+def _file_system(path: str) -> tuple[Any, str]:
+    """fsspec's file system of a URL, and the URL as it takes it. Raises `ConfigError` if a program is missing."""
+    try:
+        from fsspec.core import url_to_fs
+    except ImportError as error:
+        raise ConfigError(f"{path}: URLs need fsspec; `pip install fsspec`") from error
+    try:
+        return url_to_fs(path)
+    except ImportError as error:
+        raise ConfigError(f"{path}: {error}") from error
+    except ValueError as error:
+        raise OSError(str(error)) from error
+
+
+def read_within[T](seconds: float, path: str, read: Callable[[], T]) -> T:
+    """Result of `read()`, which reads `path` in a thread of its own.
+
+    A read that is stuck, in a file system that has gone or in a file made to take for ever, cannot be stopped from Python: its
+    thread is left behind and holds up nobody.
+
+    Raises:
+        FileError: 'timeout': it took longer than `seconds`. What `read` raises passes.
+    """
+    answer: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            answer.set_result(read())
+        except BaseException as error:  # for the caller, whatever it is
+            answer.set_exception(error)
+
+    threading.Thread(target=run, name="read", daemon=True).start()
+    done, _ = wait([answer], seconds)
+    if not done:
+        raise FileError(
+            "timeout",
+            f"{path}: was not read within {seconds:g} seconds; look after the file system, raise "
+            "data.read_timeout_seconds or drop the record",
+        )
+    return answer.result()
