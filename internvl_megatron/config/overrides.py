@@ -164,9 +164,10 @@ def _typed(value: Any, hint: Any, where: str) -> Any:
             return value
         if option is type(None) and value is None:
             return None
-        is_list = get_origin(option) is tuple and isinstance(value, list)
-        if is_list and all(type(item) is get_args(option)[0] for item in value):
-            return tuple(value)
+        if get_origin(option) is tuple and isinstance(value, list):
+            items: list[Any] = value
+            if all(type(item) is get_args(option)[0] for item in items):
+                return tuple(items)
         if option is float and isinstance(value, int | float) and not isinstance(value, bool):
             try:
                 return float(value)

@@ -201,7 +201,7 @@ def build_index(source: Path, folder: Path | None = None) -> JsonlIndex:
         for place in index_places(source, folder):
             temporary = place.with_name(f".{place.name[:120]}.{secrets.token_hex(8)}.writing")
             try:
-                if place.parent == folder:
+                if folder is not None and place.parent == folder:
                     folder.mkdir(parents=True, exist_ok=True)
                 with temporary.open("xb") as target:
                     header = _write_index(source, file, target)

@@ -119,10 +119,10 @@ def test_a_process_that_dies_is_replaced(open_pool, ref):
 
 
 def fifo(folder):
-    """An image that is never there to read: whoever opens it waits."""
+    """An image that is never there to read: fsspec waits for it, where a local name would be refused."""
     path = folder / "never.png"
     os.mkfifo(path)
-    return ImageRef(str(path), (1, 1), 1, None, "x.jsonl:7")
+    return ImageRef(f"file://{path}", (1, 1), 1, None, "x.jsonl:7")
 
 
 def test_an_image_that_kills_two_processes_is_broken_and_costs_nothing_else(open_pool, ref, tmp_path):

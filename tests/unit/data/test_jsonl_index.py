@@ -166,6 +166,7 @@ def test_an_index_of_another_version_is_made_anew(tmp_path, monkeypatch):
 def test_lost_pages_are_noticed(tmp_path):
     source = write(tmp_path, b"{}\n" * 100)
     index = build_index(source)
+    assert index.path is not None
     content = index.path.read_bytes()
     index.path.write_bytes(content[: HEADER_BYTES + 80] + bytes(160) + content[HEADER_BYTES + 240 :])
     file = JsonlFile(source, find_index(source))

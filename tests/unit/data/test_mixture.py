@@ -100,6 +100,7 @@ def test_groups_have_their_share_of_the_tokens_at_all_times(weights, seed):
     # A group that is furthest behind goes next: two are never a sample apart. Of more, several may be ahead at once.
     allowed = sum(1 / rank for rank in range(1, len(weights)))
     for stream in streams_of(lengths, groups, 3, seed):
+        tokens = None
         for _, tokens, longest in walk(stream, size_of(seed), 3000):
             total = sum(tokens)
             for number, weight in enumerate(weights):

@@ -73,7 +73,7 @@ def test_no_token_is_trained_on_or_attended_to_across_samples(make_settings, mul
         for number, length in enumerate(lengths):
             ids = (100 * (number + 1) + np.arange(length)).astype(np.int32)
             none = np.zeros(0, np.int32)
-            samples.append(Sample(ids, ids.copy(), np.arange(length, dtype=np.int32), (), none))
+            samples.append(Sample(ids, ids.copy(), np.arange(length, dtype=np.int32), (), none, none))
         row = row_of(*samples, tokens=96, make_settings=make_settings, sample_multiple_tokens=multiple)
         segments = np.repeat(np.arange(len(row.segment_lengths)), row.segment_lengths)
         seen = 0

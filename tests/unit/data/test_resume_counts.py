@@ -37,7 +37,7 @@ def open_loaders(meta, make_settings, small):
         for replica in range(num_replicas):
             slots, datasets = range(replica, NUM_STREAMS, num_replicas), load_datasets(meta)
             streams = [SampleStream(datasets, settings, small, slot, NUM_STREAMS) for slot in slots]
-            loaders.append(ReplicaLoader(streams, lambda message: message, settings, 0, 1))
+            loaders.append(ReplicaLoader(streams, lambda message: message or b"", settings, 0, 1))
             if state is not None:
                 loaders[-1].load_state_dict(state)
         opened.extend(loaders)

@@ -3,6 +3,7 @@
 import json
 import logging
 from collections import Counter
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +13,8 @@ from internvl_megatron.data.meta import load_datasets
 from internvl_megatron.data.row_bytes import row_to_bytes
 from internvl_megatron.data.stream import LOGGED_OF_A_KIND, SampleStream
 from internvl_megatron.errors import DataError
+
+UPSTREAM: dict[str, Any] = {"packing": "first_fit", "packing_window_rows": 1}
 
 
 @pytest.fixture
@@ -94,7 +97,7 @@ def test_streams_deal_out_the_records_and_every_pass_has_another_order(data_fold
     meta = data_folder.dataset("texts", [talk("n", f"{'seven ' * 30} {i}") for i in range(20)])
     drawn = [[], []]
     for index in range(3):
-        stream = open_stream(meta, index, 3, tokens_per_row=70, packing_buffer_rows=0)
+        stream = open_stream(meta, index, 3, tokens_per_row=70, packing_buffer_rows=0, **UPSTREAM)
         sources = [source for _ in range(14) for source in stream.next_row().sources]
         share = 7 if index < 2 else 6
         for number, epoch in enumerate((sources[:share], sources[share : 2 * share])):
@@ -119,7 +122,7 @@ def test_a_sample_has_the_same_random_numbers_in_whatever_stream(data_folder, op
     record = {**talk("<image><image>?", "x"), "image": names}
     data_folder.dataset("others", [record] * 3, data_augment=True)
     meta = data_folder.dataset("pictures", [record] * 6, data_augment=True, repeat_time=2)
-    one_sample = {"tiles_per_row": 2, "max_tiles": 1}
+    one_sample = {"tiles_per_row": 2, "max_tiles": 1, "packing_window_rows": 1}
     alone = image_seeds(open_stream(meta, **one_sample), 30)
     shared = [image_seeds(open_stream(meta, index, 3, **one_sample), 10) for index in range(3)]
     assert len(alone) == 30 and {source[2] for source in alone if source[0] == 1} == {0, 1, 2, 3}
@@ -140,7 +143,7 @@ def test_data_sets_are_drawn_in_proportion_to_their_length(data_folder, open_str
 def test_groups_have_their_share_of_the_tokens(data_folder, open_stream, talk):
     data_folder.dataset("talks", [talk("a", "seven " * (5 * i)) for i in range(1, 9)], group="language")
     meta = data_folder.dataset("more", [talk("a", "seven " * i) for i in range(1, 20)], group="multimodal")
-    stream = open_stream(meta, group_weights=("language=1", "multimodal=3"), packing_buffer_rows=0)
+    stream = open_stream(meta, group_weights=("language=1", "multimodal=3"), packing_buffer_rows=0, **UPSTREAM)
     tokens, longest = Counter(), 0
     for _ in range(600):  # rows of one sample, as none may wait
         row = stream.next_row()
@@ -269,6 +272,7 @@ def test_a_position_for_other_data_is_refused(data_folder, open_stream, talk):
 
 
 def test_a_state_is_small_whatever_the_number_of_data_sets(data_folder, open_stream, talk):
+    meta = None
     for number in range(300):
         meta = data_folder.dataset(f"a data set with a long name {number}", [talk("a", "b")])
     state = open_stream(meta).state_dict()
