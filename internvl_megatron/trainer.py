@@ -17,10 +17,11 @@ from internvl_megatron.checkpoint import folders, save_load, weights
 from internvl_megatron.config.overrides import CONFIG_FILE, changed_fields, from_json, to_json
 from internvl_megatron.config.plan import plan
 from internvl_megatron.config.schema import RunConfig
+from internvl_megatron.data.dataset import files_to_index, load_datasets
 from internvl_megatron.data.evaluation_rows import eval_rows
 from internvl_megatron.data.jsonl_index import index_all
 from internvl_megatron.data.loader import ReplicaLoader
-from internvl_megatron.data.meta import load_datasets, read_meta
+from internvl_megatron.data.meta import read_meta
 from internvl_megatron.data.mixture import dataset_groups
 from internvl_megatron.data.one_rank_first import one_rank_first
 from internvl_megatron.data.records import SampleSettings
@@ -93,7 +94,7 @@ class Trainer:
         self.model = build_model(config, self.groups, device, initialize=starts_fresh)
         self.trainer_step = Step(config, self.model, self.groups, device)
         self.tokenizer = open_tokenizer(config)
-        self.settings = sample_settings(config)
+        self.settings = SampleSettings.of_run(config)
         self.replica = self.plan.layout.replica(info.rank)
         self.replica_ranks = self.plan.layout.replica_ranks(self.replica)
         self.is_leader = info.rank == self.replica_ranks[0]
@@ -162,7 +163,7 @@ class Trainer:
             dataset_groups(entries, data.group_weights)
             entries += [entry for meta in eval_metas if meta is not None for entry in read_meta(meta)]
             num_threads = min(MAX_INDEX_THREADS, len(os.sched_getaffinity(0)))
-            index_all([entry.annotation for entry in entries], self.index_folder, num_threads)
+            index_all(files_to_index(entries), self.index_folder, num_threads)
 
         def broadcast(payload: bytes | None) -> bytes:
             return broadcast_bytes(payload, 0, self.groups.host_world)
@@ -341,17 +342,6 @@ def _writable(folder: Path) -> Path:
     if not os.access(folder, os.W_OK):
         raise ConfigError(f"folder={folder}: is not writable; choose another (folder=PATH)")
     return folder
-
-
-def sample_settings(config: RunConfig) -> SampleSettings:
-    """What the data pipeline needs to know of a run."""
-    vision = config.model.vision
-    return SampleSettings(
-        data=config.data,
-        tile_pixels=vision.tile_pixels,
-        tokens_per_tile=vision.tokens_per_tile,
-        weighting=config.loss.weighting,
-    )
 
 
 def open_tokenizer(config: RunConfig) -> Tokenizer:

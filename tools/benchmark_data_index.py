@@ -25,8 +25,9 @@ from typing import Any
 
 import numpy as np
 
+from internvl_megatron.data.dataset import Dataset
 from internvl_megatron.data.jsonl_index import build_index, open_index
-from internvl_megatron.data.meta import Dataset, DatasetEntry
+from internvl_megatron.data.meta import DatasetEntry
 from internvl_megatron.data.mixture import Group, Mixture
 
 NUM_DRAWS = 100_000

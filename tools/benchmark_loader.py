@@ -25,9 +25,9 @@ from typing import Any
 from PIL import Image
 
 from internvl_megatron.config.schema import DataConfig
+from internvl_megatron.data.dataset import load_datasets
 from internvl_megatron.data.images import image_size
 from internvl_megatron.data.loader import ReplicaLoader
-from internvl_megatron.data.meta import load_datasets
 from internvl_megatron.data.records import SampleSettings
 from internvl_megatron.data.stream import SampleStream
 from internvl_megatron.data.tiling import Grid, choose_grid

@@ -123,12 +123,15 @@ def rows_waited(sizes: SampleSizes, data: DataConfig) -> np.ndarray:
 
 def stream_rows(sizes: SampleSizes, data: DataConfig, stream: int, num_rows: int) -> list[Pack[int]]:
     """The first rows of a stream that goes through all samples in an order of its own, again and again."""
+    tokens, tiles, rows = sizes.tokens.tolist(), sizes.tiles.tolist(), []
     window = data.packing_window_rows
     packer: RowPacker[int] = RowPacker(
-        make_packer(data), window, lambda n: generator(SEED, Purpose.WINDOW, n).permutation(window).tolist()
+        make_packer(data),
+        window,
+        lambda n: generator(SEED, Purpose.WINDOW, n).permutation(window).tolist(),
+        lambda place: tokens[place] ** 2,
     )
     order = generator(SEED, Purpose.SHUFFLE, stream).permutation(len(sizes)).tolist()
-    tokens, tiles, rows = sizes.tokens.tolist(), sizes.tiles.tolist(), []
     for place in (order[number % len(order)] for number in count()):
         packer.add(place, tokens[place], tiles[place])
         rows += islice(iter(packer.take, None), num_rows - len(rows))
@@ -141,7 +144,7 @@ def row_costs(sizes: SampleSizes, rows: list[Pack[int]], tokens_per_row: int, si
     """FLOPs of padded rows in the language model of a released size, int64 [rows]."""
     cost = RowCost.of_model(INTERNVL3[size].language, cut_multiple=None)
     supervised = np.array([sizes.supervised[row.items].sum() for row in rows])
-    squares = np.array([row.squares for row in rows])
+    squares = np.array([(sizes.tokens[row.items] ** 2).sum() for row in rows])
     return cost.per_token * tokens_per_row + cost.per_target * supervised + cost.per_attention_pair * squares
 
 

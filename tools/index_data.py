@@ -16,6 +16,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from internvl_megatron.data.dataset import files_to_index
 from internvl_megatron.data.jsonl_index import build_index, find_index
 from internvl_megatron.data.meta import read_meta
 from internvl_megatron.errors import DataError
@@ -51,7 +52,7 @@ def index_meta(meta: Path, folder: Path | None, num_jobs: int, again: bool = Fal
     Raises:
         DataError: the meta file is wrong.
     """
-    sources = list(dict.fromkeys(entry.annotation for entry in read_meta(meta)))
+    sources = list(dict.fromkeys(files_to_index(read_meta(meta))))
     # Large ones first, so that none is left alone at the end.
     sources.sort(key=lambda source: source.stat().st_size if source.is_file() else 0, reverse=True)
     context = multiprocessing.get_context("forkserver")

@@ -5,14 +5,14 @@ from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
-from internvl_megatron.data.meta import Dataset, load_datasets
+from internvl_megatron.data.dataset import Dataset, load_datasets
 from internvl_megatron.data.packer import Packer
 from internvl_megatron.data.packing import Row, SampleSource, build_row, padded_length
 from internvl_megatron.data.positions import UNITS_PER_POSITION
 from internvl_megatron.data.records import Sample, SampleError, SampleSettings
 from internvl_megatron.data.row_packer import make_packer
 from internvl_megatron.data.seeds import Purpose, generator
-from internvl_megatron.data.stream import apply_policy, render_source
+from internvl_megatron.data.stream import apply_policy, render_source, stored_row
 from internvl_megatron.data.tokenizer import Tokenizer
 from internvl_megatron.errors import DataError
 
@@ -32,21 +32,24 @@ def eval_rows(
     datasets = load_datasets(meta_path, index_folder)
     for dataset in datasets:
         dataset.entry = replace(dataset.entry, data_augment=False)
-    packs = _packs(datasets, fixed, tokenizer)
-    rows = [build_row(items, fixed, tokenizer.pad_id) for items in islice(packs, num_rows)]
+    for dataset in datasets:
+        if dataset.store is not None:
+            dataset.store.check(fixed, tokenizer)
+    rows = list(islice(_rows(datasets, fixed, tokenizer), num_rows))
     if num_rows and not rows:
         raise DataError(f"{meta_path}: gives no good sample to evaluate on")
     return rows + [build_row([], fixed, tokenizer.pad_id) for _ in range(num_rows - len(rows))]
 
 
-def _packs(
-    datasets: Sequence[Dataset], settings: SampleSettings, tokenizer: Tokenizer
-) -> Iterator[list[tuple[SampleSource, Sample]]]:
-    """Packed samples of all data sets, made as they are asked for."""
+def _rows(datasets: Sequence[Dataset], settings: SampleSettings, tokenizer: Tokenizer) -> Iterator[Row]:
+    """Rows of all data sets, made as they are asked for."""
     packer: Packer[tuple[SampleSource, Sample]] = make_packer(settings.data)
     skipped: dict[str, int] = {}
     for num_seen, source in enumerate(_in_turns(datasets), 1):
         try:
+            if datasets[source.dataset].store is not None:
+                yield stored_row(datasets[source.dataset], source.record, settings)
+                continue
             sample = render_source(
                 datasets[source.dataset],
                 source.record,
@@ -58,9 +61,9 @@ def _packs(
             apply_policy(error, settings, skipped, num_seen)
             continue
         for pack in packer.add((source, sample), padded_length(sample, settings), sample.num_tiles):
-            yield pack.items
+            yield build_row(pack.items, settings, tokenizer.pad_id)
     for pack in packer.flush():
-        yield pack.items
+        yield build_row(pack.items, settings, tokenizer.pad_id)
 
 
 def _in_turns(datasets: Sequence[Dataset]) -> Iterator[SampleSource]:

@@ -8,15 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from internvl_megatron.data.files import is_url
-from internvl_megatron.data.jsonl_index import JsonlIndex, index_in_memory, open_index
-from internvl_megatron.data.permutation import NUM_KEYS, Permutation
-from internvl_megatron.data.seeds import Purpose, name_key, words
+from internvl_megatron.data.jsonl_index import JsonlIndex, index_in_memory
 from internvl_megatron.errors import DataError
 
 _REQUIRED_KEYS = ("root", "annotation", "data_augment", "repeat_time")
 _OPTIONAL_KEYS = ("length", "max_dynamic_patch", "group")
-_KEPT_ORDERS = 4
-"""Of a data set: streams of a leader are in different epochs of it while they go from one to the next."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,55 +92,6 @@ class JsonlFile:
                 "again, and it is indexed anew"
             )
         return content[before:].partition(b"\n")[0]
-
-
-class Dataset:
-    """A data set: its entry in the meta file and its records."""
-
-    def __init__(self, entry: DatasetEntry, index_folder: Path | None = None) -> None:
-        """Open the annotation file by its index, which is made if there is none (`jsonl_index.open_index`).
-
-        Raises:
-            DataError: the annotation cannot be used.
-        """
-        self.entry = entry
-        self.key = name_key(entry.name)
-        """Stands for the data set in the seeds of random numbers."""
-        self.file = JsonlFile(entry.annotation, open_index(entry.annotation, index_folder))
-        share = min(1.0, entry.repeat_time)
-        self.num_records = int(len(self.file) * share)
-        """Records in use: the first ones of the file."""
-        if not self.num_records:
-            raise DataError(
-                f"{entry.annotation}: repeat_time {entry.repeat_time} leaves none of its {len(self.file)} records; "
-                "raise it"
-            )
-        self.num_repeats = max(1, int(entry.repeat_time))
-        self._orders: dict[tuple[int, int], Permutation] = {}
-
-    @property
-    def length(self) -> int:
-        """Samples of one epoch, repeats counted."""
-        return self.num_records * self.num_repeats
-
-    def sample(self, seed: int, epoch: int, place: int) -> tuple[int, int]:
-        """(record, pass over it) at a place of an epoch's order, `length` places.
-
-        Every record in use is at `num_repeats` places, each time for another pass, which counts on from epoch to epoch.
-        """
-        order = self._orders.get((seed, epoch))
-        if order is None:
-            if len(self._orders) == _KEPT_ORDERS:
-                del self._orders[next(iter(self._orders))]
-            order = Permutation(self.length, words(NUM_KEYS, seed, Purpose.SHUFFLE, self.key, epoch))
-            self._orders[seed, epoch] = order
-        repeat, record = divmod(order(place), self.num_records)
-        return record, epoch * self.num_repeats + repeat
-
-
-def load_datasets(meta_path: str | Path, index_folder: Path | None = None) -> list[Dataset]:
-    """All data sets of a meta file, by their indices, which are made if there are none. Raises `DataError`."""
-    return [Dataset(entry, index_folder) for entry in read_meta(meta_path)]
 
 
 def read_meta(meta_path: str | Path) -> list[DatasetEntry]:

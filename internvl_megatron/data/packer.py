@@ -12,15 +12,12 @@ class Pack[T]:
     items: list[T] = field(default_factory=list)
     tokens: int = 0
     tiles: int = 0
-    squares: int = 0
-    """Sum of the squares of the items' tokens: what attention costs in this row, see `row_cost.py`."""
 
     def add(self, item: T, tokens: int, tiles: int) -> None:
         """Put an item behind the others."""
         self.items.append(item)
         self.tokens += tokens
         self.tiles += tiles
-        self.squares += tokens * tokens
 
 
 class Packer[T](Protocol):

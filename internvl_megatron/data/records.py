@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from internvl_megatron.config.schema import DataConfig, LossConfig
+from internvl_megatron.config.schema import DataConfig, LossConfig, RunConfig
 from internvl_megatron.data.conversation import (
     IGNORED_LABEL,
     PlaceholderError,
@@ -32,12 +32,15 @@ _LONGEST = 1e7
 _ROLES: dict[str, Role] = {"system": "system", "human": "human", "gpt": "gpt", "pretrain": "pretrain"}
 
 ErrorKind = (
-    Literal["json", "record", "conversation", "placeholders", "special tokens", "tiles", "truncated image", "long"]
+    Literal[
+        "json", "row", "record", "conversation", "placeholders", "special tokens", "tiles", "truncated image", "long"
+    ]
     | FileFault
 )
-"""What is wrong with a record: its line is no JSON object; a field has a wrong type; its turns make no conversation; images
-and their places in the text do not match; a text brings image tokens of its own; it has too many tiles; cut to the row its
-images would not be whole; it has too many tokens. And what is wrong with a file of it, see `FileFault`."""
+"""What is wrong with a record: its line is no JSON object; it is a packed row, and damaged; a field has a wrong type; its
+turns make no conversation; images and their places in the text do not match; a text brings image tokens of its own; it has
+too many tiles; cut to the row its images would not be whole; it has too many tokens. And what is wrong with a file of it, see
+`FileFault`."""
 
 ImageRng = Callable[[int], np.random.Generator]
 """Gives the random numbers of a sample's i-th image."""
@@ -60,6 +63,17 @@ class SampleSettings:
     tile_pixels: int
     tokens_per_tile: int
     weighting: Literal["token", "square", "sample"] = LossConfig.weighting
+
+    @classmethod
+    def of_run(cls, config: RunConfig) -> "SampleSettings":
+        """Those of a run."""
+        vision = config.model.vision
+        return cls(
+            data=config.data,
+            tile_pixels=vision.tile_pixels,
+            tokens_per_tile=vision.tokens_per_tile,
+            weighting=config.loss.weighting,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +112,11 @@ class Sample:
     """int32 [i], index of each image's first context token."""
     tile_starts: np.ndarray
     """int32 [t], index of each tile's first context token: one behind the other, but for the frames of a video."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of text and images."""
+        return len(self.token_ids)
 
     @property
     def num_tiles(self) -> int:

@@ -5,6 +5,7 @@ The bytes of several rows, one after the other in any order, are a buffer of row
 
 import json
 import struct
+from collections.abc import Sequence
 from dataclasses import astuple
 from typing import Any
 
@@ -48,7 +49,7 @@ def rows_from_bytes(buffer: bytes) -> dict[int, Row]:
             array = np.frombuffer(buffer, dtype=kind, count=header["lengths"][name], offset=offset)
             arrays[name] = array.astype(array.dtype.newbyteorder("="))  # a copy that can be written
             offset += array.nbytes
-        images = tuple(_image(*fields) for fields in header["images"])
+        images = _images(header["images"])
         sources = tuple(SampleSource(*source) for source in header["sources"])
         assert header["slot"] not in rows, f"two rows for slot {header['slot']}"
         rows[header["slot"]] = Row(sources=sources, images=images, **arrays)
@@ -63,6 +64,20 @@ def _header(slot: int, row: Row) -> dict[str, Any]:
         "sources": [astuple(source) for source in row.sources],
         "images": [astuple(image) for image in row.images],
     }
+
+
+def images_to_json(images: Sequence[ImageRef]) -> str:
+    """Images as text, which `images_from_json` gives back exactly."""
+    return json.dumps([astuple(image) for image in images])
+
+
+def images_from_json(text: str) -> tuple[ImageRef, ...]:
+    """Images from their text. Raises ValueError or TypeError if it is none."""
+    return _images(json.loads(text))
+
+
+def _images(fields: list[list[Any]]) -> tuple[ImageRef, ...]:
+    return tuple(_image(*image) for image in fields)
 
 
 def _image(path: str, grid: list[int], *rest: Any) -> ImageRef:

@@ -23,17 +23,21 @@ class RowPacker[T]:
     So rows that meet in a step cost about the same, whatever the number of replicas, and streams need not know of each other.
     """
 
-    def __init__(self, packer: Packer[T], window_rows: int, order: Callable[[int], Sequence[int]]) -> None:
+    def __init__(
+        self, packer: Packer[T], window_rows: int, order: Callable[[int], Sequence[int]], cost: Callable[[T], int]
+    ) -> None:
         """Begin empty.
 
         Args:
             packer: as `make_packer` gives it.
             window_rows: rows of a window; 1 = rows go out as they are finished.
             order: of window n, counted from 0: its rows' places by rising cost, in the order in which they go out.
+            cost: of an item; a row costs what its items cost together.
         """
         self._packer = packer
         self._window_rows = window_rows
         self._order = order
+        self._cost = cost
         self._finished: list[Pack[T]] = []  # of the windows to come
         self._ready: list[Pack[T]] = []  # of this window, in their order
         self._num_windows = 0
@@ -42,12 +46,21 @@ class RowPacker[T]:
         """Add an item; see `Packer`."""
         self._finished += self._packer.add(item, tokens, tiles)
 
+    def add_row(self, item: T, tokens: int, tiles: int) -> None:
+        """Add an item that is a row by itself."""
+        self._finished.append(pack_of([(item, tokens, tiles)]))
+
+    def flush(self) -> list[Pack[T]]:
+        """Take out everything that is held, as rows in any order."""
+        packs = [*self._ready, *self._finished, *self._packer.flush()]
+        self._ready, self._finished = [], []
+        return packs
+
     def take(self) -> Pack[T] | None:
         """The next row; None if items must be added first."""
         if not self._ready and len(self._finished) >= self._window_rows:
             window, self._finished = self._finished[: self._window_rows], self._finished[self._window_rows :]
-            # Rows have about the same number of tokens; attention makes the difference.
-            window.sort(key=lambda pack: pack.squares)
+            window.sort(key=lambda pack: sum(map(self._cost, pack.items)))
             self._ready = [window[place] for place in self._order(self._num_windows)]
             self._num_windows += 1
         return self._ready.pop(0) if self._ready else None

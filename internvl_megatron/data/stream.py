@@ -8,12 +8,16 @@ import hashlib
 import json
 import logging
 import math
-from collections.abc import Sequence
-from dataclasses import astuple
+from collections.abc import Iterator, Sequence
+from dataclasses import astuple, dataclass, replace
 from typing import Any
 
-from internvl_megatron.data.meta import Dataset
+import numpy as np
+
+from internvl_megatron.data.dataset import Dataset
+from internvl_megatron.data.files import FileError
 from internvl_megatron.data.mixture import Group, Mixture, dataset_groups
+from internvl_megatron.data.packer import Pack
 from internvl_megatron.data.packing import Row, SampleSource, build_row, padded_length
 from internvl_megatron.data.records import ImageRng, Sample, SampleError, SampleSettings, parse_record, render_sample
 from internvl_megatron.data.row_packer import RowPacker, make_packer
@@ -23,7 +27,7 @@ from internvl_megatron.errors import DataError
 
 _logger = logging.getLogger(__name__)
 
-_SHAPING_SETTINGS = (
+SHAPING_SETTINGS = (
     "tokens_per_row", "tiles_per_row", "packing", "packing_pool_samples", "packing_window_rows", "packing_buffer_rows",
     "min_tiles", "max_tiles", "use_thumbnail", "min_video_frames", "max_video_frames", "system_prompt", "v2pe",
     "v2pe_numerator", "on_bad_sample", "on_long_sample", "sample_multiple_tokens", "allow_outside_root",
@@ -37,7 +41,16 @@ LOGGED_OF_A_KIND = 3
 ALWAYS_ALLOWED = 20
 """Bad samples a stream may leave out whatever their share."""
 
-_Item = tuple[SampleSource, Sample]
+_Item = tuple[SampleSource, Sample | Row]
+"""What is drawn: a sample, or a row that was packed before."""
+
+
+@dataclass(frozen=True, slots=True)
+class _LeftOut:
+    """A bad sample of a group, and why."""
+
+    group: int
+    reason: SampleError
 
 
 class SampleStream:
@@ -69,8 +82,11 @@ class SampleStream:
         self._bad_in_a_row = [0] * len(groups)
         """Samples of each group left out since the last good one."""
         self._packer: RowPacker[_Item] = RowPacker(
-            make_packer(settings.data), settings.data.packing_window_rows, self._window_order
+            make_packer(settings.data), settings.data.packing_window_rows, self._window_order, self._attention_pairs
         )
+        for dataset in datasets:
+            if dataset.store is not None:
+                dataset.store.check(settings, tokenizer)
 
     @property
     def skipped(self) -> dict[str, int]:
@@ -84,11 +100,24 @@ class SampleStream:
             DataError: a sample is bad and the policy says stop, or a whole pass gave no good sample.
         """
         while (pack := self._packer.take()) is None:
-            source = self._draw()
-            sample = self._render_or_skip(source)
-            if sample is not None:
-                self._packer.add((source, sample), padded_length(sample, self._settings), sample.num_tiles)
-        return build_row(pack.items, self._settings, self._tokenizer.pad_id)
+            left_out = self._add_next()
+            if left_out is not None:
+                self._check_any_is_good(left_out)
+        return self._row(pack)
+
+    def rows_of_epoch(self) -> Iterator[Row]:
+        """All rows of one epoch, of a stream that is at its beginning; the last ones are only as full as they get.
+
+        Raises:
+            DataError: a sample is bad and the policy says stop.
+        """
+        assert not sum(self._mixture.taken) and len(self._bad_in_a_row) == 1, "an epoch of one group, from its start"
+        for _ in range(self._mixture.group_share(0)):
+            self._add_next()
+            while (pack := self._packer.take()) is not None:
+                yield self._row(pack)
+        for pack in self._packer.flush():
+            yield self._row(pack)
 
     def state_dict(self) -> dict[str, Any]:
         """Position of the stream, as JSON. Buffered samples are saved as references and made again on loading."""
@@ -135,7 +164,7 @@ class SampleStream:
             "groups": [[group.name, group.weight] for group in groups],
             "vocabulary": len(self._tokenizer),
             "tile": [self._settings.tile_pixels, self._settings.tokens_per_tile],
-            **{name: getattr(data, name) for name in _SHAPING_SETTINGS},
+            **{name: getattr(data, name) for name in SHAPING_SETTINGS},
         }
 
     def _draw(self) -> SampleSource:
@@ -144,9 +173,36 @@ class SampleStream:
         record, pass_number = self._datasets[draw.dataset].sample(self._settings.data.seed, draw.epoch, draw.place)
         return SampleSource(draw.dataset, record, pass_number)
 
-    def _render(self, source: SampleSource) -> Sample:
-        """Make a sample from its record. The same source always gives the same sample, in whatever stream."""
+    def _add_next(self) -> _LeftOut | None:
+        """Draw what comes next and pack it, unless it is bad and the policy says to leave it out."""
+        source = self._draw()
+        group = self._mixture.group_of(source.dataset)
+        try:
+            made = self._make(source)
+        except SampleError as error:
+            apply_policy(error, self._settings, self._skipped, sum(self._mixture.taken))
+            self._bad_in_a_row[group] += 1
+            return _LeftOut(group, error)
+        self._bad_in_a_row[group] = 0
+        self._mixture.add_tokens(source.dataset, made.num_tokens)
+        add = self._packer.add_row if isinstance(made, Row) else self._packer.add
+        add((source, made), *self._size(made))
+        return None
+
+    def _row(self, pack: Pack[_Item]) -> Row:
+        """The row of a pack."""
+        samples = [(source, made) for source, made in pack.items if isinstance(made, Sample)]
+        if samples:
+            return build_row(samples, self._settings, self._tokenizer.pad_id)
+        ((source, row),) = pack.items
+        assert isinstance(row, Row), "rows that were packed before are alone"
+        return replace(row, sources=(source,) * row.num_samples)
+
+    def _make(self, source: SampleSource) -> Sample | Row:
+        """What a record becomes. The same source always gives the same, in whatever stream."""
         dataset, seed = self._datasets[source.dataset], self._settings.data.seed
+        if dataset.store is not None:
+            return stored_row(dataset, source.record, self._settings)
         return render_source(
             dataset,
             source.record,
@@ -155,30 +211,32 @@ class SampleStream:
             lambda image: generator(seed, Purpose.IMAGE, dataset.key, source.record, source.pass_number, image),
         )
 
-    def _render_or_skip(self, source: SampleSource) -> Sample | None:
-        """The sample, or None if it is bad and the policy says to leave it out."""
-        group = self._mixture.group_of(source.dataset)
-        try:
-            sample = self._render(source)
-        except SampleError as error:
-            apply_policy(error, self._settings, self._skipped, sum(self._mixture.taken))
-            self._bad_in_a_row[group] += 1
-            # So many draws in a row hold a whole epoch, wherever they begin.
-            if self._bad_in_a_row[group] >= 2 * self._mixture.group_share(group) - 1:
-                raise DataError(
-                    f"data stream {self.index}: a whole pass over its data gave no good sample ({self._skipped} left "
-                    f"out); the last one: {error}"
-                ) from error
-            return None
-        self._bad_in_a_row[group] = 0
-        self._mixture.add_tokens(source.dataset, len(sample.token_ids))
-        return sample
+    def _check_any_is_good(self, last: _LeftOut) -> None:
+        """Raise `DataError` if all samples of a group are bad: there would never be a row."""
+        # So many draws in a row hold a whole epoch, wherever they begin.
+        if self._bad_in_a_row[last.group] >= 2 * self._mixture.group_share(last.group) - 1:
+            raise DataError(
+                f"data stream {self.index}: a whole pass over its data gave no good sample ({self._skipped} left out); the "
+                f"last one: {last.reason}"
+            ) from last.reason
 
     def _restore(self, reference: list[int]) -> tuple[_Item, int, int]:
-        """A waiting sample with its tokens and tiles, from its reference."""
+        """What waits, with its tokens and tiles, from its reference."""
         source = SampleSource(*reference)
-        sample = self._render(source)
-        return (source, sample), padded_length(sample, self._settings), sample.num_tiles
+        made = self._make(source)
+        return (source, made), *self._size(made)
+
+    def _size(self, made: Sample | Row) -> tuple[int, int]:
+        """Tokens and tiles it takes of a row."""
+        tokens = len(made.token_ids) if isinstance(made, Row) else padded_length(made, self._settings)
+        return tokens, made.num_tiles
+
+    def _attention_pairs(self, item: _Item) -> int:
+        """What an item costs in its row, but for its tokens, of which rows have about the same number."""
+        made = item[1]
+        if isinstance(made, Row):
+            return int((made.segment_lengths[: made.num_samples].astype(np.int64) ** 2).sum())
+        return padded_length(made, self._settings) ** 2
 
     def _window_order(self, window: int) -> list[int]:
         """The same in all streams: see `RowPacker`."""
@@ -197,6 +255,20 @@ def render_source(
         raise SampleError("json", str(error)) from error
     parsed = parse_record(raw, where, dataset.entry, settings.data.max_tiles)
     return render_sample(parsed, settings, tokenizer, image_rng)
+
+
+def stored_row(dataset: Dataset, index: int, settings: SampleSettings) -> Row:
+    """Row `index` of a store, without augmentation if its entry says so. Raises `SampleError`."""
+    assert dataset.store is not None, f"{dataset.entry.annotation} has no packed rows"
+    try:
+        row = dataset.store.row(index, dataset.entry.root, settings.data.allow_outside_root)
+    except FileError as error:
+        raise SampleError(error.fault, str(error)) from error
+    except DataError as error:
+        raise SampleError("row", str(error)) from error
+    if dataset.entry.data_augment:
+        return row
+    return replace(row, images=tuple(replace(image, jpeg_seed=None) for image in row.images))
 
 
 def apply_policy(error: SampleError, settings: SampleSettings, skipped: dict[str, int], num_seen: int) -> None:

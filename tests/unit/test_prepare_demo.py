@@ -108,7 +108,7 @@ def test_every_task_is_asked_with_its_chance(demo):
 
 
 def test_the_trainer_reads_it_and_cuts_a_tile_per_digit(demo):
-    from internvl_megatron.data.meta import load_datasets
+    from internvl_megatron.data.dataset import load_datasets
     from internvl_megatron.data.tiling import choose_grid
     from internvl_megatron.data.tokenizer import load_tokenizer
 

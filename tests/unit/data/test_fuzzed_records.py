@@ -6,7 +6,8 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from internvl_megatron.data.meta import Dataset, read_meta
+from internvl_megatron.data.dataset import Dataset
+from internvl_megatron.data.meta import read_meta
 from internvl_megatron.data.packing import SampleSource, build_row
 from internvl_megatron.data.records import SampleError
 from internvl_megatron.data.step_rows import StepRows

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from internvl_megatron.data import jsonl_index
-from internvl_megatron.data.meta import load_datasets
+from internvl_megatron.data.dataset import load_datasets
 from tools.index_data import main
 
 

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from internvl_megatron.data.dataset import load_datasets
 from internvl_megatron.data.images import decode_tiles
 from internvl_megatron.data.loader import ReplicaLoader
-from internvl_megatron.data.meta import load_datasets
 from internvl_megatron.data.row_bytes import row_to_bytes
 from internvl_megatron.data.step_rows import StepRows, assign_images
 from internvl_megatron.data.stream import SampleStream

@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from internvl_megatron.data.meta import Dataset, load_datasets, read_meta
+from internvl_megatron.data.dataset import Dataset, load_datasets
+from internvl_megatron.data.meta import read_meta
 from internvl_megatron.errors import DataError
 
 GOOD = {"root": "images", "annotation": "a.jsonl", "data_augment": True, "repeat_time": 1}

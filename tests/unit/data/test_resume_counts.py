@@ -5,8 +5,8 @@ from collections import Counter
 
 import pytest
 
+from internvl_megatron.data.dataset import load_datasets
 from internvl_megatron.data.loader import ReplicaLoader
-from internvl_megatron.data.meta import load_datasets
 from internvl_megatron.data.row_bytes import row_to_bytes
 from internvl_megatron.data.stream import SampleStream
 

@@ -16,7 +16,7 @@ ORDERS = [[2, 0, 3, 1], [0, 3, 2, 1], [3, 1, 0, 2]]
 
 def rows_of_one(window_rows, order):
     """A row packer whose rows are the items themselves: each fills a row's tiles."""
-    return RowPacker(FirstFitPacker(100, 1, 0), window_rows, order)
+    return RowPacker(FirstFitPacker(100, 1, 0), window_rows, order, lambda item: 10 if isinstance(item, str) else item)
 
 
 def test_rows_of_a_window_go_out_in_the_order_of_their_cost():
@@ -57,7 +57,10 @@ def new(algorithm, window_rows=3):
         tokens_per_row=64, tiles_per_row=6, packing=algorithm, packing_pool_samples=9, packing_buffer_rows=3
     )
     return RowPacker(
-        make_packer(data), window_rows, lambda n: generator(0, Purpose.WINDOW, n).permutation(window_rows).tolist()
+        make_packer(data),
+        window_rows,
+        lambda n: generator(0, Purpose.WINDOW, n).permutation(window_rows).tolist(),
+        lambda item: item[1] ** 2,
     )
 
 

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from internvl_megatron.data.dataset import load_datasets
 from internvl_megatron.data.evaluation_rows import eval_rows
-from internvl_megatron.data.meta import load_datasets
 from internvl_megatron.data.row_bytes import row_to_bytes
 from internvl_megatron.data.stream import LOGGED_OF_A_KIND, SampleStream
 from internvl_megatron.errors import DataError

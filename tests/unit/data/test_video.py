@@ -295,7 +295,7 @@ def test_a_video_travels_between_ranks_and_is_decoded_by_one(render, talk, make_
 
 def test_videos_of_a_stream(data_folder, videos, make_settings, small, talk):
     """Good ones are there with all their frames, bad ones are counted; a row is the same when made again."""
-    from internvl_megatron.data.meta import load_datasets
+    from internvl_megatron.data.dataset import load_datasets
 
     records = [{**talk("?", "x"), "video": name} for name in ("even.mp4", "uneven.mkv", *BROKEN)]
     meta = data_folder.dataset("films", records, root=str(videos))
