@@ -188,7 +188,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         metavar="I/N",
         help="make every N-th part, where N machines share it",
     )
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
     if (options.verify is None) == (options.recipe is None):
         parser.error("give the recipe of a run, or --verify and a store")
     if options.verify is None and options.output is None:

@@ -83,10 +83,13 @@ def begin_store(folder: Path, description: dict[str, Any]) -> None:
         DataError: it holds something else.
     """
     description = json.loads(json.dumps(description))
-    if not folder.exists() or not any(folder.iterdir()):
+    try:
         folder.mkdir(parents=True, exist_ok=True)
-        _write_json(folder / STORE_FILE, description)
-        return
+        if not any(folder.iterdir()):
+            _write_json(folder / STORE_FILE, description)
+            return
+    except OSError as error:
+        raise DataError(f"{folder}: cannot be written ({error.strerror}); choose another folder") from error
     there = {name: value for name, value in read_description(folder).items() if name in description}
     if there != description:
         changed = [name for name, value in description.items() if there.get(name) != value]
