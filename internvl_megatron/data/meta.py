@@ -1,20 +1,23 @@
-"""InternVL's data files: the meta JSON that lists the data sets, and their jsonl annotations, read by byte offset."""
+"""InternVL's data files: the meta JSON that lists the data sets, and their records: jsonl files, read by byte offset, or stores."""
 
 import difflib
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from internvl_megatron.data.files import is_url
-from internvl_megatron.data.jsonl_index import JsonlIndex, index_in_memory, open_index
+from internvl_megatron.data.energon_store import DEFAULT_SPLIT, EnergonStore
+from internvl_megatron.data.files import is_folder, is_url
+from internvl_megatron.data.json_object import parse_object
+from internvl_megatron.data.jsonl_index import JsonlIndex, index_all, index_in_memory, open_index
 from internvl_megatron.data.permutation import NUM_KEYS, Permutation
 from internvl_megatron.data.seeds import Purpose, name_key, words
 from internvl_megatron.errors import DataError
 
 _REQUIRED_KEYS = ("root", "annotation", "data_augment", "repeat_time")
-_OPTIONAL_KEYS = ("length", "max_dynamic_patch", "group")
+_OPTIONAL_KEYS = ("length", "max_dynamic_patch", "group", "split")
 _KEPT_ORDERS = 4
 """Of a data set: streams of a leader are in different epochs of it while they go from one to the next."""
 
@@ -25,9 +28,9 @@ class DatasetEntry:
 
     name: str
     root: Path | str
-    """Folder image paths are relative to, or its URL."""
+    """Folder image paths are relative to, or its URL; not used of a store, whose media are in it."""
     annotation: Path
-    """The jsonl file."""
+    """The jsonl file, or the folder of a store."""
     repeat_time: float
     """Below 1: only the first such share of the lines is used. Otherwise whole: the lines are used so many times."""
     data_augment: bool
@@ -36,6 +39,28 @@ class DatasetEntry:
     """Replaces `DataConfig.max_tiles` (`max_dynamic_patch` in the file); None = it does not."""
     group: str | None = None
     """Data sets that share a weight of `DataConfig.group_weights`."""
+    split: str | None = None
+    """Of a WebDataset store, the split to use; None = 'train'."""
+
+
+class Records(Protocol):
+    """Records of a data set, by number. Processes and threads may share them, and they may be pickled."""
+
+    def __len__(self) -> int:
+        """Number of records."""
+        ...
+
+    def where(self, index: int) -> str:
+        """Place of a record, for messages."""
+        ...
+
+    def read(self, index: int) -> dict[str, Any]:
+        """The JSON object of record `index`; a `SampleRecord` if its media are not files of their own.
+
+        Raises:
+            DataError: it is broken; a `FileError` if a file of it is.
+        """
+        ...
 
 
 class JsonlFile:
@@ -65,16 +90,7 @@ class JsonlFile:
         Raises:
             DataError: the line is not one, or the file is not the one that was indexed.
         """
-        line = self._line(index)
-        try:
-            value = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise DataError(
-                f"{self.where(index)}: is not valid JSON ({error}); each line must be one object"
-            ) from error
-        if not isinstance(value, dict):
-            raise DataError(f"{self.where(index)}: is a JSON {type(value).__name__}; each line must be one object")
-        return value
+        return parse_object(self._line(index), self.where(index), "each line")
 
     def _line(self, index: int) -> bytes:
         """The bytes of a record's line."""
@@ -102,18 +118,19 @@ class Dataset:
     """A data set: its entry in the meta file and its records."""
 
     def __init__(self, entry: DatasetEntry, index_folder: Path | None = None) -> None:
-        """Open the annotation file by its index, which is made if there is none (`jsonl_index.open_index`).
+        """Open the annotation, a jsonl file by its index, which is made if there is none (`jsonl_index.open_index`).
 
         Raises:
             DataError: the annotation cannot be used.
+            ConfigError: a program that reads it is not installed.
         """
         self.entry = entry
         self.key = name_key(entry.name)
         """Stands for the data set in the seeds of random numbers."""
-        self.file = JsonlFile(entry.annotation, open_index(entry.annotation, index_folder))
+        self.file = open_records(entry, index_folder)
         share = min(1.0, entry.repeat_time)
         self.num_records = int(len(self.file) * share)
-        """Records in use: the first ones of the file."""
+        """Records in use: the first ones."""
         if not self.num_records:
             raise DataError(
                 f"{entry.annotation}: repeat_time {entry.repeat_time} leaves none of its {len(self.file)} records; "
@@ -142,8 +159,41 @@ class Dataset:
         return record, epoch * self.num_repeats + repeat
 
 
+def open_records(entry: DatasetEntry, index_folder: Path | None = None) -> Records:
+    """The records of a data set: a folder is a WebDataset store, everything else a jsonl file.
+
+    Raises:
+        DataError: the annotation cannot be used.
+        ConfigError: a program that reads it is not installed.
+    """
+    if is_folder(str(entry.annotation)):
+        return EnergonStore(entry.annotation, entry.split or DEFAULT_SPLIT)
+    if entry.split is not None:
+        raise DataError(f"{entry.annotation}: is not a folder; 'split' is for WebDataset stores, leave it out")
+    return JsonlFile(entry.annotation, open_index(entry.annotation, index_folder))
+
+
+def jsonl_files(entries: Sequence[DatasetEntry]) -> list[Path]:
+    """The jsonl files among the annotations, which are those that need an index; each once."""
+    files = [entry.annotation for entry in entries if not is_folder(str(entry.annotation))]
+    return list(dict.fromkeys(files))
+
+
+def prepare_records(entries: Sequence[DatasetEntry], index_folder: Path | None, num_threads: int) -> None:
+    """Make those indices of jsonl files that are missing, and open the stores once to see what is wrong with them.
+
+    Raises:
+        DataError: an annotation cannot be used.
+        ConfigError: a program that reads it is not installed.
+    """
+    index_all(jsonl_files(entries), index_folder, num_threads)
+    for entry in entries:
+        if is_folder(str(entry.annotation)):
+            open_records(entry)
+
+
 def load_datasets(meta_path: str | Path, index_folder: Path | None = None) -> list[Dataset]:
-    """All data sets of a meta file, by their indices, which are made if there are none. Raises `DataError`."""
+    """All data sets of a meta file, by their indices, which are made if there are none. Raises as `Dataset`."""
     return [Dataset(entry, index_folder) for entry in read_meta(meta_path)]
 
 
@@ -196,12 +246,16 @@ def _problems(entry: object) -> list[str]:
             problems.append(f"'{key}' is not a known key; did you mean '{nearest[0]}'?")
     checks = {
         "root": (lambda value: isinstance(value, str), "must be a string"),
-        "annotation": (lambda value: isinstance(value, str) and value, "must be the path of a jsonl file"),
+        "annotation": (
+            lambda value: isinstance(value, str) and value,
+            "must be the path of a jsonl file or of a WebDataset store",
+        ),
         "data_augment": (lambda value: isinstance(value, bool), "must be true or false"),
         "repeat_time": (_valid_repeat_time, "must be a fraction between 0 and 1 or a whole number from 1"),
         "length": (lambda value: _is_number(value, int), "must be a whole number"),
         "max_dynamic_patch": (lambda value: _is_number(value, int) and value >= 1, "must be a whole number from 1"),
         "group": (lambda value: isinstance(value, str) and value, "must be the name of a group"),
+        "split": (lambda value: isinstance(value, str) and value, "must be the name of a split"),
     }
     problems += [
         f"'{key}' {demand}, not {json.dumps(entry[key])}"
@@ -226,4 +280,5 @@ def _entry(name: str, entry: dict[str, Any], folder: Path) -> DatasetEntry:
         data_augment=entry["data_augment"],
         max_tiles=entry.get("max_dynamic_patch"),
         group=entry.get("group"),
+        split=entry.get("split"),
     )

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import astuple
 from typing import Any
 
+from internvl_megatron.data.files import FileError
 from internvl_megatron.data.meta import Dataset
 from internvl_megatron.data.mixture import Group, Mixture, dataset_groups
 from internvl_megatron.data.packing import Row, SampleSource, build_row, padded_length
@@ -193,6 +194,8 @@ def render_source(
     where = dataset.file.where(record)
     try:
         raw = dataset.file.read(record)
+    except FileError as error:
+        raise SampleError(error.fault, str(error)) from error
     except DataError as error:
         raise SampleError("json", str(error)) from error
     parsed = parse_record(raw, where, dataset.entry, settings.data.max_tiles)
