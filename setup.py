@@ -50,12 +50,14 @@ EXTRAS = {
     "dev": [
         "torchvision>=0.26",
         "av>=16,<19",
+        "megatron-energon>=7,<8",
         "pytest>=9,<10",
         "ruff>=0.17,<0.18",
         "basedpyright>=1.40,<2",
         "pre-commit>=4,<5",
     ],
     "video": ["av>=16,<19"],
+    "energon": ["megatron-energon>=7,<8"],
     "demo": ["scikit-learn>=1.6,<2", "matplotlib>=3.10,<4"],
 }
 

@@ -17,9 +17,8 @@ from internvl_megatron.checkpoint import folders, save_load, weights
 from internvl_megatron.config.overrides import CONFIG_FILE, changed_fields, from_json, to_json
 from internvl_megatron.config.plan import plan
 from internvl_megatron.config.schema import RunConfig
-from internvl_megatron.data.dataset import files_to_index, load_datasets
+from internvl_megatron.data.dataset import load_datasets, prepare_records
 from internvl_megatron.data.evaluation_rows import eval_rows
-from internvl_megatron.data.jsonl_index import index_all
 from internvl_megatron.data.loader import ReplicaLoader
 from internvl_megatron.data.meta import read_meta
 from internvl_megatron.data.mixture import dataset_groups
@@ -163,7 +162,7 @@ class Trainer:
             dataset_groups(entries, data.group_weights)
             entries += [entry for meta in eval_metas if meta is not None for entry in read_meta(meta)]
             num_threads = min(MAX_INDEX_THREADS, len(os.sched_getaffinity(0)))
-            index_all(files_to_index(entries), self.index_folder, num_threads)
+            prepare_records(entries, self.index_folder, num_threads)
 
         def broadcast(payload: bytes | None) -> bytes:
             return broadcast_bytes(payload, 0, self.groups.host_world)

@@ -16,7 +16,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from internvl_megatron.data.dataset import files_to_index
+from internvl_megatron.data.dataset import jsonl_files
 from internvl_megatron.data.jsonl_index import build_index, find_index
 from internvl_megatron.data.meta import read_meta
 from internvl_megatron.errors import DataError
@@ -52,11 +52,11 @@ def index_meta(meta: Path, folder: Path | None, num_jobs: int, again: bool = Fal
     Raises:
         DataError: the meta file is wrong.
     """
-    sources = list(dict.fromkeys(files_to_index(read_meta(meta))))
+    sources = jsonl_files(read_meta(meta))  # stores have an index already
     # Large ones first, so that none is left alone at the end.
     sources.sort(key=lambda source: source.stat().st_size if source.is_file() else 0, reverse=True)
     context = multiprocessing.get_context("forkserver")
-    with ProcessPoolExecutor(min(num_jobs, len(sources)), mp_context=context) as pool:
+    with ProcessPoolExecutor(max(1, min(num_jobs, len(sources))), mp_context=context) as pool:
         done = []
         for result in pool.map(index_one, sources, [folder] * len(sources), [again] * len(sources)):
             print(_line(result), flush=True)

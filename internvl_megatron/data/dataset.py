@@ -1,10 +1,14 @@
 """A data set of a run: its entry in the meta file, its records, and the order of an epoch."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any, Protocol
 
-from internvl_megatron.data.jsonl_index import open_index
-from internvl_megatron.data.meta import DatasetEntry, JsonlFile, read_meta
+from internvl_megatron.data.energon_store import DEFAULT_SPLIT, EnergonStore
+from internvl_megatron.data.files import is_folder
+from internvl_megatron.data.jsonl_file import JsonlFile
+from internvl_megatron.data.jsonl_index import index_all, open_index
+from internvl_megatron.data.meta import DatasetEntry, read_meta
 from internvl_megatron.data.permutation import NUM_KEYS, Permutation
 from internvl_megatron.data.row_store import RowStore, is_row_store
 from internvl_megatron.data.seeds import Purpose, name_key, words
@@ -14,45 +18,83 @@ _KEPT_ORDERS = 4
 """Of a data set: streams of a leader are in different epochs of it while they go from one to the next."""
 
 
-def open_annotation(entry: DatasetEntry, index_folder: Path | None = None) -> JsonlFile | RowStore:
-    """What an entry's annotation is: a folder with packed rows, else a jsonl file.
+class Records(Protocol):
+    """Records of a data set, by number. Processes and threads may share them, and they may be pickled."""
+
+    def __len__(self) -> int:
+        """Number of records."""
+        ...
+
+    def where(self, index: int) -> str:
+        """Place of a record, for messages."""
+        ...
+
+    def read(self, index: int) -> dict[str, Any]:
+        """The JSON object of record `index`; a `SampleRecord` if its media are not files of their own.
+
+        Raises:
+            DataError: it is broken; a `FileError` if a file of it is.
+        """
+        ...
+
+
+def open_records(entry: DatasetEntry, index_folder: Path | None = None) -> Records | RowStore:
+    """What an entry's annotation is: a store of packed rows, a WebDataset store (any other folder), or a jsonl file.
 
     Raises:
-        DataError: it cannot be used.
+        DataError: the annotation cannot be used.
+        ConfigError: a program that reads it is not installed.
     """
-    if not is_row_store(entry.annotation):
-        return JsonlFile(entry.annotation, open_index(entry.annotation, index_folder))
-    if entry.max_tiles is not None:
-        raise DataError(
-            f"{entry.annotation}: rows that are packed already have their tiles; remove 'max_dynamic_patch' of {entry.name!r}"
-        )
-    return RowStore(entry.annotation)
+    if is_row_store(entry.annotation):
+        for key, value in (("max_dynamic_patch", entry.max_tiles), ("split", entry.split)):
+            if value is not None:
+                raise DataError(f"{entry.annotation}: its rows are packed already; remove {key!r} of {entry.name!r}")
+        return RowStore(entry.annotation)
+    if is_folder(str(entry.annotation)):
+        return EnergonStore(entry.annotation, entry.split or DEFAULT_SPLIT)
+    if entry.split is not None:
+        raise DataError(f"{entry.annotation}: is not a folder; 'split' is for WebDataset stores, leave it out")
+    return JsonlFile(entry.annotation, open_index(entry.annotation, index_folder))
 
 
-def files_to_index(entries: Iterable[DatasetEntry]) -> list[Path]:
-    """The annotations that need an index: jsonl files."""
-    return [entry.annotation for entry in entries if not is_row_store(entry.annotation)]
+def jsonl_files(entries: Iterable[DatasetEntry]) -> list[Path]:
+    """The jsonl files among the annotations, which are those that need an index; each once."""
+    return list(dict.fromkeys(entry.annotation for entry in entries if not is_folder(str(entry.annotation))))
+
+
+def prepare_records(entries: Sequence[DatasetEntry], index_folder: Path | None, num_threads: int) -> None:
+    """Make those indices of jsonl files that are missing, and open the stores once to see what is wrong with them.
+
+    Raises:
+        DataError: an annotation cannot be used.
+        ConfigError: a program that reads it is not installed.
+    """
+    index_all(jsonl_files(entries), index_folder, num_threads)
+    for entry in entries:
+        if is_folder(str(entry.annotation)):
+            open_records(entry)
 
 
 class Dataset:
     """A data set: its entry in the meta file and its records."""
 
     def __init__(self, entry: DatasetEntry, index_folder: Path | None = None) -> None:
-        """Open the annotation: a store of packed rows, or a jsonl file by its index, which is made if there is none.
+        """Open the annotation; the index of a jsonl file is made if there is none (`jsonl_index.open_index`).
 
         Raises:
             DataError: the annotation cannot be used.
+            ConfigError: a program that reads it is not installed.
         """
         self.entry = entry
         self.key = name_key(entry.name)
         """Stands for the data set in the seeds of random numbers."""
-        annotation = open_annotation(entry, index_folder)
+        annotation = open_records(entry, index_folder)
         self.store = annotation if isinstance(annotation, RowStore) else None
         """Of a data set of packed rows: these are its records, and there is no file."""
         self._file = None if isinstance(annotation, RowStore) else annotation
         share = min(1.0, entry.repeat_time)
         self.num_records = int(len(annotation) * share)
-        """Records in use: the first ones of the file."""
+        """Records in use: the first ones."""
         if not self.num_records:
             raise DataError(
                 f"{entry.annotation}: repeat_time {entry.repeat_time} leaves none of its {len(annotation)} records; "
@@ -62,7 +104,7 @@ class Dataset:
         self._orders: dict[tuple[int, int], Permutation] = {}
 
     @property
-    def file(self) -> JsonlFile:
+    def file(self) -> Records:
         """The records, of a data set that is not of packed rows."""
         assert self._file is not None, f"{self.entry.annotation} has rows, not records"
         return self._file

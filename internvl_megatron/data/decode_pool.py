@@ -174,4 +174,4 @@ class DecodePool:
 
 
 def _broken(image: ImageRef, fault: FileFault, what: str) -> FileError:
-    return FileError(fault, f"{image.at}{image.kind} {image.path}: {what}; replace the file or drop the record")
+    return FileError(fault, f"{image.at}{image.kind} {image.name}: {what}; replace the file or drop the record")

@@ -1,4 +1,4 @@
-"""Files that records name: where they may lie, how they are opened, and what happens when a read gets stuck.
+"""Files that records name: where they may lie, how they or parts of them are opened, and what happens when a read gets stuck.
 
 Local paths are opened by the operating system. What begins with `scheme://` (s3, gs, https, ...) goes through fsspec, which
 is imported only then. Names come from data files and are not trusted.
@@ -11,10 +11,15 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
 from contextlib import contextmanager
+from dataclasses import dataclass
+from io import BufferedReader, BytesIO, RawIOBase
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 
 from internvl_megatron.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from collections.abc import Buffer
 
 FileFault = Literal["path", "missing", "unreadable", "timeout", "image", "pixels", "video"]
 """What is wrong with a file: its name leads outside its root; it is not there; it cannot be opened or is no file; reading it
@@ -30,6 +35,23 @@ class FileError(DataError):
         """`fault` says what is wrong, for counters."""
         super().__init__(message)
         self.fault: FileFault = fault
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """A part of a file that is a file of its own, as members of a tar are."""
+
+    offset: int
+    """Byte it begins at."""
+    size: int
+    """Bytes."""
+    name: str
+    """What messages call it."""
+
+
+def file_name(path: str, span: Span | None) -> str:
+    """What messages call a file or a part of one."""
+    return path if span is None else f"{path}:{span.name}"
 
 
 def is_url(path: str) -> bool:
@@ -87,16 +109,23 @@ def _is_inside(path: str, root: str) -> bool:
 
 
 @contextmanager
-def open_file(path: str) -> Iterator[BinaryIO]:
+def open_file(path: str, span: Span | None = None) -> Iterator[BinaryIO]:
     """Open a file to read bytes from any place of it. Only opening is guarded: errors of the body pass.
+
+    Args:
+        path: path or URL.
+        span: open this part of it as if it were the file. Of a URL it is fetched as a whole, in one request.
 
     Raises:
         FileError: 'missing' or 'unreadable': there is nothing, or something that is not a regular file, like a pipe or a
-            folder.
+            folder, or the file ends before the span does.
         ConfigError: the program that reads such URLs is not installed.
     """
     try:
-        file = _open_url(path) if is_url(path) else _open_local(path)
+        if span is None:
+            file = _open_url(path) if is_url(path) else _open_local(path)
+        else:
+            file = _fetch_span(path, span) if is_url(path) else _open_span(path, span)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise FileError(
             "missing", f"{path}: file not found; check the name in the record and the dataset's 'root'"
@@ -145,11 +174,74 @@ def _open_local(path: str) -> BinaryIO:
     return os.fdopen(descriptor, "rb")
 
 
+class _Part(RawIOBase):
+    """A part of a local file. Nothing of it is read before it is asked for: of images only headers may be wanted."""
+
+    def __init__(self, file: BinaryIO, span: Span) -> None:
+        """Takes the file over, and closes it."""
+        super().__init__()
+        self._file = file
+        self._span = span
+        self._place = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, place: int, whence: int = os.SEEK_SET) -> int:
+        start = {os.SEEK_SET: 0, os.SEEK_CUR: self._place, os.SEEK_END: self._span.size}[whence]
+        if start + place < 0:
+            raise OSError(f"there is nothing before the start of {self._span.name}")
+        self._place = start + place
+        return self._place
+
+    def readinto(self, buffer: "Buffer") -> int:
+        wanted = memoryview(buffer)[: max(0, self._span.size - self._place)]
+        count = os.preadv(self._file.fileno(), [wanted], self._span.offset + self._place)
+        self._place += count
+        return count
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+
+def _open_span(path: str, span: Span) -> BinaryIO:
+    """A part of a local file."""
+    file = _open_local(path)
+    size = os.fstat(file.fileno()).st_size
+    if span.offset + span.size > size:
+        file.close()
+        raise _cut_off(span, size)
+    return BufferedReader(_Part(file, span))
+
+
+def _fetch_span(path: str, span: Span) -> BinaryIO:
+    """A part of a file behind a URL, in memory."""
+    content = _of_store(path, lambda system, place: system.cat_file(place, span.offset, span.offset + span.size))
+    if len(content) != span.size:
+        raise _cut_off(span, span.offset + len(content))
+    return BytesIO(content)
+
+
+def _cut_off(span: Span, size: int) -> OSError:
+    return OSError(
+        f"it has {size} bytes, {span.name} ends at byte {span.offset + span.size}: it is cut off or another"
+    )
+
+
 def _open_url(path: str) -> BinaryIO:
     """A file behind a URL."""
+    return _of_store(path, lambda system, place: system.open(place, "rb"))
+
+
+def _of_store[T](path: str, read: Callable[[Any, str], T]) -> T:
+    """What `read` gets from fsspec's file system of a URL. Raises `OSError` whatever goes wrong."""
     system, place = _file_system(path)
     try:
-        return system.open(place, "rb")
+        return read(system, place)
     except OSError:
         raise
     except Exception as error:  # every store has errors of its own

@@ -14,7 +14,7 @@ from typing import Literal
 import numpy as np
 from PIL import Image
 
-from internvl_megatron.data.files import FileError, list_folder, open_file
+from internvl_megatron.data.files import FileError, Span, file_name, list_folder, open_file
 from internvl_megatron.data.tiling import Grid, cut_frame, cut_tiles
 from internvl_megatron.data.video import VideoFrames, choose_frames, decode_frames
 from internvl_megatron.errors import ConfigError
@@ -48,14 +48,21 @@ class ImageRef:
     jpeg_seed: int | None
     """Seed of the JPEG augmentation; None = off."""
     where: str = ""
-    """`file:line` of the record it belongs to, for messages."""
+    """`file:line` or `shard:key` of the record it belongs to, for messages."""
     video: VideoFrames | None = None
     """Which frames of the video; None = an image."""
+    span: Span | None = None
+    """The part of the file that it is, such as a member of a tar; None = the file is the image or video."""
 
     @property
     def kind(self) -> Literal["image", "video"]:
         """What it is, and the record's field that names it."""
         return "image" if self.video is None else "video"
+
+    @property
+    def name(self) -> str:
+        """What messages call it."""
+        return file_name(self.path, self.span)
 
     @property
     def at(self) -> str:
@@ -64,31 +71,36 @@ class ImageRef:
 
 
 @contextmanager
-def _open_image(path: str) -> Iterator[Image.Image]:
+def _open_image(path: str, span: Span | None = None) -> Iterator[Image.Image]:
     """Open an image, turning everything that is wrong with the file into a `FileError` that names it."""
+    name = file_name(path, span)
     try:
-        with open_file(path) as file, Image.open(file, formats=FORMATS) as image:
+        with open_file(path, span) as file, Image.open(file, formats=FORMATS) as image:
             width, height = image.size
             if width * height > MAX_IMAGE_PIXELS:
-                raise FileError("pixels", f"{path}: {width}x{height} is over {MAX_IMAGE_PIXELS} pixels; scale it down")
+                raise FileError("pixels", f"{name}: {width}x{height} is over {MAX_IMAGE_PIXELS} pixels; scale it down")
             if not (width and height):
-                raise FileError("image", f"{path}: {width}x{height} has no pixels; replace the file")
+                raise FileError("image", f"{name}: {width}x{height} has no pixels; replace the file")
             yield image
     except ConfigError:
         raise
     except FileError as error:
         raise FileError(error.fault, f"image {error}") from error
     except Image.DecompressionBombError as error:
-        raise FileError("pixels", f"image {path}: {error}; scale it down") from error
+        raise FileError("pixels", f"image {name}: {error}; scale it down") from error
     except _IMAGE_ERRORS as error:
         raise FileError(
-            "image", f"image {path}: cannot be read ({error}); replace the file or drop the record"
+            "image", f"image {name}: cannot be read ({error}); replace the file or drop the record"
         ) from error
 
 
-def image_size(path: str) -> tuple[int, int]:
-    """(width, height) from the header, without decoding. Raises `FileError` if the file is missing or broken."""
-    with _open_image(path) as image:
+def image_size(path: str, span: Span | None = None) -> tuple[int, int]:
+    """(width, height) of an image file, or of the part of a file that is one, from the header, without decoding.
+
+    Raises:
+        FileError: the file is missing or broken.
+    """
+    with _open_image(path, span) as image:
         return image.size
 
 
@@ -116,11 +128,11 @@ def decode_tiles(image: ImageRef, tile_pixels: int, use_thumbnail: bool, out: np
         if image.video is not None:
             _decode_video(image, image.video, out)
             return out
-        with _open_image(image.path) as opened:
+        with _open_image(image.path, image.span) as opened:
             tiles = cut_tiles(opened, image.grid, tile_pixels, use_thumbnail, image.jpeg_seed, out)
     except FileError as error:
         raise FileError(error.fault, f"{image.at}{error}") from error
-    assert len(tiles) == image.num_tiles, f"{image.path}: {len(tiles)} tiles, {image.num_tiles} were promised"
+    assert len(tiles) == image.num_tiles, f"{image.name}: {len(tiles)} tiles, {image.num_tiles} were promised"
     return tiles
 
 
@@ -132,7 +144,7 @@ def _decode_video(image: ImageRef, video: VideoFrames, tiles: np.ndarray) -> Non
     frames = (
         _folder_frames(image.path, video)
         if video.files
-        else decode_frames(image.path, video, len(tiles), MAX_IMAGE_PIXELS)
+        else decode_frames(image.path, video, len(tiles), MAX_IMAGE_PIXELS, image.span)
     )
     for tile, frame, seed in zip(tiles, frames, seeds, strict=True):
         cut_frame(frame, seed, tile)

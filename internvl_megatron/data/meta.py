@@ -1,18 +1,16 @@
-"""InternVL's data files: the meta JSON that lists the data sets, and their jsonl annotations, read by byte offset."""
+"""InternVL's meta file: the JSON that lists the data sets of a run."""
 
 import difflib
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from internvl_megatron.data.files import is_url
-from internvl_megatron.data.jsonl_index import JsonlIndex, index_in_memory
 from internvl_megatron.errors import DataError
 
 _REQUIRED_KEYS = ("root", "annotation", "data_augment", "repeat_time")
-_OPTIONAL_KEYS = ("length", "max_dynamic_patch", "group")
+_OPTIONAL_KEYS = ("length", "max_dynamic_patch", "group", "split")
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,9 +19,9 @@ class DatasetEntry:
 
     name: str
     root: Path | str
-    """Folder image paths are relative to, or its URL."""
+    """Folder image paths are relative to, or its URL; not used of a store, whose media are in it."""
     annotation: Path
-    """The jsonl file."""
+    """The jsonl file, or the folder of a store of samples or of packed rows."""
     repeat_time: float
     """Below 1: only the first such share of the lines is used. Otherwise whole: the lines are used so many times."""
     data_augment: bool
@@ -32,66 +30,8 @@ class DatasetEntry:
     """Replaces `DataConfig.max_tiles` (`max_dynamic_patch` in the file); None = it does not."""
     group: str | None = None
     """Data sets that share a weight of `DataConfig.group_weights`."""
-
-
-class JsonlFile:
-    """Records of a jsonl file, found by byte offset and read one at a time. Blank lines are not records.
-
-    It holds no descriptor, so processes and threads may share it, and may be pickled.
-    """
-
-    def __init__(self, path: Path, index: JsonlIndex | None = None) -> None:
-        """Use an index, or make one in memory, which is for small files. Raises `DataError` if there is no record."""
-        self.path = path
-        self._index = index_in_memory(path) if index is None else index
-        if not len(self._index):
-            raise DataError(f"{path}: has no records")
-
-    def __len__(self) -> int:
-        """Number of records."""
-        return len(self._index)
-
-    def where(self, index: int) -> str:
-        """`file:line` of a record, line counted from 1."""
-        return f"{self.path}:{self._index.line(index)}"
-
-    def read(self, index: int) -> dict[str, Any]:
-        """The JSON object of record `index`.
-
-        Raises:
-            DataError: the line is not one, or the file is not the one that was indexed.
-        """
-        line = self._line(index)
-        try:
-            value = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise DataError(
-                f"{self.where(index)}: is not valid JSON ({error}); each line must be one object"
-            ) from error
-        if not isinstance(value, dict):
-            raise DataError(f"{self.where(index)}: is a JSON {type(value).__name__}; each line must be one object")
-        return value
-
-    def _line(self, index: int) -> bytes:
-        """The bytes of a record's line."""
-        start, end = self._index.span(index)
-        before = min(start, 1)  # the line break before it is read as well, to see that it is there
-        try:
-            with self.path.open("rb", buffering=0) as file:
-                content = os.pread(file.fileno(), end - start + before, start - before)
-        except OSError as error:
-            raise DataError(f"{self.where(index)}: cannot be read ({error.strerror})") from error
-        is_last = index == len(self) - 1
-        if (
-            len(content) < end - start + before
-            or content[:before].strip(b"\n")
-            or not (is_last or content[-1:] == b"\n")
-        ):
-            raise DataError(
-                f"{self.where(index)}: is not where it was when the file was indexed; put the file back as it was, or start "
-                "again, and it is indexed anew"
-            )
-        return content[before:].partition(b"\n")[0]
+    split: str | None = None
+    """Of a WebDataset store, the split to use; None = 'train'."""
 
 
 def read_meta(meta_path: str | Path) -> list[DatasetEntry]:
@@ -143,12 +83,16 @@ def _problems(entry: object) -> list[str]:
             problems.append(f"'{key}' is not a known key; did you mean '{nearest[0]}'?")
     checks = {
         "root": (lambda value: isinstance(value, str), "must be a string"),
-        "annotation": (lambda value: isinstance(value, str) and value, "must be the path of a jsonl file"),
+        "annotation": (
+            lambda value: isinstance(value, str) and value,
+            "must be the path of a jsonl file or of a WebDataset store",
+        ),
         "data_augment": (lambda value: isinstance(value, bool), "must be true or false"),
         "repeat_time": (_valid_repeat_time, "must be a fraction between 0 and 1 or a whole number from 1"),
         "length": (lambda value: _is_number(value, int), "must be a whole number"),
         "max_dynamic_patch": (lambda value: _is_number(value, int) and value >= 1, "must be a whole number from 1"),
         "group": (lambda value: isinstance(value, str) and value, "must be the name of a group"),
+        "split": (lambda value: isinstance(value, str) and value, "must be the name of a split"),
     }
     problems += [
         f"'{key}' {demand}, not {json.dumps(entry[key])}"
@@ -173,4 +117,5 @@ def _entry(name: str, entry: dict[str, Any], folder: Path) -> DatasetEntry:
         data_augment=entry["data_augment"],
         max_tiles=entry.get("max_dynamic_patch"),
         group=entry.get("group"),
+        split=entry.get("split"),
     )

@@ -1,4 +1,4 @@
-"""One jsonl record to one sample: checked, tiled, tokenized, with positions; and what to do when it does not fit."""
+"""One record to one sample: checked, tiled, tokenized, with positions; and what to do when it does not fit."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,8 +17,9 @@ from internvl_megatron.data.conversation import (
     place_frames,
     tokenize_conversation,
 )
-from internvl_megatron.data.files import FileError, FileFault, is_folder, locate, read_within
+from internvl_megatron.data.files import FileError, FileFault, Span, is_folder, locate, read_within
 from internvl_megatron.data.images import MAX_IMAGE_PIXELS, ImageRef, choose_files, image_size
+from internvl_megatron.data.members import Members, SampleRecord
 from internvl_megatron.data.meta import DatasetEntry
 from internvl_megatron.data.positions import draw_stride, v2pe_numerators
 from internvl_megatron.data.tiling import choose_grid, num_tiles
@@ -78,10 +79,10 @@ class SampleSettings:
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """A jsonl record, checked, its files not yet looked at."""
+    """A record, checked, its files not yet looked at."""
 
     where: str
-    """`file:line`, for messages."""
+    """`file:line` or `shard:key`, for messages."""
     turns: tuple[Turn, ...]
     root: str | Path
     """Folder or URL that names of files are relative to."""
@@ -94,6 +95,8 @@ class Record:
     max_tiles: int
     """Tiles its images may have together, thumbnails not counted."""
     augment: bool
+    members: Members | None = None
+    """What the names stand for, if they name members of the record's own sample; None = files below the root."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,13 +145,16 @@ def parse_record(raw: dict[str, Any], where: str, entry: DatasetEntry, max_tiles
 
     Args:
         raw: the JSON object.
-        where: `file:line` of it.
+        where: `file:line` or `shard:key` of it.
         entry: the data set it belongs to.
         max_tiles: tiles per sample unless the data set has its own number.
 
     Raises:
         SampleError: a field is missing or wrong.
     """
+    members = raw.members if isinstance(raw, SampleRecord) else None
+    if members is not None and raw.get("image") is None and raw.get("video") is None:
+        raw = {**raw, **_unnamed_media(members, where)}
     images = raw.get("image") or []
     images = [images] if isinstance(images, str) else images
     if not isinstance(images, list) or not all(isinstance(image, str) and image for image in images):
@@ -165,7 +171,20 @@ def parse_record(raw: dict[str, Any], where: str, entry: DatasetEntry, max_tiles
         clip=None if video is None else _parse_clip(raw.get("clip"), where),
         max_tiles=entry.max_tiles or max_tiles,
         augment=entry.data_augment,
+        members=members,
     )
+
+
+def _unnamed_media(members: Members, where: str) -> dict[str, str]:
+    """Field 'image' or 'video' of a record that has neither: what the sample has one of."""
+    images, videos = members.images(), members.videos()
+    if len(images) + len(videos) > 1:
+        raise SampleError(
+            "record",
+            f"{where}: has no field 'image' or 'video' to say which of {', '.join([*images, *videos][:10])} it is about; "
+            'name them, or set "image": "" for text alone',
+        )
+    return {"image": images[0]} if images else {"video": videos[0]} if videos else {}
 
 
 def _parse_clip(clip: object, where: str) -> tuple[float, float] | None:
@@ -293,19 +312,27 @@ def _plan_pictures(record: Record, settings: SampleSettings, image_rng: ImageRng
         raise SampleError(error.fault, f"{record.where}: field '{field}': {error}") from error
 
 
+def _find_file(record: Record, name: str, data: DataConfig) -> tuple[str, Span | None]:
+    """Path or URL of a file that a record names, and the part of it, if that is a member of a tar."""
+    if record.members is not None:
+        return record.members.path, record.members.find(name)
+    return locate(record.root, name, data.allow_outside_root), None
+
+
 def _plan_images(record: Record, settings: SampleSettings, image_rng: ImageRng) -> _Pictures:
     """How each image is cut."""
     data = settings.data
     max_tiles = max(1, record.max_tiles // len(record.images))
     images, strides = [], []
     for index, name in enumerate(record.images):
-        path = locate(record.root, name, data.allow_outside_root)
-        width, height = image_size(path)
+        path, span = _find_file(record, name, data)
+        width, height = image_size(path, span)
         grid = choose_grid(width, height, data.min_tiles, max_tiles, settings.tile_pixels)
         rng = image_rng(index)
         strides.append(_draw_stride(rng, data))
         jpeg_seed = _draw_seed(rng) if record.augment else None
-        images.append(ImageRef(path, grid, num_tiles(grid, data.use_thumbnail), jpeg_seed, record.where))
+        tiles = num_tiles(grid, data.use_thumbnail)
+        images.append(ImageRef(path, grid, tiles, jpeg_seed, record.where, span=span))
     return _Pictures(tuple(images), record.turns, [image.num_tiles for image in images], strides)
 
 
@@ -314,18 +341,18 @@ def _plan_video(record: Record, settings: SampleSettings, image_rng: ImageRng) -
     data, rng = settings.data, image_rng(0)
     count = int(rng.integers(data.min_video_frames, data.max_video_frames, endpoint=True))
     seed, jpeg_seed = _draw_seed(rng), _draw_seed(rng)
-    path = locate(record.root, record.video or "", data.allow_outside_root)
+    path, span = _find_file(record, record.video or "", data)
     files: tuple[str, ...] = ()
-    if is_folder(path):
+    if span is None and is_folder(path):
         if record.clip is not None:
             raise FileError("video", f"video {path}: field 'clip': frames in a folder have no times; drop the field")
         files = choose_files(path, count, seed)
         for name in files:
             locate(path, name, data.allow_outside_root)
     else:
-        check_video(path, record.clip, MAX_IMAGE_PIXELS)
+        check_video(path, record.clip, MAX_IMAGE_PIXELS, span)
     video = VideoFrames(seed, record.clip, files)
-    ref = ImageRef(path, (1, 1), count, jpeg_seed if record.augment else None, record.where, video)
+    ref = ImageRef(path, (1, 1), count, jpeg_seed if record.augment else None, record.where, video, span)
     strides = [_draw_stride(rng, data) for _ in range(count)]
     try:
         turns = place_frames(record.turns, count)

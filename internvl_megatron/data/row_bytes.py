@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from internvl_megatron.data.files import Span
 from internvl_megatron.data.images import ImageRef
 from internvl_megatron.data.packing import Row, SampleSource
 from internvl_megatron.data.video import VideoFrames
@@ -82,8 +83,8 @@ def _images(fields: list[list[Any]]) -> tuple[ImageRef, ...]:
 
 def _image(path: str, grid: list[int], *rest: Any) -> ImageRef:
     """An image from its fields as JSON gives them back."""
-    tiles, jpeg_seed, where, video = rest
+    tiles, jpeg_seed, where, video, span = rest
     if video is not None:
         seed, clip, files = video
         video = VideoFrames(seed, None if clip is None else (clip[0], clip[1]), tuple(files))
-    return ImageRef(path, (grid[0], grid[1]), tiles, jpeg_seed, where, video)
+    return ImageRef(path, (grid[0], grid[1]), tiles, jpeg_seed, where, video, None if span is None else Span(*span))

@@ -60,7 +60,11 @@ def describe(
         "tiles_per_row": data.tiles_per_row,
         "packed": {"seed": data.seed, **{name: getattr(data, name) for name in SHAPING_SETTINGS}},
         "num_parts": num_parts,
-        "root": common_root(dataset.entry.root for dataset in datasets),
+        # Media of a store are in its shards.
+        "root": common_root(
+            dataset.entry.annotation if dataset.entry.annotation.is_dir() else dataset.entry.root
+            for dataset in datasets
+        ),
         "datasets": [
             {
                 "name": dataset.entry.name,

@@ -251,6 +251,8 @@ def render_source(
     where = dataset.file.where(record)
     try:
         raw = dataset.file.read(record)
+    except FileError as error:
+        raise SampleError(error.fault, str(error)) from error
     except DataError as error:
         raise SampleError("json", str(error)) from error
     parsed = parse_record(raw, where, dataset.entry, settings.data.max_tiles)

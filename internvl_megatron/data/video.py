@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, BinaryIO
 import numpy as np
 from PIL import Image
 
-from internvl_megatron.data.files import FileError, open_file
+from internvl_megatron.data.files import FileError, Span, file_name, open_file
 from internvl_megatron.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -24,6 +24,11 @@ if TYPE_CHECKING:
 
 FORMATS = ("mov", "mp4", "matroska", "webm", "avi", "mpegts", "mpeg", "flv", "asf", "ogg", "gif", "m4v", "3gp", "nut")
 """Containers that are opened. Left out on purpose: play lists and the like, whose files name other files."""
+
+ENDINGS = (
+    ".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".flv", ".wmv", ".ogv", ".3gp",
+)  # fmt: skip
+"""Names of files that are videos where nobody says what they are."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,33 +55,45 @@ def choose_frames(total: int, count: int, seed: int) -> list[int]:
     return chosen + [chosen[-1]] * (count - len(chosen))
 
 
-def check_video(path: str, clip: tuple[float, float] | None, max_pixels: int) -> None:
+def check_video(path: str, clip: tuple[float, float] | None, max_pixels: int, span: Span | None = None) -> None:
     """Look at a video's header: it has frames of a size that may be decoded, and some in the clip, as far as it tells.
+
+    Args:
+        path: path or URL.
+        clip: start and end in seconds, None = all of it.
+        max_pixels: of a frame.
+        span: the part of the file that is the video, None = all of it.
 
     Raises:
         FileError: the file is missing, cannot be read or is no such video.
         ConfigError: PyAV is not installed.
     """
-    with open_file(path) as file, _open_stream(file, path) as (container, stream):
+    name = file_name(path, span)
+    with open_file(path, span) as file, _open_stream(file, name) as (container, stream):
         context = stream.codec_context
-        _check_size(path, context.width, context.height, max_pixels)
+        _check_size(name, context.width, context.height, max_pixels)
         seconds = _duration(container, stream)
         if clip is not None and seconds is not None and clip[0] >= seconds:
-            raise _no_frames_in(path, clip, seconds)
+            raise _no_frames_in(name, clip, seconds)
 
 
-def decode_frames(path: str, frames: VideoFrames, count: int, max_pixels: int) -> Iterator[Image.Image]:
+def decode_frames(
+    path: str, frames: VideoFrames, count: int, max_pixels: int, span: Span | None = None
+) -> Iterator[Image.Image]:
     """The `count` frames of a video that `choose_frames` chooses, RGB; a frame that is repeated is the same object.
+
+    `span` is the part of the file that is the video, None = all of it.
 
     Raises:
         FileError: the video cannot be read to the last of them, has none in the clip, or one is too large.
     """
-    with open_file(path) as file, _open_stream(file, path) as (container, stream):
+    name = file_name(path, span)
+    with open_file(path, span) as file, _open_stream(file, name) as (container, stream):
         stream.codec_context.thread_count = 1
-        times, keys = _index(container, stream, path)
-        start, end = _clip_bounds(times, frames.clip, stream, path)
+        times, keys = _index(container, stream, name)
+        start, end = _clip_bounds(times, frames.clip, stream, name)
         wanted = [times[start + number] for number in choose_frames(end - start, count, frames.seed)]
-        yield from _images(_frames_at(container, stream, wanted, keys, path), path, max_pixels)
+        yield from _images(_frames_at(container, stream, wanted, keys, name), name, max_pixels)
 
 
 def _duration(container: "InputContainer", stream: "VideoStream") -> float | None:

@@ -13,7 +13,7 @@ from typing import Any
 
 from internvl_megatron.data.conversation import IMAGE_PLACEHOLDER
 from internvl_megatron.data.images import image_size
-from internvl_megatron.data.meta import JsonlFile
+from internvl_megatron.data.jsonl_file import JsonlFile
 from internvl_megatron.errors import DataError
 from internvl_megatron.inference.prompt import Prompt
 

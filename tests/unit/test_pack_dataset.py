@@ -40,7 +40,12 @@ def run(tmp_path_factory):
     (folder / "a.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     entry = {"root": "images", "annotation": "a.jsonl", "data_augment": True, "repeat_time": 1}
     (folder / "meta.json").write_text(json.dumps({"a": entry}))
-    return ["demo_digits", f"data.meta={folder}/meta.json", f"data.tokenizer={folder}/tokenizer", "data.tokens_per_row=512"]
+    return [
+        "demo_digits",
+        f"data.meta={folder}/meta.json",
+        f"data.tokenizer={folder}/tokenizer",
+        "data.tokens_per_row=512",
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +72,9 @@ def test_what_it_says_and_what_there_is(run, store, tmp_path, capsys):
 
 
 def test_a_run_trains_on_it(run, store):
-    config = apply_overrides(find_recipe(run[0]), [*run[1:], f"data.meta={store}/meta.json", "data.packing_window_rows=1"])
+    config = apply_overrides(
+        find_recipe(run[0]), [*run[1:], f"data.meta={store}/meta.json", "data.packing_window_rows=1"]
+    )
     stream = SampleStream(
         load_datasets(config.data.meta), SampleSettings.of_run(config), load_tokenizer(config.data.tokenizer), 0, 1
     )
@@ -80,7 +87,9 @@ def test_machines_share_the_parts_and_a_killed_one_is_made_good(run, store, tmp_
     folder = tmp_path / "store"
     arguments = [*run, "--output", str(folder), "--workers", "1", "--parts", "4"]
     code = f"from tools.pack_dataset import main; main({[*arguments, '--machine', '0/2']!r})"
-    process = subprocess.Popen([sys.executable, "-c", code], start_new_session=True, env=os.environ | {"PYTHONPATH": os.getcwd()})
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], start_new_session=True, env=os.environ | {"PYTHONPATH": str(Path.cwd())}
+    )
     for _ in range(2400):
         if list(folder.glob("*part-*")):
             break

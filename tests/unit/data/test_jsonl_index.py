@@ -9,6 +9,7 @@ import time
 import pytest
 
 from internvl_megatron.data import jsonl_index
+from internvl_megatron.data.jsonl_file import JsonlFile
 from internvl_megatron.data.jsonl_index import (
     HEADER_BYTES,
     build_index,
@@ -18,7 +19,6 @@ from internvl_megatron.data.jsonl_index import (
     index_places,
     open_index,
 )
-from internvl_megatron.data.meta import JsonlFile
 from internvl_megatron.errors import DataError
 
 
