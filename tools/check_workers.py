@@ -10,6 +10,7 @@ from ctypes import c_longlong
 from dataclasses import dataclass
 from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
+from typing import Any
 
 from internvl_megatron.data.decode_pool import DecodePool
 from internvl_megatron.data.meta import Dataset
@@ -93,13 +94,14 @@ class _Worker:
         before = signal.signal(signal.SIGINT, signal.SIG_IGN)
         try:
             forkserver.ensure_running()
-            self.connection, theirs = context.Pipe()
+            pipe: tuple[Any, Any] = context.Pipe()
+            self.connection: Connection = pipe[0]
             self._record = context.RawValue(c_longlong)
-            self._process = context.Process(target=_serve, args=(theirs, job, self._record), daemon=True)
+            self._process = context.Process(target=_serve, args=(pipe[1], job, self._record), daemon=True)
             self._process.start()
         finally:
             signal.signal(signal.SIGINT, before)
-        theirs.close()
+        pipe[1].close()
 
     @property
     def record(self) -> int:
