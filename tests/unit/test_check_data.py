@@ -237,22 +237,29 @@ def test_a_report_that_cannot_be_written(tmp_path, tokenizer, capsys, monkeypatc
 
 
 def test_an_interruption_leaves_no_process(tmp_path, tokenizer):
-    meta = write_data(tmp_path, [{"conversations": TURNS}] * 20000)
-    arguments = [str(meta), "--recipe", "demo_digits", "--tokenizer", tokenizer, "--workers", "2", "--decode"]
+    """Not even one that decodes an image and hangs."""
+    Image.fromarray(np.zeros((30, 30, 3), dtype=np.uint8)).save(tmp_path / "a.png")
+    meta = write_data(tmp_path, [{"conversations": TURNS, "image": "a.png"}] * 20000)
+    arguments = [str(meta), "--recipe", "demo_digits", "--tokenizer", tokenizer, "--workers", "1", "--decode"]
     process = subprocess.Popen(
         [sys.executable, "-m", "tools.check_data", *arguments],
         cwd=Path(__file__).parents[2], stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
     )  # fmt: skip
-    tool = psutil.Process(process.pid)
-    started = time.monotonic()
-    while len(tool.children(recursive=True)) < 4:  # the process they are forked from, a tracker, two that check
+    tool, decoding, started = psutil.Process(process.pid), [], time.monotonic()
+    while not decoding:
         assert process.poll() is None and time.monotonic() < started + 60
         time.sleep(0.05)
-    descendants = tool.children(recursive=True)
+        descendants = tool.children(recursive=True)
+        decoding = [one for one in descendants if "internvl_megatron.data.decode_worker" in one.cmdline()]
+    time.sleep(0.5)  # it begins to decode
+    decoding[0].suspend()
+    assert len(descendants) >= 3, "the process they are forked from, one that checks, one that decodes"
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does
     _, err = process.communicate(timeout=30)
     assert process.returncode == 130 and b"interrupted" in err and b"Traceback" not in err
     _, alive = psutil.wait_procs(descendants, timeout=30)
+    for one in alive:
+        one.kill()
     assert alive == []
 
 
