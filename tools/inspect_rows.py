@@ -128,9 +128,8 @@ def _samples_of(row: Row, step: int, slot: int, rows_before: dict[SampleSource, 
     bounds = row.sample_bounds.tolist()
     for source, start, stop in zip(row.sources, bounds, bounds[1:], strict=False):
         positions = row.positions[start:stop]
-        end = (
-            start + 1 + int(np.flatnonzero(positions).max(initial=0))
-        )  # positions ascend from 0; those of padding are 0
+        # Positions ascend from 0; those of padding are 0.
+        end = start + 1 + int(np.flatnonzero(positions).max(initial=0))
         first, last = np.searchsorted(row.image_starts, [start, stop])
         # Targets are shifted: a token is predicted from the place before it, the first of a sample from nowhere.
         yield DrawnSample(
