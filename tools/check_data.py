@@ -13,6 +13,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -61,8 +62,13 @@ def check(
     job = Job(datasets, settings_of(config), config.data.tokenizer, decode)
     tallies = [Tally() for _ in datasets]
     total = sum(num_checked(dataset, limit) for dataset in datasets)
-    with tqdm(total=total, unit=" records", unit_scale=True, disable=None) as progress:
-        for chunk, found in check_chunks(chunks_of(datasets, limit), job, num_workers):
+    with (
+        closing(
+            check_chunks(chunks_of(datasets, limit), job, num_workers)
+        ) as results,  # ends its processes, whatever happens
+        tqdm(total=total, unit=" records", unit_scale=True, disable=None) as progress,
+    ):
+        for chunk, found in results:
             tallies[chunk.dataset].merge(found)
             progress.update(found.num_records)
             progress.set_postfix(faulty=sum(tally.num_faulty for tally in tallies), refresh=False)

@@ -4,7 +4,7 @@ import multiprocessing
 import os
 import signal
 import traceback
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from contextlib import suppress
 from ctypes import c_longlong
 from dataclasses import dataclass
@@ -44,7 +44,7 @@ class _Failure:
     is_user_error: bool
 
 
-def check_chunks(chunks: Iterable[Chunk], job: Job, num_workers: int) -> Iterator[tuple[Chunk, Tally]]:
+def check_chunks(chunks: Iterable[Chunk], job: Job, num_workers: int) -> Generator[tuple[Chunk, Tally]]:
     """Check chunks of records in several processes; each is answered once, whole or in parts, in any order.
 
     Raises:

@@ -45,7 +45,7 @@ td.n { text-align: right; font-variant-numeric: tabular-nums }
 .chip { background: #dfe6f5; border-radius: 9px; color: #33508c; padding: 0 .6em }
 figure { display: inline-block; margin: .5em 1.5em .5em 0; vertical-align: top } figcaption { color: #666; font-size: 12px }
 .tiles { display: inline-grid; gap: 2px; vertical-align: top } .thumbnail { margin-left: 12px; vertical-align: top }
-img { display: block; image-rendering: auto } .bad { color: #a11 }
+img { display: block; min-width: 56px } .bad { color: #a11 }
 </style></head><body>
 """
 

@@ -252,7 +252,8 @@ def test_an_interruption_leaves_no_process(tmp_path, tokenizer):
         [sys.executable, "-m", "tools.check_data", *arguments],
         cwd=Path(__file__).parents[2], stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
     )  # fmt: skip
-    tool, decoding, started = psutil.Process(process.pid), [], time.monotonic()
+    tool, started = psutil.Process(process.pid), time.monotonic()
+    descendants, decoding = [], []
     while not decoding:
         assert process.poll() is None and time.monotonic() < started + 60
         time.sleep(0.05)

@@ -21,6 +21,7 @@ from internvl_megatron.data.tokenizer import load_tokenizer
 from internvl_megatron.data.tokenizer_build import train_small_tokenizer
 from internvl_megatron.trainer import sample_settings
 from tests.support.sentencepiece_folder import write_folder
+from tests.support.videos import write_video
 from tools.inspect_data import main
 from tools.inspect_page import token_texts
 from tools.inspect_rows import spread
@@ -270,6 +271,20 @@ def test_text_of_the_data_is_only_text(tmp_path, tokenizer_folder):
         answer = "".join(text for kind, _, text in tokens if kind == "t s").replace("\u00b7", "")
         assert answer == shown + "<|im_end|>"
     assert report["datasets"].keys() == {"<script>"} and report["faults"].keys() == {"conversation"}
+
+
+def test_frames_of_a_video_are_shown(tmp_path, tokenizer_folder):
+    write_video(tmp_path / "film.mp4", [k / 25 for k in range(30)])
+    meta = write_meta(tmp_path, {"a": [{**talk("<video>what happens?", "two"), "video": "film.mp4"}] * 4})
+    frames = ("data.min_video_frames=3", "data.max_video_frames=5")
+    report, page = run_inspect(meta, tokenizer_folder, "--samples", "3", *frames, rows=3)
+    read = PageReader(page)
+    found = report["per_video"]["frames"]
+    assert 3 <= found["least"] <= found["most"] <= 5 and report["per_image"]["tiles"] == {"count": 0}
+    for number, tokens in enumerate(read.samples):
+        chips = [text for kind, _, text in tokens if kind == "chip"]
+        assert chips == ["IMG_CONTEXT x 4"] * read.pictures[number] and 3 <= len(chips) <= 5
+        assert f"{len(chips)} frames" in read.text
 
 
 def test_an_image_that_cannot_be_decoded_is_named(tmp_path, tokenizer_folder):
