@@ -1,9 +1,10 @@
 """Pack a run's data ahead of it: tokenized, tiled and packed rows in a zarr store, which the run then reads.
 
-    python -m tools.pack_dataset RECIPE [section.field=value ...] --output STORE [--workers N] [--parts N] [--machine I/N]
-    python -m tools.pack_dataset --verify STORE [--workers N]
+    python -m tools.pack_dataset META --output STORE --tokenizer FOLDER [--recipe NAME] [--workers N] [--parts N]
+                                 [--machine I/N] [section.field=value ...]
+    python -m tools.pack_dataset STORE/meta.json --verify [--workers N]
 
-The recipe and the settings are those of the run. One epoch of all data sets is packed in parts, several at a time; started
+Recipe and settings are those of the run. One epoch of all data sets is packed in parts, several at a time; started
 again, it makes those that are missing. Images stay where they are: a row says which there are and how they are cut. A run
 uses the store by data.meta=STORE/meta.json. docs/packing.md says what is fixed by packing.
 """
@@ -23,11 +24,10 @@ from typing import Any
 
 from tqdm import tqdm
 
-from internvl_megatron.config.overrides import apply_overrides
-from internvl_megatron.config.recipes import find_recipe
 from internvl_megatron.data.dataset import Dataset, load_datasets
+from internvl_megatron.data.meta import read_meta
 from internvl_megatron.data.records import SampleSettings
-from internvl_megatron.data.row_store import META_FILE, PartSummary, RowStore, part_name
+from internvl_megatron.data.row_store import META_FILE, PartSummary, RowStore, is_row_store, part_name
 from internvl_megatron.data.row_store_writer import (
     begin_store,
     check_part,
@@ -39,6 +39,7 @@ from internvl_megatron.data.row_store_writer import (
 from internvl_megatron.data.stream import SampleStream
 from internvl_megatron.data.tokenizer import Tokenizer, load_tokenizer
 from internvl_megatron.errors import ConfigError, DataError, UserError
+from tools.data_settings import data_parser, open_datasets, read_config
 
 SAMPLES_PER_PART = 65536
 LEAST_PARTS = 8
@@ -100,7 +101,7 @@ def in_processes(
 
 def pack(options: argparse.Namespace) -> int:
     """Make the parts that are missing, and finish the store when all are there."""
-    config = apply_overrides(find_recipe(options.recipe), options.overrides)
+    config = read_config(options)
     data = config.data
     if data.group_weights is not None:
         raise ConfigError(
@@ -109,7 +110,7 @@ def pack(options: argparse.Namespace) -> int:
         )
     settings = SampleSettings.of_run(config)
     index_folder = None if data.index_folder is None else Path(data.index_folder)
-    datasets, tokenizer = load_datasets(data.meta, index_folder), load_tokenizer(data.tokenizer)
+    datasets, tokenizer = open_datasets(config), load_tokenizer(data.tokenizer)
     if any(dataset.store is not None for dataset in datasets):
         raise DataError(f"{data.meta}: names a store of packed rows; pack the records it was made from")
     num_samples = sum(dataset.length for dataset in datasets)
@@ -132,14 +133,18 @@ def pack(options: argparse.Namespace) -> int:
 
 
 def verify(options: argparse.Namespace) -> int:
-    """Read a whole store and compare all checksums."""
-    store = RowStore(options.verify)
-    numbers = range(store.description["num_parts"])
-    summaries = in_processes(partial(read_part, options.verify), numbers, options.workers, "reading")
-    listed = [(part["rows"], part["digest"]) for part in store.description["parts"]]
-    if listed != [(summary.rows, summary.digest) for summary in summaries]:
-        raise DataError(f"{options.verify}: its parts are not those that are listed; delete the store and pack again")
-    print(f"{options.verify}: {len(store):,} rows in {len(numbers)} parts are whole")
+    """Read the stores of a meta file through and compare all checksums."""
+    folders = [entry.annotation for entry in read_meta(options.meta) if is_row_store(entry.annotation)]
+    if not folders:
+        raise DataError(f"{options.meta}: names no store of packed rows; give the meta.json of a store")
+    for folder in folders:
+        store = RowStore(folder)
+        numbers = range(store.description["num_parts"])
+        summaries = in_processes(partial(read_part, folder), numbers, options.workers, "reading")
+        listed = [(part["rows"], part["digest"]) for part in store.description["parts"]]
+        if listed != [(summary.rows, summary.digest) for summary in summaries]:
+            raise DataError(f"{folder}: its parts are not those that are listed; delete the store and pack again")
+        print(f"{folder}: {len(store):,} rows in {len(numbers)} parts are whole")
     return 0
 
 
@@ -171,11 +176,9 @@ def _at_least_one(text: str) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Pack or verify; 2 if something is wrong that the user can mend."""
-    parser = argparse.ArgumentParser(description="Pack a run's data ahead of it.")
-    parser.add_argument("recipe", nargs="?", help="name of the run's recipe")
-    parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="the run's other settings")
-    parser.add_argument("--output", type=Path, help="folder of the store")
-    parser.add_argument("--verify", type=Path, metavar="STORE", help="read a store through and compare all checksums")
+    parser = data_parser("Pack a run's data ahead of it.")
+    parser.add_argument("--output", type=Path, metavar="STORE", help="folder of the store")
+    parser.add_argument("--verify", action="store_true", help="read a store through and compare all checksums")
     cores = len(os.sched_getaffinity(0))
     parser.add_argument("--workers", type=_at_least_one, default=cores, help="processes (default: one per core)")
     parser.add_argument(
@@ -189,12 +192,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="make every N-th part, where N machines share it",
     )
     options = parser.parse_intermixed_args(arguments)
-    if (options.verify is None) == (options.recipe is None):
-        parser.error("give the recipe of a run, or --verify and a store")
-    if options.verify is None and options.output is None:
-        parser.error("--output is needed")
+    if options.verify == (options.output is not None):
+        parser.error("give --output to pack, or --verify to read what is packed")
     try:
-        return pack(options) if options.verify is None else verify(options)
+        return verify(options) if options.verify else pack(options)
     except UserError as error:
         print(f"pack_dataset: {error}", file=sys.stderr)
         return 2

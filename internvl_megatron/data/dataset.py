@@ -109,6 +109,10 @@ class Dataset:
         assert self._file is not None, f"{self.entry.annotation} has rows, not records"
         return self._file
 
+    def where(self, index: int) -> str:
+        """Place of a record or a packed row, for messages."""
+        return self.file.where(index) if self.store is None else self.store.where(index)
+
     @property
     def length(self) -> int:
         """Samples of one epoch, repeats counted."""

@@ -40,12 +40,8 @@ def run(tmp_path_factory):
     (folder / "a.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     entry = {"root": "images", "annotation": "a.jsonl", "data_augment": True, "repeat_time": 1}
     (folder / "meta.json").write_text(json.dumps({"a": entry}))
-    return [
-        "demo_digits",
-        f"data.meta={folder}/meta.json",
-        f"data.tokenizer={folder}/tokenizer",
-        "data.tokens_per_row=512",
-    ]
+    tokenizer = ["--tokenizer", str(folder / "tokenizer"), "--recipe", "demo_digits", "data.tokens_per_row=512"]
+    return [str(folder / "meta.json"), *tokenizer]
 
 
 @pytest.fixture(scope="module")
@@ -67,17 +63,14 @@ def test_what_it_says_and_what_there_is(run, store, tmp_path, capsys):
     assert (totals["samples"], totals["images"], totals["tiles"]) == (300, 100, 300)
     out = capsys.readouterr().out
     assert f"300 samples in {totals['rows']} rows of 512 tokens" in out and f"data.meta={other}/meta.json" in out
-    assert main(["--verify", str(store), "--workers", "1"]) == 0
+    assert main([f"{store}/meta.json", "--verify", "--workers", "1"]) == 0
     assert f"{totals['rows']} rows in 4 parts are whole" in capsys.readouterr().out
 
 
 def test_a_run_trains_on_it(run, store):
-    config = apply_overrides(
-        find_recipe(run[0]), [*run[1:], f"data.meta={store}/meta.json", "data.packing_window_rows=1"]
-    )
-    stream = SampleStream(
-        load_datasets(config.data.meta), SampleSettings.of_run(config), load_tokenizer(config.data.tokenizer), 0, 1
-    )
+    overrides = ["data.tokens_per_row=512", "data.packing_window_rows=1"]
+    settings = SampleSettings.of_run(apply_overrides(find_recipe("demo_digits"), overrides))
+    stream = SampleStream(load_datasets(store / "meta.json"), settings, load_tokenizer(run[2]), 0, 1)
     rows = [stream.next_row() for _ in range(description(store)["totals"]["rows"])]
     assert sum(row.num_samples for row in rows) == 300
     assert {image.path for row in rows for image in row.images} == {f"{description(store)['root']}/a.png"}
@@ -112,11 +105,11 @@ def test_damage_is_found_and_mended(run, store, tmp_path, capsys):
     content = bytearray(path.read_bytes())
     content[len(content) // 3] ^= 2
     path.write_bytes(content)
-    assert main(["--verify", str(folder), "--workers", "1"]) == 2
+    assert main([f"{folder}/meta.json", "--verify", "--workers", "1"]) == 2
     assert "part-00002.zarr: row" in capsys.readouterr().err
     shutil.rmtree(folder / "part-00002.zarr")
     assert main([*run, "--output", str(folder), "--workers", "1", "--parts", "4"]) == 0
-    assert main(["--verify", str(folder), "--workers", "1"]) == 0
+    assert main([f"{folder}/meta.json", "--verify", "--workers", "1"]) == 0
     assert description(folder) == description(store)
 
 
@@ -126,7 +119,7 @@ def test_damage_is_found_and_mended(run, store, tmp_path, capsys):
         (["data.max_tiles=3"], "was begun otherwise (data.max_tiles was 6, is 3; max_tiles was 6, is 3)"),
         (["--parts", "5"], "num_parts was 4, is 5"),
         (["data.group_weights=a=1"], "pack a store of each group"),
-        (["data.meta=/none.json"], "/none.json: cannot be read"),
+        (["data.tokenizer=/none"], "tokenizer /none: no such folder"),
         (["data.max_tile=3"], "max_tile"),
     ],
 )
@@ -138,15 +131,15 @@ def test_what_does_not_go_together(run, store, capsys, changes, message):
 
 
 def test_a_store_is_not_packed_again(run, store, tmp_path, capsys):
-    assert main([*run, f"data.meta={store}/meta.json", "--output", str(tmp_path / "x")]) == 2
+    assert main([f"{store}/meta.json", *run[1:], "--output", str(tmp_path / "x")]) == 2
     assert "names a store of packed rows" in capsys.readouterr().err
     assert not Path(tmp_path / "x").exists()
 
 
 @pytest.mark.parametrize(
     "arguments",
-    [[], ["demo_digits"], ["demo_digits", "--output", "x", "--workers", "0"], ["demo_digits", "--output", "x", "--machine", "2/2"],
-     ["demo_digits", "--verify", "x"]],
+    [[], ["m.json"], ["m.json", "--output", "x", "--workers", "0"], ["m.json", "--output", "x", "--machine", "2/2"],
+     ["m.json", "--output", "x", "--verify"]],
 )  # fmt: skip
 def test_wrong_arguments(arguments, capsys):
     with pytest.raises(SystemExit) as ended:
