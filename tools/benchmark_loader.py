@@ -96,6 +96,15 @@ def images_per_second_of_loader(loader: ReplicaLoader, seconds: float) -> float:
     return count / (time.perf_counter() - begin)
 
 
+def private_bytes(loader: ReplicaLoader) -> list[int]:
+    """Memory of each process that decodes which it shares with no other."""
+    found = []
+    for pid in loader.decoder_pids():
+        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+        found.append(sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("Private")))
+    return found
+
+
 def open_loader(folder: Path, files: list[Path], tokenizer_folder: Path, num_workers: int) -> ReplicaLoader:
     """A loader of one rank over records with a question and an answer about each photograph."""
     records = [
@@ -125,10 +134,11 @@ def measure(files: list[Path], tokenizer_folder: Path, options: argparse.Namespa
     with tempfile.TemporaryDirectory() as folder:
         loader = open_loader(Path(folder), files, tokenizer_folder, options.workers)
         images_per_second_of_loader(loader, options.seconds / 2)
-        rounds = []
+        rounds, at_start = [], private_bytes(loader)
         for _ in range(options.rounds):
             alone = images_per_second_alone(work, options.workers, options.seconds)
             rounds.append((alone, images_per_second_of_loader(loader, options.seconds)))
+        at_end = private_bytes(loader)
         loader.close()
     return {
         "num_files": len(files),
@@ -138,6 +148,8 @@ def measure(files: list[Path], tokenizer_folder: Path, options: argparse.Namespa
         "pillow_images_per_second": [round(alone, 2) for alone, _ in rounds],
         "loader_images_per_second": [round(loaded, 2) for _, loaded in rounds],
         "loader_over_pillow": round(statistics.median(loaded / alone for alone, loaded in rounds), 3),
+        "private_bytes_of_processes": at_end,
+        "private_bytes_grown": max(end - start for start, end in zip(at_start, at_end, strict=True)),
     }
 
 

@@ -106,7 +106,7 @@ def make_report(
         "datasets": {
             dataset.entry.name: {
                 "annotation": str(dataset.entry.annotation),
-                "not_checked": len(dataset.file) - tally.num_records,
+                "not_checked": dataset.num_in_all - tally.num_records,
                 **_counts(tally),
                 "faults": _kinds(tally.faults, tally.num_records),
                 "notices": _kinds(tally.notices, tally.num_records),

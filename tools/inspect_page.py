@@ -163,7 +163,7 @@ def _sample(
     sample: DrawnSample, dataset: Dataset, settings: SampleSettings, tokenizer: Tokenizer, decoder: DecodePool
 ) -> list[str]:
     """A sample: where it is from, its text token by token, its pictures."""
-    where = dataset.file.where(sample.source.record)
+    where = dataset.where(sample.source.record)
     trained = int(np.count_nonzero(sample.is_trained))
     facts = (
         f"step {sample.step}, row {sample.slot}; {len(sample.token_ids):,} tokens, {trained:,} trained on; positions 0 to "

@@ -92,12 +92,14 @@ class Dataset:
         self.store = annotation if isinstance(annotation, RowStore) else None
         """Of a data set of packed rows: these are its records, and there is no file."""
         self._file = None if isinstance(annotation, RowStore) else annotation
+        self.num_in_all = len(annotation)
+        """Records there are, in use or not."""
         share = min(1.0, entry.repeat_time)
-        self.num_records = int(len(annotation) * share)
+        self.num_records = int(self.num_in_all * share)
         """Records in use: the first ones."""
         if not self.num_records:
             raise DataError(
-                f"{entry.annotation}: repeat_time {entry.repeat_time} leaves none of its {len(annotation)} records; "
+                f"{entry.annotation}: repeat_time {entry.repeat_time} leaves none of its {self.num_in_all} records; "
                 "raise it"
             )
         self.num_repeats = max(1, int(entry.repeat_time))

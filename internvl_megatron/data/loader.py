@@ -152,6 +152,10 @@ class ReplicaLoader:
                 total[kind] = total.get(kind, 0) + count
         return total
 
+    def decoder_pids(self) -> list[int]:
+        """The processes that decode images for this rank and have begun."""
+        return [] if self._workers is None else self._workers.pids()
+
     def close(self) -> None:
         """End threads and processes. Work that has not begun is given up."""
         self._closed = True

@@ -21,6 +21,7 @@ from internvl_megatron.data.records import SampleSettings
 from internvl_megatron.data.stream import SampleStream
 from internvl_megatron.data.tokenizer import load_tokenizer
 from internvl_megatron.data.tokenizer_build import train_small_tokenizer
+from tools import check_data, inspect_data
 from tools.pack_dataset import main
 
 
@@ -111,6 +112,29 @@ def test_damage_is_found_and_mended(run, store, tmp_path, capsys):
     assert main([*run, "--output", str(folder), "--workers", "1", "--parts", "4"]) == 0
     assert main([f"{folder}/meta.json", "--verify", "--workers", "1"]) == 0
     assert description(folder) == description(store)
+
+
+def test_it_can_be_checked_and_looked_at(run, store, tmp_path, capsys):
+    folder = tmp_path / "store"
+    shutil.copytree(store, folder)
+    arguments = [f"{folder}/meta.json", *run[1:]]
+    num_rows = description(folder)["totals"]["rows"]
+    assert check_data.main([*arguments, "--workers", "1", "--decode"]) == 0
+    assert str(num_rows) in capsys.readouterr().out
+    assert check_data.main([*arguments, "--workers", "1", "data.max_tiles=2"]) == 2
+    assert "its rows were packed otherwise (data.max_tiles was 6, is 2)" in capsys.readouterr().err
+    look = ["data.packing_window_rows=1", "--rows", str(num_rows), "--output", str(tmp_path / "look")]
+    assert inspect_data.main([*arguments, *look, "rows_per_step=1"]) == 0
+    report = json.loads((tmp_path / "look" / "report.json").read_text())
+    page = (tmp_path / "look" / "index.html").read_text()
+    assert report["rows"] == num_rows and report["samples"] == 300 and "part-0000" in page
+    path = folder / "part-00002.zarr" / "positions" / "c" / "0" / "0"
+    content = bytearray(path.read_bytes())
+    content[5] ^= 2
+    path.write_bytes(content)
+    assert check_data.main([*arguments, "--workers", "1"]) == 1
+    out = capsys.readouterr().out
+    assert "row" in out and "part-00002.zarr: row 0" in out
 
 
 @pytest.mark.parametrize(
