@@ -76,7 +76,7 @@ class SampleSizes:
         """All samples of one kind (with an image or of text alone) and some of the other, chosen by chance, in their order."""
         surplus = TILE_TOKENS * self.tiles - share * self.tokens  # of image tokens; sums to 0 over what is kept
         thinned = (self.tiles > 0) == (share < self.image_share)
-        places = generator(SEED, Purpose.SHUFFLE).permutation(np.flatnonzero(thinned))
+        places = np.random.default_rng((SEED, 2)).permutation(np.flatnonzero(thinned))
         num_kept = int((np.abs(np.cumsum(surplus[places])) <= abs(surplus[~thinned].sum())).sum())
         return self.chosen(np.sort(np.concatenate([np.flatnonzero(~thinned), places[:num_kept]])))
 

@@ -19,11 +19,9 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import zarr
-from zarr.storage import LocalStore
 
 from internvl_megatron.data.files import FileError, is_url, locate
 from internvl_megatron.data.packing import Row, SampleSource
@@ -31,6 +29,9 @@ from internvl_megatron.data.records import SampleSettings
 from internvl_megatron.data.row_bytes import images_from_json, images_to_json
 from internvl_megatron.data.tokenizer import Tokenizer
 from internvl_megatron.errors import DataError
+
+if TYPE_CHECKING:
+    import zarr
 
 STORE_FILE = "store.json"
 META_FILE = "meta.json"
@@ -188,6 +189,9 @@ class Part:
 
     def __init__(self, folder: Path) -> None:
         """Open it. Raises `DataError` if it is not there or not whole."""
+        import zarr  # takes a quarter of a second, and brings fsspec: not for runs without packed rows
+        from zarr.storage import LocalStore
+
         self.folder = folder
         try:
             group = zarr.open_group(LocalStore(folder, read_only=True), mode="r")
@@ -219,11 +223,11 @@ class Part:
 _AGAIN = "delete this part and run tools/pack_dataset.py again, which makes it anew"
 
 
-def _array(group: zarr.Group, name: str) -> zarr.Array:
+def _array(group: "zarr.Group", name: str) -> "zarr.Array":
     found = group[name]
-    if not isinstance(found, zarr.Array):
+    if not hasattr(found, "shape"):
         raise TypeError(f"{name} is no array")
-    return found
+    return found  # pyright: ignore[reportReturnType]
 
 
 @lru_cache(maxsize=_OPEN_PARTS)

@@ -97,8 +97,8 @@ def _family(process: subprocess.Popen[str]) -> list[psutil.Process]:
 
 
 def _ranks(process: subprocess.Popen[str]) -> list[psutil.Process]:
-    """The forked ranks: children of the fork server."""
-    return [child for child in _family(process) if child.parent() not in (None, psutil.Process(process.pid))]
+    """The forked ranks: children of the fork server, and parents of processes that decode."""
+    return [rank for child in psutil.Process(process.pid).children() for rank in child.children()]
 
 
 def _assert_gone(processes: list[psutil.Process]) -> None:

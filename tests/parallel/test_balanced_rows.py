@@ -68,6 +68,7 @@ def _config(data: Path, run: Path, layout: str, meta: str = "good", balance: boo
             packing_window_rows=1,
             v2pe="random",
             system_prompt="",
+            seed=1,
             balance_rows=balance,
         ),
         checkpoint=CheckpointConfig(),
