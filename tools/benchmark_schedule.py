@@ -1,6 +1,6 @@
 """The decoupled schedule beside the best first-stage layout: critical paths of a step in CPU seconds and in FLOPs.
 
-    python -m tools.benchmark schedule [--quick] [--steps N] [--repeats N] [--output FILE]
+    python -m tools.benchmark schedule [--quick] [--shares S ...] [--steps N] [--repeats N] [--output FILE]
 
 FLOPs are counted for the real sizes; CPU seconds are measured on four ranks (PP4 and TP2 x PP2) with narrow models in
 which encoder and language model take the real share of the time. Both run on packed rows like InternVL's, and
@@ -374,7 +374,7 @@ def table(record: dict[str, Any]) -> str:
 
 def run(options: argparse.Namespace) -> int:
     """Count, measure, print a table and write the record."""
-    cases = [(size, Grid(1, 4), share) for size in NARROW for share in IMAGE_SHARES]
+    cases = [(size, Grid(1, 4), share) for size in NARROW for share in options.shares]
     cases += [(size, Grid(2, 2), RATIO_SHARE) for size in NARROW]
     num_counted, num_steps, repeats = COUNTED_STEPS, options.steps, options.repeats
     if options.quick:
@@ -404,6 +404,14 @@ def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     """The command `schedule` of `tools.benchmark`."""
     parser = commands.add_parser(
         "schedule", help="the decoupled schedule beside the encoder on the first stage, on CPU ranks"
+    )
+    parser.add_argument(
+        "--shares",
+        type=float,
+        nargs="+",
+        choices=IMAGE_SHARES,
+        default=IMAGE_SHARES,
+        help="of image tokens to measure PP4 at",
     )
     parser.add_argument("--steps", type=int, default=4, help="global batches to measure each case on")
     parser.add_argument("--repeats", type=int, default=2, help="runs of each; every pass counts at its fastest")
