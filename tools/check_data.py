@@ -77,9 +77,9 @@ def check(
 
 def meta_notices(datasets: Sequence[Dataset]) -> list[str]:
     """What is odd about a meta file though it can be used."""
-    by_file: dict[Path, list[str]] = {}
+    by_file: dict[str, list[str]] = {}
     for dataset in datasets:
-        by_file.setdefault(dataset.entry.annotation.resolve(), []).append(dataset.entry.name)
+        by_file.setdefault(os.path.realpath(dataset.entry.annotation), []).append(dataset.entry.name)
     return [
         f"{path}: is the annotation of {' and '.join(map(repr, names))}: its records are used {len(names)} times"
         for path, names in by_file.items()

@@ -52,7 +52,7 @@ def index_meta(meta: Path, folder: Path | None, num_jobs: int, again: bool = Fal
     Raises:
         DataError: the meta file is wrong.
     """
-    sources = jsonl_files(read_meta(meta))  # stores have an index already
+    sources = jsonl_files(read_meta(meta), folder)  # stores have an index already
     # Large ones first, so that none is left alone at the end.
     sources.sort(key=lambda source: source.stat().st_size if source.is_file() else 0, reverse=True)
     context = multiprocessing.get_context("forkserver")

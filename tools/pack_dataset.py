@@ -134,7 +134,8 @@ def pack(options: argparse.Namespace) -> int:
 
 def verify(options: argparse.Namespace) -> int:
     """Read the stores of a meta file through and compare all checksums."""
-    folders = [entry.annotation for entry in read_meta(options.meta) if is_row_store(entry.annotation)]
+    annotations = [Path(entry.annotation) for entry in read_meta(options.meta)]
+    folders = [path for path in annotations if is_row_store(path)]
     if not folders:
         raise DataError(f"{options.meta}: names no store of packed rows; give the meta.json of a store")
     for folder in folders:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from internvl_megatron.data.energon_store import DEFAULT_SPLIT, EnergonStore
-from internvl_megatron.data.files import is_folder
+from internvl_megatron.data.files import is_folder, is_url, local_copy
 from internvl_megatron.data.jsonl_file import JsonlFile
 from internvl_megatron.data.jsonl_index import index_all, open_index
 from internvl_megatron.data.meta import DatasetEntry, read_meta
@@ -14,6 +14,8 @@ from internvl_megatron.data.row_store import RowStore, is_row_store
 from internvl_megatron.data.seeds import Purpose, name_key, words
 from internvl_megatron.errors import DataError
 
+COPIES_FOLDER = "annotations"
+"""In the folder of indices: copies of annotations that are behind URLs."""
 _KEPT_ORDERS = 4
 """Of a data set: streams of a leader are in different epochs of it while they go from one to the next."""
 
@@ -45,21 +47,42 @@ def open_records(entry: DatasetEntry, index_folder: Path | None = None) -> Recor
         DataError: the annotation cannot be used.
         ConfigError: a program that reads it is not installed.
     """
-    if is_row_store(entry.annotation):
+    folder = Path(entry.annotation)
+    if is_row_store(folder):
         for key, value in (("max_dynamic_patch", entry.max_tiles), ("split", entry.split)):
             if value is not None:
                 raise DataError(f"{entry.annotation}: its rows are packed already; remove {key!r} of {entry.name!r}")
-        return RowStore(entry.annotation)
+        return RowStore(folder)
     if is_folder(str(entry.annotation)):
-        return EnergonStore(entry.annotation, entry.split or DEFAULT_SPLIT)
+        if is_url(str(entry.annotation)):
+            raise DataError(f"{entry.annotation}: stores must be local folders; copy it")
+        return EnergonStore(folder, entry.split or DEFAULT_SPLIT)
     if entry.split is not None:
         raise DataError(f"{entry.annotation}: is not a folder; 'split' is for WebDataset stores, leave it out")
-    return JsonlFile(entry.annotation, open_index(entry.annotation, index_folder))
+    path = _local_file(entry, index_folder)
+    return JsonlFile(path, open_index(path, index_folder), str(entry.annotation))
 
 
-def jsonl_files(entries: Iterable[DatasetEntry]) -> list[Path]:
-    """The jsonl files among the annotations, which are those that need an index; each once."""
-    return list(dict.fromkeys(entry.annotation for entry in entries if not is_folder(str(entry.annotation))))
+def _local_file(entry: DatasetEntry, index_folder: Path | None) -> Path:
+    """An entry's jsonl file, or a copy of it if it is behind a URL: records are read in any order, a few hundred bytes each."""
+    if not is_url(str(entry.annotation)):
+        return Path(entry.annotation)
+    if index_folder is None:
+        raise DataError(
+            f"{entry.annotation}: is a URL; set data.index_folder to a local folder that can hold a copy of it"
+        )
+    return local_copy(str(entry.annotation), index_folder / COPIES_FOLDER)
+
+
+def jsonl_files(entries: Iterable[DatasetEntry], index_folder: Path | None) -> list[Path]:
+    """The jsonl files among the annotations, which are those that need an index, each once; those behind URLs are copied.
+
+    Raises:
+        DataError: a URL cannot be read, or there is no folder for its copy.
+        ConfigError: a program that reads such URLs is not installed.
+    """
+    files = [_local_file(entry, index_folder) for entry in entries if not is_folder(str(entry.annotation))]
+    return list(dict.fromkeys(files))
 
 
 def prepare_records(entries: Sequence[DatasetEntry], index_folder: Path | None, num_threads: int) -> None:
@@ -69,7 +92,7 @@ def prepare_records(entries: Sequence[DatasetEntry], index_folder: Path | None, 
         DataError: an annotation cannot be used.
         ConfigError: a program that reads it is not installed.
     """
-    index_all(jsonl_files(entries), index_folder, num_threads)
+    index_all(jsonl_files(entries, index_folder), index_folder, num_threads)
     for entry in entries:
         if is_folder(str(entry.annotation)):
             open_records(entry)

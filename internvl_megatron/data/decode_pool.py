@@ -16,7 +16,8 @@ import threading
 import weakref
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from mmap import MAP_POPULATE, MAP_SHARED, PROT_READ, PROT_WRITE
+from dataclasses import dataclass
+from mmap import MAP_SHARED, PROT_READ, PROT_WRITE
 from pathlib import Path
 
 import numpy as np
@@ -40,18 +41,71 @@ _libc.mmap.restype = ctypes.c_void_p
 _libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 
 
-def _array_in(memory: int, shape: Sequence[int]) -> np.ndarray:
-    """uint8 array over the memory of a file descriptor, unmapped with the last array that looks into it.
+@dataclass(frozen=True, slots=True)
+class _Buffer:
+    """Memory that a process and this one have mapped."""
+
+    number: int
+    address: int
+    size: int
+
+
+class _Buffers:
+    """The buffers of one process. What no array looks into any more serves another image: new memory must be zeroed first.
 
     Python's own `mmap` would hold a file descriptor for each, of which a process may have few.
     """
-    size = math.prod(shape)
-    address = _libc.mmap(None, size, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_POPULATE, memory, 0)
-    if address == ctypes.c_void_p(-1).value:
-        raise OSError(ctypes.get_errno(), "no memory for the tiles of an image")
-    mapped = (ctypes.c_ubyte * size).from_address(address)
-    weakref.finalize(mapped, _libc.munmap, address, size).atexit = False
-    return np.frombuffer(mapped, dtype=np.uint8).reshape(shape)
+
+    def __init__(self, tile_bytes: int) -> None:
+        self._tile_bytes = tile_bytes
+        self._lock = threading.Lock()
+        self._free: dict[int, list[_Buffer]] = {}
+        """By size."""
+        self._num_made = 0
+        self._is_closed = False
+
+    def take(self, num_tiles: int) -> tuple[_Buffer, int | None]:
+        """A buffer for so many tiles; with its file descriptor, which the caller must close, if it is new."""
+        step = max(1, (1 << num_tiles.bit_length()) // 8)  # few sizes, so that many images can use one
+        size = -(-num_tiles // step) * step * self._tile_bytes
+        with self._lock:
+            free = self._free.get(size)
+            if free:
+                return free.pop(), None
+            number = self._num_made = self._num_made + 1
+        # Without a name: it goes when nobody has it mapped, whatever dies before.
+        memory = os.memfd_create("tiles")
+        try:
+            os.truncate(memory, size)
+            address = _libc.mmap(None, size, PROT_READ | PROT_WRITE, MAP_SHARED, memory, 0)
+            if address == ctypes.c_void_p(-1).value:
+                raise OSError(ctypes.get_errno(), "no memory for the tiles of an image")
+        except OSError:
+            os.close(memory)
+            raise
+        return _Buffer(number, address, size), memory
+
+    def array(self, buffer: _Buffer, shape: Sequence[int]) -> np.ndarray:
+        """uint8 array at the beginning of a buffer, which is given back with the last array that looks into it."""
+        mapped = (ctypes.c_ubyte * math.prod(shape)).from_address(buffer.address)
+        weakref.finalize(mapped, self.give_back, buffer).atexit = False
+        return np.frombuffer(mapped, dtype=np.uint8).reshape(shape)
+
+    def give_back(self, buffer: _Buffer) -> None:
+        """Let a buffer serve another image."""
+        with self._lock:
+            if not self._is_closed:
+                self._free.setdefault(buffer.size, []).append(buffer)
+                return
+        _libc.munmap(buffer.address, buffer.size)
+
+    def close(self) -> None:
+        """Give the memory back to the system: what is free now, the rest when it is given back."""
+        with self._lock:
+            self._is_closed = True
+            free, self._free = [buffer for same in self._free.values() for buffer in same], {}
+        for buffer in free:
+            _libc.munmap(buffer.address, buffer.size)
 
 
 class _Worker:
@@ -74,6 +128,8 @@ class _Worker:
                 f"a process to decode images cannot run: {self._ending()}; set data.num_workers=0 without"
             )
         self._connection.settimeout(timeout_seconds)
+        self._tile_shape = (3, tile_pixels, tile_pixels)
+        self._buffers = _Buffers(math.prod(self._tile_shape))
 
     @property
     def pid(self) -> int:
@@ -82,27 +138,38 @@ class _Worker:
 
     def decode(self, image: ImageRef) -> np.ndarray:
         """See `DecodePool.submit`. Raises ConnectionError if the process has died, TimeoutError if it does not answer."""
+        buffer, memory = self._buffers.take(image.num_tiles)
         try:
-            self._connection.send(pickle.dumps(image))
-            answer, descriptors, _, _ = socket.recv_fds(self._connection, MAX_MESSAGE_BYTES, 1)
+            self._fill(buffer, memory, image)
+        except BaseException:
+            self._buffers.give_back(buffer)
+            raise
+        finally:
+            if memory is not None:
+                os.close(memory)
+        return self._buffers.array(buffer, (image.num_tiles, *self._tile_shape))
+
+    def _fill(self, buffer: _Buffer, memory: int | None, image: ImageRef) -> None:
+        """Have the process put an image's tiles into a buffer."""
+        request = pickle.dumps((image, buffer.number, buffer.size))
+        try:
+            socket.send_fds(self._connection, [request], [] if memory is None else [memory])
+            answer = self._connection.recv(MAX_MESSAGE_BYTES)
         except ConnectionError:
-            answer, descriptors = b"", []
+            answer = b""
         if not answer:
             raise ConnectionError(self._ending())
         content = json.loads(answer)
-        if "error" in content:
+        if content is not None:
             fault = content["fault"]
             raise ConfigError(content["error"]) if fault is None else FileError(fault, content["error"])
-        try:
-            return _array_in(descriptors[0], content["shape"])
-        finally:
-            os.close(descriptors[0])
 
     def end(self) -> None:
         """Kill the process, which has nothing to save."""
         self._process.kill()
         self._process.wait()
         self._connection.close()
+        self._buffers.close()
 
     def _ending(self) -> str:
         """How the process ended, which has closed its side."""

@@ -16,7 +16,7 @@ from mmap import MAP_POPULATE, MAP_SHARED, mmap
 import numpy as np
 
 from internvl_megatron.data.files import FileError
-from internvl_megatron.data.images import ImageRef, decode_tiles
+from internvl_megatron.data.images import decode_tiles
 from internvl_megatron.errors import ConfigError
 
 MAX_MESSAGE_BYTES = 65536
@@ -31,26 +31,31 @@ READY = b"ready"
 def serve(connection: socket.socket, tile_pixels: int, use_thumbnail: bool) -> None:
     """Answer requests, one at a time, until there are no more.
 
-    A request is a pickled `ImageRef`, which only the parent can send. The answer is JSON, for what comes out of foreign images should
-    not be unpickled: `{"shape": [...]}` with the file descriptor of memory that holds the tiles, or `{"error": text, "fault":
-    ...}`, the fault that of a `FileError` or null where a program is missing that reads such files.
+    A request is a pickled (`ImageRef`, number of a buffer, its bytes), which only the parent can send, with the buffer's file
+    descriptor when it comes for the first time. The tiles are put into the buffer. The answer is JSON, for what comes out of foreign
+    images should not be unpickled: null, or `{"error": text, "fault": ...}`, the fault that of a `FileError` or null where a
+    program is missing that reads such files.
     """
+    buffers: dict[int, mmap] = {}
     connection.send(READY)
-    while request := connection.recv(MAX_MESSAGE_BYTES):
-        image: ImageRef = pickle.loads(request)
+    while True:
+        request, descriptors, _, _ = socket.recv_fds(connection, MAX_MESSAGE_BYTES, 1)
+        if not request:
+            return
+        number: int
+        image, number, size = pickle.loads(request)
+        if descriptors:
+            buffers[number] = mmap(descriptors[0], size, flags=MAP_SHARED | MAP_POPULATE)
+            os.close(descriptors[0])
         shape = (image.num_tiles, 3, tile_pixels, tile_pixels)
-        # Memory without a name: it goes when nobody has it open or mapped, whatever dies before.
-        with os.fdopen(os.memfd_create("tiles"), "r+b") as memory:
-            memory.truncate(math.prod(shape))
-            mapped = mmap(memory.fileno(), math.prod(shape), flags=MAP_SHARED | MAP_POPULATE)
-            try:
-                tiles = np.frombuffer(mapped, dtype=np.uint8).reshape(shape)
-                decode_tiles(image, tile_pixels, use_thumbnail, tiles)
-            except (FileError, ConfigError) as error:
-                fault = error.fault if isinstance(error, FileError) else None
-                connection.send(json.dumps({"error": str(error)[:MAX_ERROR_CHARACTERS], "fault": fault}).encode())
-            else:
-                socket.send_fds(connection, [json.dumps({"shape": shape}).encode()], [memory.fileno()])
+        tiles = np.frombuffer(buffers[number], dtype=np.uint8, count=math.prod(shape)).reshape(shape)
+        try:
+            decode_tiles(image, tile_pixels, use_thumbnail, tiles)
+        except (FileError, ConfigError) as error:
+            fault = error.fault if isinstance(error, FileError) else None
+            connection.send(json.dumps({"error": str(error)[:MAX_ERROR_CHARACTERS], "fault": fault}).encode())
+        else:
+            connection.send(b"null")
 
 
 def main() -> None:

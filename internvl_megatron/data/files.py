@@ -4,16 +4,19 @@ Local paths are opened by the operating system. What begins with `scheme://` (s3
 is imported only then. Names come from data files and are not trusted.
 """
 
+import hashlib
 import os
 import re
+import secrets
 import stat
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, wait
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BufferedReader, BytesIO, RawIOBase
 from pathlib import Path
+from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 
 from internvl_megatron.errors import ConfigError, DataError
@@ -262,29 +265,93 @@ def _file_system(path: str) -> tuple[Any, str]:
         raise OSError(str(error)) from error
 
 
+def local_copy(url: str, folder: Path) -> Path:
+    """A copy of the file behind a URL in a local folder, made unless there is one of the file as it is now.
+
+    It appears when it is whole; processes that make the same one at the same time do each other no harm.
+
+    Raises:
+        FileError: 'missing' or 'unreadable'.
+        DataError: the folder cannot be written.
+        ConfigError: the program that reads such URLs is not installed.
+    """
+    try:
+        system, place = _file_system(url)
+        version = hashlib.blake2b(f"{url} {system.ukey(place)}".encode(), digest_size=8).hexdigest()
+        target = folder / f"{version}-{place.rpartition('/')[2][:120]}"
+        temporary = target.with_name(f".{target.name}.{secrets.token_hex(8)}.writing")
+        if target.is_file():
+            return target
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            temporary.touch()
+        except OSError as error:
+            raise DataError(
+                f"{folder}: cannot hold the copy of {url} ({error.strerror}); set data.index_folder"
+            ) from error
+        try:
+            system.get_file(place, str(temporary))
+            temporary.replace(target)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except (DataError, ConfigError):
+        raise
+    except FileNotFoundError as error:
+        raise FileError("missing", f"{url}: file not found; correct 'annotation' in the meta file") from error
+    except Exception as error:  # every store has errors of its own
+        raise FileError("unreadable", f"{url}: cannot be copied ({type(error).__name__}: {error})") from error
+    return target
+
+
 def read_within[T](seconds: float, path: str, read: Callable[[], T]) -> T:
     """Result of `read()`, which reads `path` in a thread of its own.
 
     A read that is stuck, in a file system that has gone or in a file made to take for ever, cannot be stopped from Python: its
-    thread is left behind and holds up nobody.
+    thread is left behind and holds up nobody. Otherwise the thread serves the next read.
 
     Raises:
         FileError: 'timeout': it took longer than `seconds`. What `read` raises passes.
     """
+    try:
+        reader = _idle_readers.pop()
+    except IndexError:
+        reader = _Reader()
     answer: Future[T] = Future()
-
-    def run() -> None:
-        try:
-            answer.set_result(read())
-        except BaseException as error:  # for the caller, whatever it is
-            answer.set_exception(error)
-
-    threading.Thread(target=run, name="read", daemon=True).start()
-    done, _ = wait([answer], seconds)
-    if not done:
+    reader.tasks.put((read, answer))
+    try:
+        return answer.result(seconds)
+    except TimeoutError as error:
+        if answer.done():  # just in time, or the error is the read's own
+            return answer.result()
+        reader.tasks.put(None)
+        reader = None
         raise FileError(
             "timeout",
             f"{path}: was not read within {seconds:g} seconds; look after the file system, raise "
             "data.read_timeout_seconds or drop the record",
-        )
-    return answer.result()
+        ) from error
+    finally:
+        if reader is not None:
+            _idle_readers.append(reader)
+
+
+class _Reader:
+    """A thread that reads what it is told to, one at a time, until it is told nothing."""
+
+    def __init__(self) -> None:
+        self.tasks: SimpleQueue[tuple[Callable[[], Any], Future[Any]] | None] = SimpleQueue()
+        threading.Thread(target=self._run, name="read", daemon=True).start()
+
+    def _run(self) -> None:
+        while (task := self.tasks.get()) is not None:
+            read, answer = task
+            try:
+                answer.set_result(read())
+            except BaseException as error:  # for the caller, whatever it is
+                answer.set_exception(error)
+            del read, answer, task  # which may hold an image
+
+
+_idle_readers: list[_Reader] = []
+"""Threads that have nothing to do; as many as there ever were reads at once."""
+os.register_at_fork(after_in_child=_idle_readers.clear)  # threads stay behind

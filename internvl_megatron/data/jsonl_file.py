@@ -15,12 +15,22 @@ class JsonlFile:
     It holds no descriptor, so processes and threads may share it, and may be pickled.
     """
 
-    def __init__(self, path: Path, index: JsonlIndex | None = None) -> None:
-        """Use an index, or make one in memory, which is for small files. Raises `DataError` if there is no record."""
+    def __init__(self, path: Path, index: JsonlIndex | None = None, name: str | None = None) -> None:
+        """Use an index, or make one in memory, which is for small files.
+
+        Args:
+            path: of the file.
+            index: of it.
+            name: for messages; None = the path.
+
+        Raises:
+            DataError: there is no record.
+        """
         self.path = path
+        self._name = str(path) if name is None else name
         self._index = index_in_memory(path) if index is None else index
         if not len(self._index):
-            raise DataError(f"{path}: has no records")
+            raise DataError(f"{self._name}: has no records")
 
     def __len__(self) -> int:
         """Number of records."""
@@ -28,7 +38,7 @@ class JsonlFile:
 
     def where(self, index: int) -> str:
         """`file:line` of a record, line counted from 1."""
-        return f"{self.path}:{self._index.line(index)}"
+        return f"{self._name}:{self._index.line(index)}"
 
     def read(self, index: int) -> dict[str, Any]:
         """The JSON object of record `index`.

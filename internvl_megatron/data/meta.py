@@ -20,8 +20,8 @@ class DatasetEntry:
     name: str
     root: Path | str
     """Folder image paths are relative to, or its URL; not used of a store, whose media are in it."""
-    annotation: Path
-    """The jsonl file, or the folder of a store of samples or of packed rows."""
+    annotation: Path | str
+    """The jsonl file, or its URL, or the folder of a store of samples or of packed rows."""
     repeat_time: float
     """Below 1: only the first such share of the lines is used. Otherwise whole: the lines are used so many times."""
     data_augment: bool
@@ -112,7 +112,7 @@ def _entry(name: str, entry: dict[str, Any], folder: Path) -> DatasetEntry:
     return DatasetEntry(
         name=name,
         root=entry["root"] if is_url(entry["root"]) else folder / entry["root"],
-        annotation=folder / entry["annotation"],
+        annotation=entry["annotation"] if is_url(entry["annotation"]) else folder / entry["annotation"],
         repeat_time=float(entry["repeat_time"]),
         data_augment=entry["data_augment"],
         max_tiles=entry.get("max_dynamic_patch"),

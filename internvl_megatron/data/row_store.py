@@ -253,6 +253,8 @@ class RowStore:
             self._digests = [str(part["digest"]) for part in self.description["parts"]]
         except (KeyError, TypeError, ValueError) as error:
             raise DataError(f"{folder / STORE_FILE}: 'parts' is wrong ({error!r}); {_AGAIN}") from error
+        self.digest = hashlib.blake2b(json.dumps(self._digests).encode(), digest_size=DIGEST_BYTES).hexdigest()
+        """Of all rows."""
 
     def __len__(self) -> int:
         """Number of rows."""

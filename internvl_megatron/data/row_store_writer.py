@@ -20,6 +20,7 @@ from zarr.storage import LocalStore
 
 from internvl_megatron.config.schema import DataConfig
 from internvl_megatron.data.dataset import Dataset
+from internvl_megatron.data.jsonl_file import JsonlFile
 from internvl_megatron.data.packing import Row
 from internvl_megatron.data.records import SampleSettings
 from internvl_megatron.data.row_store import (
@@ -62,14 +63,14 @@ def describe(
         "num_parts": num_parts,
         # Media of a store are in its shards.
         "root": common_root(
-            dataset.entry.annotation if dataset.entry.annotation.is_dir() else dataset.entry.root
+            dataset.entry.annotation if Path(dataset.entry.annotation).is_dir() else dataset.entry.root
             for dataset in datasets
         ),
         "datasets": [
             {
                 "name": dataset.entry.name,
                 "annotation": str(dataset.entry.annotation),
-                "annotation_bytes": dataset.entry.annotation.stat().st_size,
+                "annotation_bytes": dataset.file.path.stat().st_size if isinstance(dataset.file, JsonlFile) else None,
                 "records": dataset.num_records,
                 "repeats": dataset.num_repeats,
                 "data_augment": dataset.entry.data_augment,

@@ -151,7 +151,13 @@ class SampleStream:
         data = self._settings.data
         names = {member: group.name for group in groups for member in group.members}
         datasets = [
-            [dataset.entry.name, dataset.num_records, dataset.num_repeats, names[number]]
+            [
+                dataset.entry.name,
+                dataset.num_records,
+                dataset.num_repeats,
+                names[number],
+                *([] if dataset.store is None else [dataset.store.digest]),
+            ]
             for number, dataset in enumerate(self._datasets)
         ]
         # A state is saved for every stream: hundreds of data sets are not listed in each.

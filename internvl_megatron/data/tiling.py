@@ -74,14 +74,22 @@ def cut_tiles(
     Returns:
         uint8 [tiles, 3, tile_pixels, tile_pixels], not normalised; `out` if given.
     """
-    tiles = list(_cut(image.convert("RGB"), grid, tile_pixels, use_thumbnail))
-    if jpeg_seed is not None:
-        low, high = JPEG_QUALITY_RANGE
-        qualities = np.random.default_rng(jpeg_seed).integers(low, high, size=len(tiles), endpoint=True)
-        tiles = [_recompress(tile, int(quality)) for tile, quality in zip(tiles, qualities, strict=True)]
-    out = np.empty((len(tiles), 3, tile_pixels, tile_pixels), dtype=np.uint8) if out is None else out
-    for tile, planes in zip(tiles, out, strict=True):
-        _put(tile, planes)
+    cols, rows = grid
+    count = num_tiles(grid, use_thumbnail)
+    out = np.empty((count, 3, tile_pixels, tile_pixels), dtype=np.uint8) if out is None else out
+    image = image if image.mode == "RGB" else image.convert("RGB")
+    resized = image.resize((cols * tile_pixels, rows * tile_pixels), Image.Resampling.BICUBIC)
+    thumbnail = image.resize((tile_pixels, tile_pixels), Image.Resampling.BICUBIC) if count > cols * rows else None
+    if jpeg_seed is None:
+        _put(resized, grid, out[: cols * rows])
+        if thumbnail is not None:
+            _put(thumbnail, (1, 1), out[-1:])
+        return out
+    low, high = JPEG_QUALITY_RANGE
+    qualities = np.random.default_rng(jpeg_seed).integers(low, high, size=count, endpoint=True)
+    tiles = [*_cut(resized, grid, tile_pixels), *([] if thumbnail is None else [thumbnail])]
+    for number, (tile, quality) in enumerate(zip(tiles, qualities, strict=True)):
+        _put(_recompress(tile, int(quality)), (1, 1), out[number : number + 1])
     return out
 
 
@@ -95,25 +103,24 @@ def cut_frame(frame: Image.Image, jpeg_seed: int | None, out: np.ndarray) -> Non
     if jpeg_seed is not None:
         low, high = JPEG_QUALITY_RANGE
         frame = _recompress(frame, int(np.random.default_rng(jpeg_seed).integers(low, high, endpoint=True)))
-    _put(frame.resize((out.shape[2], out.shape[1]), Image.Resampling.BICUBIC), out)
+    _put(frame.resize((out.shape[2], out.shape[1]), Image.Resampling.BICUBIC), (1, 1), out[None])
 
 
-def _put(tile: Image.Image, planes: np.ndarray) -> None:
-    """Put an RGB image into uint8 [3, height, width].
+def _put(image: Image.Image, grid: Grid, out: np.ndarray) -> None:
+    """Put the tiles of an RGB image into uint8 [tiles, 3, height, width].
 
-    Channel by channel, which Pillow does twice as fast as NumPy puts [rows, columns, 3] into order.
+    Channel by channel, which Pillow does twice as fast as NumPy puts [rows, columns, 3] into order, and uncut, which saves
+    a copy of each tile.
     """
-    for channel, plane in zip("RGB", planes, strict=True):
-        plane[:] = np.frombuffer(tile.tobytes("raw", channel), dtype=np.uint8).reshape(plane.shape)
+    (cols, rows), (_, _, height, width) = grid, out.shape
+    for channel, planes in zip("RGB", out.reshape(rows, cols, 3, height, width).transpose(2, 0, 3, 1, 4), strict=True):
+        planes[:] = np.frombuffer(image.tobytes("raw", channel), dtype=np.uint8).reshape(rows, height, cols, width)
 
 
-def _cut(image: Image.Image, grid: Grid, tile_pixels: int, use_thumbnail: bool) -> Iterator[Image.Image]:
-    """The tiles as images."""
+def _cut(image: Image.Image, grid: Grid, tile_pixels: int) -> Iterator[Image.Image]:
+    """The tiles of an image that has the size of the grid."""
     cols, rows = grid
-    resized = image.resize((cols * tile_pixels, rows * tile_pixels), Image.Resampling.BICUBIC)
     for row in range(rows):
         for col in range(cols):
             left, top = col * tile_pixels, row * tile_pixels
-            yield resized.crop((left, top, left + tile_pixels, top + tile_pixels))
-    if use_thumbnail and cols * rows > 1:
-        yield image.resize((tile_pixels, tile_pixels), Image.Resampling.BICUBIC)
+            yield image.crop((left, top, left + tile_pixels, top + tile_pixels))
