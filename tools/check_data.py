@@ -31,7 +31,7 @@ from tools.data_settings import (
     open_datasets,
     printable,
     read_config,
-    write_whole,
+    write_report,
 )
 
 CHUNK_RECORDS = 64
@@ -176,7 +176,7 @@ def run(options: argparse.Namespace) -> int:
     seconds = time.perf_counter() - start
     print(f"\n{report['records']:,} records in {seconds:.1f} s, {options.workers} processes", file=sys.stderr)
     if options.output is not None:
-        write_whole(options.output, json.dumps(report, indent=1) + "\n")
+        write_report(options.output, json.dumps(report, indent=1) + "\n")
     return EXIT_FAULTS if report["faulty"] else EXIT_GOOD
 
 

@@ -2,7 +2,6 @@
 
 import argparse
 import os
-import secrets
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from internvl_megatron.config.plan import plan
 from internvl_megatron.config.recipes import find_recipe
 from internvl_megatron.config.schema import ParallelConfig, RunConfig
 from internvl_megatron.data.dataset import Dataset, load_datasets, prepare_records
+from internvl_megatron.data.files import write_whole
 from internvl_megatron.data.meta import read_meta
 from internvl_megatron.data.mixture import dataset_groups
 from internvl_megatron.errors import ConfigError
@@ -82,25 +82,16 @@ def check_can_write(path: Path) -> None:
         raise ConfigError(f"{path}: folder {path.parent} is not writable; choose another")
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a file that appears when it is whole; what no encoding has is spelled out.
+def write_report(path: Path, text: str) -> None:
+    """Write a file that appears when it is whole.
 
     Raises:
         ConfigError: it cannot be written.
     """
-    temporary = path.with_name(f".{path.name[:120]}.{secrets.token_hex(8)}.writing")
     try:
-        with temporary.open("x", encoding="utf-8", errors="backslashreplace") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        write_whole(path, text)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise ConfigError(f"{path}: cannot be written ({error.strerror}); choose another place") from error
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def printable(text: str, most_characters: int = 500) -> str:

@@ -24,7 +24,7 @@ from tools.data_settings import (
     open_datasets,
     printable,
     read_config,
-    write_whole,
+    write_report,
 )
 from tools.inspect_page import make_page
 from tools.inspect_rows import choose_samples, draw_rows, make_report
@@ -81,8 +81,8 @@ def run(options: argparse.Namespace) -> int:
     finally:
         decoder.close()
     print(as_text(report))
-    write_whole(folder / REPORT_FILE, json.dumps(report, indent=1) + "\n")
-    write_whole(folder / PAGE_FILE, page)
+    write_report(folder / REPORT_FILE, json.dumps(report, indent=1) + "\n")
+    write_report(folder / PAGE_FILE, page)
     print(f"{folder}: {PAGE_FILE}, {REPORT_FILE}")
     return 0
 

@@ -7,7 +7,6 @@ import ctypes
 import json
 import math
 import os
-import pickle
 import signal
 import socket
 import subprocess
@@ -151,7 +150,7 @@ class _Worker:
 
     def _fill(self, buffer: _Buffer, memory: int | None, image: ImageRef) -> None:
         """Have the process put an image's tiles into a buffer."""
-        request = pickle.dumps((image, buffer.number, buffer.size))
+        request = json.dumps([image.fields(), buffer.number, buffer.size]).encode()
         try:
             socket.send_fds(self._connection, [request], [] if memory is None else [memory])
             answer = self._connection.recv(MAX_MESSAGE_BYTES)

@@ -7,7 +7,6 @@ NumPy and Pillow, nothing of the trainer, and ends when the other side of the so
 import json
 import math
 import os
-import pickle
 import signal
 import socket
 import sys
@@ -16,7 +15,7 @@ from mmap import MAP_POPULATE, MAP_SHARED, mmap
 import numpy as np
 
 from internvl_megatron.data.files import FileError
-from internvl_megatron.data.images import decode_tiles
+from internvl_megatron.data.images import ImageRef, decode_tiles
 from internvl_megatron.errors import ConfigError
 
 MAX_MESSAGE_BYTES = 65536
@@ -31,10 +30,9 @@ READY = b"ready"
 def serve(connection: socket.socket, tile_pixels: int, use_thumbnail: bool) -> None:
     """Answer requests, one at a time, until there are no more.
 
-    A request is a pickled (`ImageRef`, number of a buffer, its bytes), which only the parent can send, with the buffer's file
-    descriptor when it comes for the first time. The tiles are put into the buffer. The answer is JSON, for what comes out of foreign
-    images should not be unpickled: null, or `{"error": text, "fault": ...}`, the fault that of a `FileError` or null where a
-    program is missing that reads such files.
+    Messages are JSON. A request is [fields of an `ImageRef`, number of a buffer, its bytes], with the buffer's file descriptor when
+    it comes for the first time. The tiles are put into the buffer. The answer is null, or `{"error": text, "fault": ...}`, the
+    fault that of a `FileError` or null where a program is missing that reads such files.
     """
     buffers: dict[int, mmap] = {}
     connection.send(READY)
@@ -42,8 +40,8 @@ def serve(connection: socket.socket, tile_pixels: int, use_thumbnail: bool) -> N
         request, descriptors, _, _ = socket.recv_fds(connection, MAX_MESSAGE_BYTES, 1)
         if not request:
             return
-        number: int
-        image, number, size = pickle.loads(request)
+        fields, number, size = json.loads(request)
+        image = ImageRef.from_fields(fields)
         if descriptors:
             buffers[number] = mmap(descriptors[0], size, flags=MAP_SHARED | MAP_POPULATE)
             os.close(descriptors[0])

@@ -303,6 +303,19 @@ def local_copy(url: str, folder: Path) -> Path:
     return target
 
 
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file that is whole or not there; what no encoding has is spelled out. Raises OSError."""
+    temporary = path.with_name(f".{path.name[:120]}.{secrets.token_hex(8)}.writing")
+    try:
+        with temporary.open("x", encoding="utf-8", errors="backslashreplace") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def read_within[T](seconds: float, path: str, read: Callable[[], T]) -> T:
     """Result of `read()`, which reads `path` in a thread of its own.
 

@@ -6,10 +6,10 @@ what EXIF says of orientation is ignored, except where Pillow itself acts on it 
 
 import struct
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import astuple, dataclass
+from typing import Any, Literal
 
 import numpy as np
 from PIL import Image
@@ -53,6 +53,19 @@ class ImageRef:
     """Which frames of the video; None = an image."""
     span: Span | None = None
     """The part of the file that it is, such as a member of a tar; None = the file is the image or video."""
+
+    def fields(self) -> tuple[Any, ...]:
+        """What JSON can hold of it, which is all; `from_fields` makes it again, exactly."""
+        return astuple(self)
+
+    @classmethod
+    def from_fields(cls, fields: Sequence[Any]) -> "ImageRef":
+        """An image from its fields as JSON gives them back. Raises ValueError or TypeError if they are none."""
+        path, (columns, rows), tiles, jpeg_seed, where, video, span = fields
+        if video is not None:
+            seed, clip, files = video
+            video = VideoFrames(seed, None if clip is None else (clip[0], clip[1]), tuple(files))
+        return cls(path, (columns, rows), tiles, jpeg_seed, where, video, None if span is None else Span(*span))
 
     @property
     def kind(self) -> Literal["image", "video"]:

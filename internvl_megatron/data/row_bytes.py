@@ -5,16 +5,13 @@ The bytes of several rows, one after the other in any order, are a buffer of row
 
 import json
 import struct
-from collections.abc import Sequence
 from dataclasses import astuple
 from typing import Any
 
 import numpy as np
 
-from internvl_megatron.data.files import Span
 from internvl_megatron.data.images import ImageRef
 from internvl_megatron.data.packing import Row, SampleSource
-from internvl_megatron.data.video import VideoFrames
 
 _ARRAYS = {
     "token_ids": "<i4",
@@ -50,7 +47,7 @@ def rows_from_bytes(buffer: bytes) -> dict[int, Row]:
             array = np.frombuffer(buffer, dtype=kind, count=header["lengths"][name], offset=offset)
             arrays[name] = array.astype(array.dtype.newbyteorder("="))  # a copy that can be written
             offset += array.nbytes
-        images = _images(header["images"])
+        images = tuple(ImageRef.from_fields(fields) for fields in header["images"])
         sources = tuple(SampleSource(*source) for source in header["sources"])
         assert header["slot"] not in rows, f"two rows for slot {header['slot']}"
         rows[header["slot"]] = Row(sources=sources, images=images, **arrays)
@@ -63,28 +60,5 @@ def _header(slot: int, row: Row) -> dict[str, Any]:
         "slot": slot,
         "lengths": {name: len(getattr(row, name)) for name in _ARRAYS},
         "sources": [astuple(source) for source in row.sources],
-        "images": [astuple(image) for image in row.images],
+        "images": [image.fields() for image in row.images],
     }
-
-
-def images_to_json(images: Sequence[ImageRef]) -> str:
-    """Images as text, which `images_from_json` gives back exactly."""
-    return json.dumps([astuple(image) for image in images])
-
-
-def images_from_json(text: str) -> tuple[ImageRef, ...]:
-    """Images from their text. Raises ValueError or TypeError if it is none."""
-    return _images(json.loads(text))
-
-
-def _images(fields: list[list[Any]]) -> tuple[ImageRef, ...]:
-    return tuple(_image(*image) for image in fields)
-
-
-def _image(path: str, grid: list[int], *rest: Any) -> ImageRef:
-    """An image from its fields as JSON gives them back."""
-    tiles, jpeg_seed, where, video, span = rest
-    if video is not None:
-        seed, clip, files = video
-        video = VideoFrames(seed, None if clip is None else (clip[0], clip[1]), tuple(files))
-    return ImageRef(path, (grid[0], grid[1]), tiles, jpeg_seed, where, video, None if span is None else Span(*span))

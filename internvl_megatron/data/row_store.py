@@ -24,9 +24,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from internvl_megatron.data.files import FileError, is_url, locate
+from internvl_megatron.data.images import ImageRef
 from internvl_megatron.data.packing import Row, SampleSource
 from internvl_megatron.data.records import SampleSettings
-from internvl_megatron.data.row_bytes import images_from_json, images_to_json
 from internvl_megatron.data.tokenizer import Tokenizer
 from internvl_megatron.errors import DataError
 
@@ -109,7 +109,7 @@ class StoredRow:
                 "cu_seqlens": np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32),
                 "image_starts": row.image_starts.astype(np.int32),
                 "tile_starts": row.tile_starts.astype(np.int32),
-                "images": np.frombuffer(images_to_json(images).encode(), dtype=np.uint8),
+                "images": np.frombuffer(json.dumps([image.fields() for image in images]).encode(), dtype=np.uint8),
                 "sources": np.array(
                     [(source.dataset, source.record, source.pass_number) for source in row.sources], dtype=np.int64
                 ).reshape(-1, 3),
@@ -119,7 +119,7 @@ class StoredRow:
     def row(self) -> Row:
         """The row, its images named as here. Raises ValueError, TypeError or IndexError if its parts do not fit."""
         bounds, tokens = self.ragged["cu_seqlens"], len(self.padded["token_ids"])
-        images = images_from_json(bytes(self.ragged["images"]).decode())
+        images = tuple(ImageRef.from_fields(fields) for fields in json.loads(bytes(self.ragged["images"])))
         if bounds[0] != 0 or bounds[-1] != tokens or (np.diff(bounds) <= 0).any():
             raise ValueError(f"samples at {bounds.tolist()} are not those of {tokens} tokens")
         if not 0 <= len(bounds) - 1 - len(self.ragged["sources"]) <= 1:

@@ -20,6 +20,7 @@ from zarr.storage import LocalStore
 
 from internvl_megatron.config.schema import DataConfig
 from internvl_megatron.data.dataset import Dataset
+from internvl_megatron.data.files import write_whole
 from internvl_megatron.data.jsonl_file import JsonlFile
 from internvl_megatron.data.packing import Row
 from internvl_megatron.data.records import SampleSettings
@@ -91,7 +92,7 @@ def begin_store(folder: Path, description: dict[str, Any]) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if not any(folder.iterdir()):
-            _write_json(folder / STORE_FILE, description)
+            write_whole(folder / STORE_FILE, json.dumps(description, indent=1))
             return
     except OSError as error:
         raise DataError(f"{folder}: cannot be written ({error.strerror}); choose another folder") from error
@@ -248,25 +249,12 @@ def finish_store(folder: Path) -> dict[str, Any]:
         "repeat_time": 1,
         "length": totals["rows"],
     }
-    _write_json(folder / META_FILE, {folder.resolve().name: entry})
+    write_whole(folder / META_FILE, json.dumps({folder.resolve().name: entry}, indent=1))
     parts = [{"rows": summary.rows, "digest": summary.digest} for summary in summaries]
-    _write_json(folder / STORE_FILE, description | {"parts": parts, "totals": totals})
+    write_whole(folder / STORE_FILE, json.dumps(description | {"parts": parts, "totals": totals}, indent=1))
     for left in folder.glob(".part-*.writing"):  # by processes that were killed
         shutil.rmtree(left, ignore_errors=True)
     return totals
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write a JSON file that is whole or not there."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.writing")
-    try:
-        with temporary.open("x", encoding="utf-8") as file:
-            json.dump(content, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _flush(folder: Path) -> None:

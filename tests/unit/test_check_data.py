@@ -238,8 +238,11 @@ def test_a_report_that_cannot_be_written(tmp_path, tokenizer, capsys, monkeypatc
 
 def is_decoding(process):
     try:
-        return "internvl_megatron.data.decode_worker" in process.cmdline()
-    except psutil.Error:  # it is gone
+        is_decoder = "internvl_megatron.data.decode_worker" in process.cmdline()
+        return (
+            is_decoder and "memfd:tiles" in Path(f"/proc/{process.pid}/maps").read_text()
+        )  # it has been given an image
+    except (psutil.Error, OSError):  # it is gone
         return False
 
 
@@ -259,7 +262,6 @@ def test_an_interruption_leaves_no_process(tmp_path, tokenizer):
         time.sleep(0.05)
         descendants = tool.children(recursive=True)
         decoding = [one for one in descendants if is_decoding(one)]
-    time.sleep(0.5)  # it begins to decode
     decoding[0].suspend()
     assert len(descendants) >= 3, "the process they are forked from, one that checks, one that decodes"
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does
