@@ -152,6 +152,51 @@ class ParallelConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Fp8Config:
+    """Matrix products of the linear layers in 8-bit floating point, by part of the model; off by default.
+
+    How values are scaled before they are rounded: `delayed` by the largest of earlier steps, `current` by the largest of the
+    tensor, `blockwise` by that of every 128 (activations, gradients) or 128 x 128 values (weights; Hopper), `mxfp8` by that of
+    every 32 (Blackwell). `delayed` and `current` take e4m3 forward and e5m2 for gradients, the others e4m3 for all. Weights,
+    optimizer state, attention, norms, the vocabulary's two tables and everything sent between ranks stay as without.
+    """
+
+    language: Literal["none", "delayed", "current", "blockwise", "mxfp8"] = "none"
+    """Recipe of the language model's layers."""
+    vision: Literal["none", "current", "blockwise", "mxfp8"] = "none"
+    """Recipe of the vision encoder's layers. Not `delayed`: its scales are agreed on between the ranks of the language model, and
+    a forward pass that is run again for backward would use later ones."""
+    projector: Literal["none", "current", "blockwise", "mxfp8"] = "none"
+    """Recipe of the projector's two linear layers."""
+    backend: Literal["auto", "transformer_engine", "emulated"] = "auto"
+    """`transformer_engine` multiplies in FP8, on GPUs that can. `emulated` rounds to FP8 by the same rules and multiplies in the
+    run's `dtype`, on every device and slower than without: to study recipes. `auto` is the first on a GPU, else the second."""
+    first_bf16_layers: int = 0
+    """Layers at the beginning of the language model that are left out."""
+    last_bf16_layers: int = 0
+    """Layers at the end of the language model that are left out."""
+    history_steps: int = 16
+    """Steps whose largest values decide the scale (delayed)."""
+    gather_parameters: bool = False
+    """Keep the language model's weights in FP8 and gather them between ranks as such (half the bytes of bf16);
+    Transformer Engine only."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class KernelConfig:
+    """What computes the layers. Results are the same up to rounding."""
+
+    layers: Literal["auto", "transformer_engine", "torch"] = "auto"
+    """Linear layers and norms: Transformer Engine's fused ones, or torch's. `auto`: Transformer Engine on a GPU where it is
+    installed."""
+    attention: Literal["auto", "transformer_engine", "flash_attn", "torch_varlen", "sdpa"] = "auto"
+    """Packed attention of the language model; `auto`: the first of the list that is installed and can do the layout."""
+    loss_chunk_tokens: int | None = 1024
+    """Positions whose logits exist at the same time, in forward and backward; None = all of a row's supervised ones. Logits of
+    32K positions over the real vocabulary are 20 GB in fp32."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """Where samples come from and how they become packed rows."""
 
@@ -283,6 +328,8 @@ class RunConfig:
     model: ModelConfig
     data: DataConfig
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    kernels: KernelConfig = field(default_factory=KernelConfig)
+    fp8: Fp8Config = field(default_factory=Fp8Config)
     loss: LossConfig = field(default_factory=LossConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)

@@ -20,7 +20,7 @@ from internvl_megatron.config.plan import stage_layers
 from internvl_megatron.config.schema import LanguageConfig, RunConfig, padded_vocab_size
 from internvl_megatron.device import AttentionKernel
 from internvl_megatron.model.attention import PackedRow
-from internvl_megatron.model.layer_specs import language_block, recompute_settings, shared_settings
+from internvl_megatron.model.layer_specs import TORCH, language_block, recompute_settings, shared_settings
 
 
 def language_transformer_config(config: RunConfig, dtype: torch.dtype) -> TransformerConfig:
@@ -102,7 +102,7 @@ class LanguageModel(GPTModel):
         with _quiet_deprecation():
             super().__init__(
                 config=config,
-                transformer_layer_spec=language_block(layers[stage], kernel),  # pyright: ignore[reportArgumentType]
+                transformer_layer_spec=language_block([TORCH] * layers[stage], kernel),  # pyright: ignore[reportArgumentType]
                 vocab_size=padded_vocab_size(language.vocab_size),
                 max_sequence_length=max_tokens,
                 pre_process=stage == 0,

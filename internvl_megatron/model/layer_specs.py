@@ -1,5 +1,7 @@
 """Which module sits in which slot of a Megatron Core layer: the one place where that is chosen."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
@@ -8,6 +10,7 @@ from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
@@ -70,30 +73,68 @@ class ColumnParallelLinearWithoutBias(ColumnParallelLinear):
         super().__init__(*args, bias=False, **kwargs)
 
 
-def feed_forward() -> Any:
+@dataclass(frozen=True)
+class Linears:
+    """Linear layers and norms of a transformer layer: builders with the signatures of Megatron Core's slots."""
+
+    column: Any = ColumnParallelLinear
+    """Split along its outputs: q, k, v and the MLP's first."""
+    row: Any = RowParallelLinear
+    """Split along its inputs: attention's output projection and the MLP's second."""
+    norm: Any = plain_norm
+    """Before attention and before the MLP, and the last one of a block."""
+    norm_and_column: Any = None
+    """A norm and the linear layer behind it as one module, where there is such a thing."""
+
+    @property
+    def own_norm(self) -> Any:
+        """What fills a layer's slots for norms."""
+        return IdentityOp if self.norm_and_column else self.norm
+
+    @property
+    def behind_norm(self) -> Any:
+        """What fills the slots of linear layers behind a norm."""
+        return self.norm_and_column or self.column
+
+
+TORCH = Linears()
+"""Megatron Core's linear layers and torch's norms: run anywhere."""
+
+
+def feed_forward(linears: Linears) -> Any:
     """Builder of the MLP slot; gating and activation come from the config."""
-    return partial(MLP.as_mlp_submodule, MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear))
+    return partial(MLP.as_mlp_submodule, MLPSubmodules(linear_fc1=linears.behind_norm, linear_fc2=linears.row))
 
 
-def language_block(num_layers: int, kernel: AttentionKernel) -> TransformerBlockSubmodules:
-    """Qwen2 decoder layers for one pipeline stage, and the final norm (built on the last stage only)."""
-    layer = ModuleSpec(
+def language_block(layers: Sequence[Linears], kernel: AttentionKernel) -> TransformerBlockSubmodules:
+    """Qwen2 decoder layers for one pipeline stage, and the final norm (built on the last stage only).
+
+    Args:
+        layers: what each of them is made of.
+        kernel: for attention.
+    """
+    return TransformerBlockSubmodules(
+        layer_specs=[_language_layer(linears, kernel) for linears in layers], layer_norm=layers[-1].norm
+    )
+
+
+def _language_layer(linears: Linears, kernel: AttentionKernel) -> ModuleSpec:
+    return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
-            input_layernorm=plain_norm,
+            input_layernorm=linears.own_norm,
             self_attention=ModuleSpec(
                 module=SelfAttention,
                 params={"attn_mask_type": AttnMaskType.causal},
                 submodules=SelfAttentionSubmodules(
-                    linear_qkv=ColumnParallelLinear,
+                    linear_qkv=linears.behind_norm,
                     core_attention=partial(PackedAttention, kernel=kernel),
-                    linear_proj=RowParallelLinear,
+                    linear_proj=linears.row,
                 ),
             ),
             self_attn_bda=get_bias_dropout_add,  # pyright: ignore[reportArgumentType] - as Megatron's own specs do
-            pre_mlp_layernorm=plain_norm,
-            mlp=feed_forward(),
+            pre_mlp_layernorm=linears.own_norm,
+            mlp=feed_forward(linears),
             mlp_bda=get_bias_dropout_add,  # pyright: ignore[reportArgumentType]
         ),
     )
-    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=plain_norm)

@@ -36,6 +36,7 @@ from torch.utils.checkpoint import checkpoint
 from internvl_megatron.config.schema import ModelConfig, VisionConfig
 from internvl_megatron.model.attention import TileAttention
 from internvl_megatron.model.layer_specs import (
+    TORCH,
     ColumnParallelLinearWithoutBias,
     feed_forward,
     plain_norm,
@@ -219,7 +220,7 @@ def _vision_block(vision: VisionConfig, recompute_layers: bool) -> TransformerBl
                 ),
             ),
             pre_mlp_layernorm=plain_norm,
-            mlp=feed_forward(),
+            mlp=feed_forward(TORCH),
         ),
     )
     return TransformerBlockSubmodules(layer_specs=[layer] * vision.num_layers, layer_norm=None)
