@@ -233,6 +233,11 @@ def _layout(config: RunConfig, world_size: int) -> list[str]:
         )
     if parallel.sequence_parallel and tensor == 1:
         problems.append("parallel.sequence_parallel=true needs parallel.tensor_size > 1")
+    if parallel.language_offload and config.kernels.loss_chunk_tokens is None:
+        problems.append(
+            "parallel.language_offload=true with kernels.loss_chunk_tokens=null would move all logits of a row to host memory "
+            "and back; leave kernels.loss_chunk_tokens out"
+        )
     if data.tokens_per_row % (tensor * context):
         size = f"parallel.tensor_size={tensor}"
         if context > 1:

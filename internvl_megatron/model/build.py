@@ -98,6 +98,7 @@ def build_model(config: RunConfig, groups: Groups, device: Device, initialize: b
                 max_tokens=config.data.tokens_per_row,
                 layers=stage_layers(config),
                 chunk=chunk,
+                loss_chunk_tokens=config.kernels.loss_chunk_tokens,
             )
             for chunk in range(config.parallel.virtual_size)
         ),

@@ -1,7 +1,7 @@
 """The language model: Megatron Core's `GPTModel` as a Qwen2 decoder that takes image embeddings.
 
 Shapes: S tokens of this rank's part of a packed row (all of it without context parallelism), S' = S / tensor size under
-sequence parallelism (else S), D hidden size, V padded vocabulary, V' = V / tensor size.
+sequence parallelism (else S), D hidden size, V' padded vocabulary / tensor size.
 """
 
 import logging
@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 from megatron.core.models.gpt import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
@@ -21,6 +20,7 @@ from internvl_megatron.config.schema import LanguageConfig, RunConfig, padded_vo
 from internvl_megatron.device import AttentionKernel
 from internvl_megatron.model.attention import PackedRow
 from internvl_megatron.model.layer_specs import TORCH, language_block, recompute_settings, shared_settings
+from internvl_megatron.model.output_layer import OutputLayer, Targets
 
 
 def language_transformer_config(config: RunConfig, dtype: torch.dtype) -> TransformerConfig:
@@ -86,6 +86,7 @@ class LanguageModel(GPTModel):
         max_tokens: int,
         layers: tuple[int, ...],
         chunk: int = 0,
+        loss_chunk_tokens: int | None = None,
     ) -> None:
         """Build it.
 
@@ -97,6 +98,7 @@ class LanguageModel(GPTModel):
             max_tokens: of a row.
             layers: of every stage, in the order rows pass them.
             chunk: which of this rank's chunks.
+            loss_chunk_tokens: positions whose logits exist at the same time; None = all that have a target.
         """
         stage = chunk * groups.pp.size() + groups.pp.rank()
         with _quiet_deprecation():
@@ -112,13 +114,10 @@ class LanguageModel(GPTModel):
                 share_embeddings_and_output_weights=False,
                 pg_collection=groups,
             )
-        self.language = language
         if self.post_process:
-            # Under sequence parallelism the output layer would gather the row itself; here the row is gathered before
-            # it, so that only the positions that are asked for are multiplied with the vocabulary.
-            self.gather_before_output = self.output_layer.sequence_parallel
-            self.output_layer.sequence_parallel = False
-            self.output_layer.allreduce_dgrad = groups.tp.size() > 1
+            del self.output_layer  # before the one in its place takes as much memory
+            self.output_layer = OutputLayer(config, language.vocab_size, groups, loss_chunk_tokens)
+            self.setup_embeddings_and_output_layer()  # once more: it marks the weight
 
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
@@ -126,6 +125,7 @@ class LanguageModel(GPTModel):
         row: PackedRow,
         images: ImageTokens | None = None,
         output_positions: Tensor | None = None,
+        targets: Targets | None = None,
     ) -> Tensor:
         """Run this stage on one packed row.
 
@@ -133,10 +133,12 @@ class LanguageModel(GPTModel):
             token_ids: int64 [1, S], this rank's part of the row.
             row: segments of the whole row, rotary tables of this part.
             images: embeddings that replace this slice's image tokens; first stage only.
-            output_positions: int64 [n], places in this part whose logits are wanted; None = all S.
+            output_positions: int64 [n], places in this part whose logits or losses are wanted; None = all S.
+            targets: what these positions predict; None where logits are wanted.
 
         Returns:
-            Last stage: logits [n, 1, V'] of this rank's part of the vocabulary, padding columns at -inf.
+            Last stage: the weighted sum of the losses, an fp32 scalar, if there are targets; else logits [n, 1, V'] of this
+            rank's part of the vocabulary, padding columns at -inf.
             Other stages: hidden states [S', 1, D] for the next one.
         """
         decoder_input: Any = None
@@ -153,25 +155,13 @@ class LanguageModel(GPTModel):
             attention_mask=None,  # pyright: ignore[reportArgumentType]
             decoder_input=decoder_input,
             packed_seq_params=row,
-            output_processor=self._logits,
-            output_processor_context=output_positions,
+            output_processor=self._output,
+            output_processor_context=(output_positions, targets),
         )
 
-    def _logits(self, hidden_states: Tensor, context: Tensor | None, **_kwargs: Any) -> Tensor:
-        if self.gather_before_output:
-            # The output layer's backward sums the gradient over the tensor-parallel ranks: each keeps its slice of it.
-            hidden_states = gather_from_sequence_parallel_region(
-                hidden_states, tensor_parallel_output_grad=False, group=self.pg_collection.tp
-            )
-        if context is not None:
-            hidden_states = hidden_states.index_select(0, context)
-        logits, _ = self.output_layer(hidden_states)
-        first = self.pg_collection.tp.rank() * logits.shape[-1]
-        num_real = self.language.vocab_size - first
-        if num_real >= logits.shape[-1]:
-            return logits
-        padding = torch.arange(logits.shape[-1], device=logits.device) >= num_real
-        return logits.masked_fill(padding, float("-inf"))
+    def _output(self, hidden_states: Tensor, context: tuple[Tensor | None, Targets | None], **_kwargs: Any) -> Tensor:
+        positions, targets = context
+        return self.output_layer(hidden_states, positions, targets)
 
 
 def insert_image_tokens(hidden: Tensor, images: ImageTokens) -> Tensor:

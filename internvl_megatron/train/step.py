@@ -27,13 +27,13 @@ from internvl_megatron.data.step_rows import StepRows
 from internvl_megatron.device import Device
 from internvl_megatron.model.build import Model
 from internvl_megatron.model.language import ImageTokens
-from internvl_megatron.model.loss import weighted_loss
+from internvl_megatron.model.output_layer import Targets
 from internvl_megatron.parallel.bubble_plan import BubblePlan
 from internvl_megatron.parallel.exchange import Exchange
 from internvl_megatron.parallel.groups import Groups
 from internvl_megatron.parallel.host import sum_floats
 from internvl_megatron.train.agreement import StepAgreement
-from internvl_megatron.train.batch import DeviceRow, device_row
+from internvl_megatron.train.batch import device_row
 from internvl_megatron.train.bubble_encoder import BubbleEncoder
 from internvl_megatron.train.host_memory import keep_on_host
 from internvl_megatron.train.optimizer import (
@@ -219,9 +219,10 @@ class Step:
                 images = encoder.row(number)
             language_model, rank = self.config.model.language, self.groups.rank
             row = device_row(agreement.rows[number], language_model, self.device, layout, rank)
+            targets = Targets(row.targets, row.weights * self._loss_scale(agreement, number))
             with keep_on_host(self.device, self.config.parallel.language_offload):
-                output = language(row.token_ids, row.packed, self._image_tokens(images), row.target_positions)
-            return output, lambda logits: self._row_loss(logits, row, self._loss_scale(agreement, number))
+                output = language(row.token_ids, row.packed, self._image_tokens(images), row.target_positions, targets)
+            return output, _row_loss
 
         with self._reducing_at_the_end(window.is_last):
             return schedule(
@@ -255,11 +256,6 @@ class Step:
     def _image_tokens(images: tuple[Tensor, Tensor] | None) -> ImageTokens | None:
         return None if images is None else ImageTokens(*images)
 
-    def _row_loss(self, logits: Tensor, row: DeviceRow, scale: float) -> tuple[Tensor, Tensor, Tensor]:
-        """The row's share of the loss; the token count Megatron Core asks for is not used by anything."""
-        loss = weighted_loss(logits, row.targets, row.weights, self.groups.language.tp) * scale
-        return loss, torch.zeros((), dtype=torch.int), loss.detach()
-
     def _loss_scale(self, agreement: StepAgreement, row: int) -> float:
         """1 / (weight the row's loss is divided by), or 0 where there is nothing to learn from."""
         if self.config.loss.normalize == "step":
@@ -285,3 +281,8 @@ class Step:
         """What this rank adds to the loss, which is the sum of all rows' shares."""
         counts = self.groups.is_last_stage and self.groups.layout.tensor_index(self.groups.rank) == 0
         return float(torch.stack(losses).double().sum()) if counts and losses else 0.0
+
+
+def _row_loss(loss: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What Megatron Core's schedule asks for a row's share of the loss; its token count is not used by anything."""
+    return loss, torch.zeros((), dtype=torch.int), loss.detach()

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from internvl_megatron.config.schema import DataConfig, LossConfig, PartConfig
+from internvl_megatron.config.schema import DataConfig, KernelConfig, LossConfig, PartConfig
 from tests.support.layouts import ADAMW, LAYOUTS, SGD, Scenario
 
 _TWO_STEPS = {"num_steps": 2}
@@ -44,6 +44,8 @@ SCENARIOS = {
     "offload_recomputed": Scenario(
         parallel_changes={"language_offload": True, "language_recompute": "full"}, changes=_TWO_STEPS
     ),
+    "loss_in_chunks": Scenario(changes={"kernels": KernelConfig(loss_chunk_tokens=3)}),
+    "loss_in_one": Scenario(changes={"kernels": KernelConfig(loss_chunk_tokens=None), **_TWO_STEPS}),
     "padded_samples": Scenario(changes={"data": _PADDED_SAMPLES, **_TWO_STEPS}),
     "short_padded_samples": Scenario(
         changes={"data": _PADDED_SAMPLES, **_TWO_STEPS}, parallel_changes={"pad_rows": False}
@@ -114,6 +116,7 @@ LAYOUTS_OF = {name: ["TP2xPP2"] for name in SCENARIOS} | {
     "offload": ["1", "TP2+SPxPP2xVPP2", "TP2xPP2 first stage"],
     "recompute_less": ["1", "TP2+SPxPP2xVPP2"],
     "large_chunks": ["1"],
+    "loss_in_chunks": ["1", "DP2", "TP2xPP2", "TP2+SPxCP2", "TP2+SPxPP2xVPP2"],
     "frozen_vision": ["1", "DP2", "TP2xPP2"],
     "projector_only": ["1", "TP2+SPxPP2"],
     "own_ways": ["1", "TP2xDP2", "PP2xVPP2"],

@@ -1,0 +1,141 @@
+"""Output layer and weighted cross entropy as one operation that never holds the logits of a whole row.
+
+Positions go through chunk by chunk: logits of a chunk, what they add to the loss, and at once the gradients up to the factor
+that backward will bring. So the logits are computed once, as in Liger Kernel's fused linear cross entropy
+(arXiv 2410.10989), here with the vocabulary split over tensor-parallel ranks.
+
+Shapes: n positions with a target, c of them in a chunk, D hidden size, V' this rank's part of the padded vocabulary, P
+tensor-parallel ranks.
+"""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+LOWEST = torch.finfo(torch.float32).min
+"""In place of minus infinity, so that ranks with nothing but padding have a largest logit to subtract."""
+
+
+def chunked_linear_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    weights: Tensor,
+    tensor_group: dist.ProcessGroup,
+    num_real_columns: int,
+    chunk_tokens: int,
+) -> Tensor:
+    """Sum over positions of weight times cross entropy, an fp32 scalar.
+
+    The same as the output layer followed by `weighted_loss`, in value and gradient. Collective over the tensor-parallel ranks,
+    which have the same n; the gradient of the hidden states is summed over them.
+
+    Args:
+        hidden: [n, D], the same on all tensor-parallel ranks; n > 0.
+        weight: [V', D], this rank's rows of the output layer.
+        targets: int64 [n], the token each position predicts; anything below 0 is read as token 0 and needs weight 0.
+        weights: fp32 [n]; they get no gradient.
+        tensor_group: group over which the vocabulary is split.
+        num_real_columns: rows of `weight` that stand for tokens; those after them are padding.
+        chunk_tokens: positions whose logits exist at the same time.
+    """
+    if not torch.is_grad_enabled():  # which an autograd function's forward cannot see
+        hidden, weight = hidden.detach(), weight.detach()
+    loss = _ChunkedLinearLoss.apply(hidden, weight, targets, weights, tensor_group, num_real_columns, chunk_tokens)
+    assert isinstance(loss, Tensor), "autograd functions return what their forward returns"
+    return loss
+
+
+class _ChunkedLinearLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        weights: Tensor,
+        tensor_group: dist.ProcessGroup,
+        num_real_columns: int,
+        chunk_tokens: int,
+    ) -> Tensor:
+        """The loss; keeps the gradients it would have if the loss were all there is."""
+        hidden_learns, weight_learns, *_ = ctx.needs_input_grad
+        grad_hidden = torch.empty_like(hidden) if hidden_learns else None
+        # Chunks add up in fp32, as one matrix product over all positions would.
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if weight_learns else None
+        local_targets = targets.clamp(min=0) - tensor_group.rank() * len(weight)
+        loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        for first in range(0, len(hidden), chunk_tokens):
+            chunk = slice(first, first + chunk_tokens)
+            logits = (hidden[chunk] @ weight.t()).float()
+            logits[:, num_real_columns:] = LOWEST
+            losses = _cross_entropy(logits, local_targets[chunk], tensor_group)
+            loss += losses @ weights[chunk]
+            if grad_hidden is None and grad_weight is None:
+                continue
+            grad_logits = logits.mul_(weights[chunk, None]).to(hidden.dtype)
+            del logits
+            if grad_hidden is not None:
+                torch.mm(grad_logits, weight, out=grad_hidden[chunk])
+            if grad_weight is not None:
+                _add_product(grad_weight, grad_logits.t(), hidden[chunk])
+        # Not among autograd's saved tensors: what moves those to the host would move these there and back at once.
+        ctx.gradients = grad_hidden, grad_weight
+        ctx.tensor_group, ctx.weight_dtype = tensor_group, weight.dtype
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """The gradients that forward has kept, times that of the loss."""
+        assert ctx.gradients is not None, "the gradients of a loss are there once; compute the loss again"
+        (grad_hidden, grad_weight), ctx.gradients = ctx.gradients, None
+        summed = None
+        if grad_hidden is not None:
+            grad_hidden.mul_(grad_outputs[0])
+            if ctx.tensor_group.size() > 1:
+                summed = dist.all_reduce(grad_hidden, group=ctx.tensor_group, async_op=True)
+        if grad_weight is not None:
+            grad_weight = grad_weight.mul_(grad_outputs[0]).to(ctx.weight_dtype)
+        if summed is not None:
+            summed.wait()
+        return grad_hidden, grad_weight, *(None,) * 5
+
+
+def _cross_entropy(logits: Tensor, local_targets: Tensor, tensor_group: dist.ProcessGroup) -> Tensor:
+    """Losses [c] over the whole vocabulary; leaves their gradient in the logits' place.
+
+    Args:
+        logits: fp32 [c, V'].
+        local_targets: int64 [c], counted from this rank's first column; outside of [0, V') they are on other ranks.
+        tensor_group: group over which the vocabulary is split.
+    """
+    is_here = (local_targets >= 0) & (local_targets < logits.shape[1])
+    columns = local_targets.clamp(0, logits.shape[1] - 1)[:, None]
+    largest = logits.amax(dim=1)
+    target = logits.gather(1, columns)[:, 0] * is_here
+    exponentials = logits.sub_(largest[:, None]).exp_()
+    # One message a chunk: each rank's sums are relative to its own largest logit.
+    parts = _gather(torch.stack([largest, exponentials.sum(dim=1), target]), tensor_group)
+    largest_of_all = parts[:, 0].amax(dim=0)
+    total = (parts[:, 1] * (parts[:, 0] - largest_of_all).exp()).sum(dim=0)
+    losses = total.log() - (parts[:, 2].sum(dim=0) - largest_of_all)
+    exponentials.mul_(((largest - largest_of_all).exp() / total)[:, None])
+    exponentials.scatter_add_(1, columns, -is_here.float()[:, None])
+    return losses
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """Add left [V', c] @ right [c, D] to total, fp32 [V', D], by rows: what lies beside it is a quarter of `left`."""
+    num_rows = max(1, left.numel() // (4 * right.shape[1]))
+    for first in range(0, len(total), num_rows):
+        rows = slice(first, first + num_rows)
+        total[rows] += left[rows] @ right
+
+
+def _gather(part: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """The parts of all ranks, [P, ...]."""
+    parts = part.new_empty(group.size(), *part.shape)
+    dist.all_gather(list(parts), part, group=group)
+    return parts

@@ -1,0 +1,112 @@
+"""The output layer: hidden states to logits over the vocabulary, or straight to the loss.
+
+Shapes as in `language`: S' tokens of this rank's slice of a row, S of its part, D hidden size, V' this rank's part of the padded
+vocabulary; n positions that are asked for.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from internvl_megatron.config.schema import padded_vocab_size
+from internvl_megatron.model.chunked_loss import chunked_linear_loss
+from internvl_megatron.model.loss import weighted_loss
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What n positions predict."""
+
+    tokens: Tensor
+    """int64 [n]; anything below 0 is read as token 0 and needs weight 0."""
+    weights: Tensor
+    """fp32 [n], of their losses in the sum."""
+
+
+class OutputLayer(ColumnParallelLinear):
+    """Megatron Core's, that multiplies only the positions that are asked for, and knows the vocabulary's padding.
+
+    The loss is computed in here, and not behind it, because this is the module before whose forward pass Megatron Core waits
+    for the weight where gathering parameters overlaps with computing.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        vocab_size: int,
+        groups: ProcessGroupCollection,
+        loss_chunk_tokens: int | None,
+    ) -> None:
+        """Build it.
+
+        Args:
+            config: Megatron Core's view of the decoder.
+            vocab_size: without padding.
+            groups: process groups of the language model.
+            loss_chunk_tokens: positions whose logits exist at the same time when the loss is asked for; None = all.
+        """
+        super().__init__(
+            config.hidden_size,
+            padded_vocab_size(vocab_size),
+            config=config,
+            init_method=config.init_method,
+            bias=False,
+            gather_output=False,
+            tp_group=groups.tp,
+        )
+        # Under sequence parallelism it would gather the row itself; here the row is gathered before positions are chosen.
+        self._gathers_sequence = self.sequence_parallel
+        self.sequence_parallel = False
+        self.allreduce_dgrad = groups.tp.size() > 1
+        num_columns = self.output_size_per_partition
+        self._num_real_columns = min(max(0, vocab_size - groups.tp.rank() * num_columns), num_columns)
+        self._loss_chunk_tokens = loss_chunk_tokens
+
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, hidden_states: Tensor, positions: Tensor | None = None, targets: Targets | None = None
+    ) -> Tensor:
+        """Logits, or the loss.
+
+        Args:
+            hidden_states: [S', 1, D].
+            positions: int64 [n], places in this rank's part of the row; None = all S.
+            targets: of these positions.
+
+        Returns:
+            Without targets: logits [n, 1, V'] of this rank's part of the vocabulary, padding columns at -inf.
+            With targets: sum of weight times cross entropy, an fp32 scalar.
+        """
+        if self._gathers_sequence:
+            # This layer's backward sums the gradient over the tensor-parallel ranks: each keeps its slice of it.
+            hidden_states = gather_from_sequence_parallel_region(
+                hidden_states, tensor_parallel_output_grad=False, group=self.tp_group
+            )
+        if positions is not None:
+            hidden_states = hidden_states.index_select(0, positions)
+        if targets is None:
+            return self._logits(hidden_states)
+        if self._loss_chunk_tokens is None:
+            return weighted_loss(self._logits(hidden_states), targets.tokens, targets.weights, self.tp_group)
+        return chunked_linear_loss(
+            hidden_states.flatten(0, 1),
+            self.weight,
+            targets.tokens,
+            targets.weights,
+            self.tp_group,
+            self._num_real_columns,
+            self._loss_chunk_tokens,
+        )
+
+    def _logits(self, hidden_states: Tensor) -> Tensor:
+        output: Any = super().forward(hidden_states)
+        logits: Tensor = output[0]
+        if self._num_real_columns == logits.shape[-1]:
+            return logits
+        padding = torch.arange(logits.shape[-1], device=logits.device) >= self._num_real_columns
+        return logits.masked_fill(padding, float("-inf"))
