@@ -76,7 +76,7 @@ def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]
     def create(*args: Any, **kwargs: Any) -> torch.Tensor:
         device = kwargs.get("device")
         if device is not None and str(device).startswith("cuda"):
-            kwargs["device"] = "cpu"
+            kwargs["device"] = torch.device("cpu")
         return factory(*args, **kwargs)
 
     return create
@@ -85,4 +85,6 @@ def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]
 def _type_as_if_on_gpu(self: torch.Tensor, *args: Any, plain_type: Callable[..., Any], **kwargs: Any) -> Any:
     answer = plain_type(self, *args, **kwargs)
     # The distributed optimizer and the gradient clipping compare with "torch.cuda.FloatTensor".
-    return answer.replace("torch.", "torch.cuda.", 1) if isinstance(answer, str) else answer
+    # Under a `TorchFunctionMode` this is asked twice, the second time by itself.
+    is_new = isinstance(answer, str) and not answer.startswith("torch.cuda.")
+    return answer.replace("torch.", "torch.cuda.", 1) if is_new else answer

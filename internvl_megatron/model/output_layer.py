@@ -55,11 +55,12 @@ class OutputLayer(ColumnParallelLinear):
             config.hidden_size,
             padded_vocab_size(vocab_size),
             config=config,
-            init_method=config.init_method,
+            init_method=torch.nn.init.normal_,  # not called: `build` fills all parameters
             bias=False,
             gather_output=False,
             tp_group=groups.tp,
         )
+        self._tensor_group = groups.tp
         # Under sequence parallelism it would gather the row itself; here the row is gathered before positions are chosen.
         self._gathers_sequence = self.sequence_parallel
         self.sequence_parallel = False
@@ -85,20 +86,21 @@ class OutputLayer(ColumnParallelLinear):
         if self._gathers_sequence:
             # This layer's backward sums the gradient over the tensor-parallel ranks: each keeps its slice of it.
             hidden_states = gather_from_sequence_parallel_region(
-                hidden_states, tensor_parallel_output_grad=False, group=self.tp_group
+                hidden_states, tensor_parallel_output_grad=False, group=self._tensor_group
             )
         if positions is not None:
             hidden_states = hidden_states.index_select(0, positions)
         if targets is None:
             return self._logits(hidden_states)
         if self._loss_chunk_tokens is None:
-            return weighted_loss(self._logits(hidden_states), targets.tokens, targets.weights, self.tp_group)
+            return weighted_loss(self._logits(hidden_states), targets.tokens, targets.weights, self._tensor_group)
+        weight: Any = self.weight
         return chunked_linear_loss(
             hidden_states.flatten(0, 1),
-            self.weight,
+            weight,
             targets.tokens,
             targets.weights,
-            self.tp_group,
+            self._tensor_group,
             self._num_real_columns,
             self._loss_chunk_tokens,
         )

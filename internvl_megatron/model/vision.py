@@ -304,9 +304,13 @@ class Projector(torch.nn.Module):
 
 def normalize_pixels(tiles: Tensor, dtype: torch.dtype) -> Tensor:
     """uint8 [T, 3, H, W] to ImageNet-normalised values."""
-    mean = torch.tensor(IMAGENET_MEAN, device=tiles.device)[:, None, None]
-    std = torch.tensor(IMAGENET_STD, device=tiles.device)[:, None, None]
+    mean, std = (_per_channel(values, tiles.device) for values in (IMAGENET_MEAN, IMAGENET_STD))
     return ((tiles.float() / 255.0 - mean) / std).to(dtype)
+
+
+def _per_channel(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """fp32 [3, 1, 1]; numbers that are written on the device, where copying a tensor there would make the host wait."""
+    return torch.cat([torch.full((1, 1, 1), value, device=device) for value in values])
 
 
 def pixel_shuffle(features: Tensor, factor: int) -> Tensor:

@@ -78,8 +78,10 @@ class JointOptimizer:
         config: RunConfig,
         vision: MegatronOptimizer | ShardedOptimizer | None,
         language: MegatronOptimizer | None,
+        device: torch.device,
     ) -> None:
         """Join the sides' optimizers; None stands for a side without trainable parameters."""
+        self._device = device
         self.config = config.optimizer
         self.num_steps = config.num_steps
         self.vision = vision
@@ -119,7 +121,8 @@ class JointOptimizer:
         """
         for optimizer in self.sides:
             optimizer.prepare_grads()
-        grad_norm = math.sqrt(sum(float(optimizer.get_grad_norm()) ** 2 for optimizer in self.sides))
+        # The one thing of an update that the host waits for.
+        grad_norm = math.sqrt(float(torch.stack([self._squared_norm(side) for side in self.sides]).double().sum()))
         if not math.isfinite(grad_norm):
             return UpdateResult(grad_norm, updated=False)
         for optimizer in self.sides:
@@ -128,6 +131,23 @@ class JointOptimizer:
                 clip_grad_by_total_norm_fp32(parameters, self.config.clip_grad_norm, grad_norm)
             optimizer.step_with_ready_grads()
         return UpdateResult(grad_norm, updated=True)
+
+    def _squared_norm(self, side: MegatronOptimizer | ShardedOptimizer) -> torch.Tensor:
+        """Of the gradients of a side, over all ranks that hold some of them: an fp32 scalar on the device; collective.
+
+        The host reads Megatron Core's own norm of each side, and, without Transformer Engine or Apex, that of every gradient
+        by itself.
+        """
+        if isinstance(side, ShardedOptimizer):
+            return side.squared_norm()
+        total = torch.zeros((), device=self._device)
+        for optimizer in getattr(side, "chained_optimizers", [side]):
+            square = torch.zeros((), device=self._device)
+            if gradients := optimizer.get_grads_for_grad_norm():
+                square += torch.nn.utils.get_total_norm(gradients).square()
+            torch.distributed.all_reduce(square, group=optimizer.get_grad_stats_parallel_group())
+            total += square
+        return total
 
 
 def gather_in_next_forward(module: DistributedDataParallel) -> None:

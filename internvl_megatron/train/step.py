@@ -87,7 +87,7 @@ class Step:
         self.language = [distributed(chunk, groups.language, config) for chunk in model.language]
         language_parts = {"*": config.optimizer.language}
         language_optimizer = megatron_optimizer(config, self.language, groups.language, language_parts)
-        self.optimizer = JointOptimizer(config, self.vision.optimizer, language_optimizer)
+        self.optimizer = JointOptimizer(config, self.vision.optimizer, language_optimizer, device.torch_device)
         self.exchange = Exchange(
             groups,
             device,

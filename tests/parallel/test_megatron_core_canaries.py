@@ -70,10 +70,13 @@ def test_gradients_are_finished_without_token_counts_in_given_groups() -> None:
 
 
 def test_optimizer_parts_that_are_joined_exist() -> None:
-    from megatron.core.optimizer import MegatronOptimizer
+    from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer
     from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 
-    for name in ("prepare_grads", "get_grad_norm", "get_parameters", "step_with_ready_grads"):
+    for name in ("get_grads_for_grad_norm", "get_grad_stats_parallel_group"):
+        assert callable(getattr(MegatronOptimizer, name, None)), f"{name}: JointOptimizer computes the norm of a side"
+    assert "chained_optimizers" in inspect.getsource(ChainedOptimizer.__init__), "a side may have several optimizers"
+    for name in ("prepare_grads", "get_parameters", "step_with_ready_grads"):
         assert callable(getattr(MegatronOptimizer, name, None)), (
             f"{name}: JointOptimizer clips two optimizers by one norm"
         )

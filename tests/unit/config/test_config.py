@@ -262,6 +262,11 @@ def test_vocabulary_padding_does_not_depend_on_the_layout() -> None:
             4,
             "leave parallel.vision_tensor_size=2 out",
         ),
+        (
+            ["parallel.language_offload=true", "kernels.loss_chunk_tokens=null"],
+            4,
+            "leave kernels.loss_chunk_tokens out",
+        ),
         (["model.vision.hidden_size=126"], 4, "must be a multiple of model.vision.num_heads"),
     ],
 )
