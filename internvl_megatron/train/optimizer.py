@@ -42,7 +42,10 @@ BUCKET_PARAMETERS: int | None = None
 def distributed(
     module: MegatronModule, groups: ProcessGroupCollection, config: RunConfig, may_overlap: bool = True
 ) -> DistributedDataParallel:
-    """Wrap one side of the model for data parallelism, with ZeRO-1 where the optimizer supports it."""
+    """Wrap one side of the model for data parallelism, with ZeRO-1 where the optimizer supports it.
+
+    From here on parameters have a place in a gradient buffer, which Transformer Engine's linear layers can add to.
+    """
     parallel, is_sharded = config.parallel, _is_sharded(config.optimizer)
     settings = DistributedDataParallelConfig(
         grad_reduce_in_fp32=config.dtype == "bf16",
@@ -51,8 +54,13 @@ def distributed(
         bucket_size=BUCKET_PARAMETERS,
         use_distributed_optimizer=is_sharded,
         check_for_nan_in_grad=False,
+        fp8_param_gather=module.config.fp8_param,
     )
-    return DistributedDataParallel(module.config, settings, module, pg_collection=groups)
+    wrapped = DistributedDataParallel(module.config, settings, module, pg_collection=groups)
+    for layer in module.modules():
+        if hasattr(layer, "fuse_wgrad_accumulation"):
+            setattr(layer, "fuse_wgrad_accumulation", config.kernels.fuse_gradient_accumulation)
+    return wrapped
 
 
 def _is_sharded(config: OptimizerConfig) -> bool:
@@ -177,6 +185,7 @@ def megatron_optimizer(
         "params_dtype": dtype,
         "use_distributed_optimizer": _is_sharded(optimizer),
         "overlap_param_gather": config.parallel.overlap_parameters and _is_sharded(optimizer),
+        "fp8_recipe": modules[0].config.fp8_recipe if modules[0].config.fp8_param else None,
     }
     # Only these two of the keys that Megatron Core's type lists for a group differ; `set_learning_rate` applies them.
     overrides: Any = {
