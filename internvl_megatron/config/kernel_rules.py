@@ -38,9 +38,9 @@ def kernel_problems(config: RunConfig) -> list[str]:
             for part, recipe in parts.items()
             if recipe != "none" and part in of_torch
         ]
-    if fp8.gather_parameters and fp8.language == "mxfp8":
+    if fp8.gather_parameters:
         problems.append(
-            "fp8.gather_parameters=true: weights of fp8.language=mxfp8 are rounded along both dimensions and cannot be "
-            "gathered as one; set fp8.gather_parameters=false"
+            "fp8.gather_parameters=true: the optimizer would take its fp32 weights from those that are rounded to FP8 wherever "
+            "weights are loaded; set it to false until it takes them from the file"
         )
     return problems

@@ -9,7 +9,7 @@ from typing import Any
 
 from internvl_megatron.config.schema import RunConfig
 
-# e5m2, which has the range that gradients need, is for scales of a whole tensor alone.
+# Gradients are e5m2, for its range, where a whole tensor has one scale.
 _NAMES = {
     "none": (None, None),
     "delayed": ("hybrid", "delayed"),
@@ -49,4 +49,4 @@ def fp8_of_language(config: RunConfig, rows_per_replica: int) -> dict[str, Any]:
             "num_layers_at_start_in_bf16": fp8.first_bf16_layers,
             "num_layers_at_end_in_bf16": fp8.last_bf16_layers,
         }
-    return settings | {"fp8_param": fp8.gather_parameters}
+    return settings

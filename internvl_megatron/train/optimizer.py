@@ -54,7 +54,6 @@ def distributed(
         bucket_size=BUCKET_PARAMETERS,
         use_distributed_optimizer=is_sharded,
         check_for_nan_in_grad=False,
-        fp8_param_gather=module.config.fp8_param,
     )
     wrapped = DistributedDataParallel(module.config, settings, module, pg_collection=groups)
     for layer in module.modules():
@@ -185,7 +184,6 @@ def megatron_optimizer(
         "params_dtype": dtype,
         "use_distributed_optimizer": _is_sharded(optimizer),
         "overlap_param_gather": config.parallel.overlap_parameters and _is_sharded(optimizer),
-        "fp8_recipe": modules[0].config.fp8_recipe if modules[0].config.fp8_param else None,
     }
     # Only these two of the keys that Megatron Core's type lists for a group differ; `set_learning_rate` applies them.
     overrides: Any = {
