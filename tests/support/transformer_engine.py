@@ -35,6 +35,7 @@ from tests.support.models import small_model
 from tests.support.rows import random_step
 
 FAMILIES = ("300m", "6b")
+KINDS: tuple[LayerKernel, ...] = ("transformer_engine", "torch")
 calls: list[tuple[torch.nn.Module, str | None]] = []
 """Linear layers that ran, in order, and the FP8 recipe they ran in."""
 
@@ -112,12 +113,13 @@ def _replace(kind: Any, body: Callable[..., Any]) -> None:
 @contextmanager
 def world(size: int = 1, rank: int = 0) -> Iterator[None]:
     """A world of one; or a rank of a larger one, whose messages go nowhere."""
-    if size == 1:
-        dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
-    else:
-        dist.init_process_group("fake", rank=rank, world_size=size, store=FakeStore())
-    yield
-    dist.destroy_process_group()
+    with tempfile.TemporaryDirectory() as folder:
+        if size == 1:
+            dist.init_process_group("gloo", rank=0, world_size=1, init_method=f"file://{folder}/store")
+        else:
+            dist.init_process_group("fake", rank=rank, world_size=size, store=FakeStore())
+        yield
+        dist.destroy_process_group()
 
 
 def built(config: RunConfig, layers: LayerKernel, groups: Any) -> Any:
@@ -159,7 +161,7 @@ def one_rank(family: str) -> dict[str, Any]:
     seen: dict[str, Any] = {}
     with world(), tempfile.TemporaryDirectory() as folder:
         groups = make_groups(Layout(1, 1, 1), CPU, 60)
-        models = {kernel: built(config, kernel, groups) for kernel in ("transformer_engine", "torch")}
+        models = {kernel: built(config, kernel, groups) for kernel in KINDS}
         fused, plain = models["transformer_engine"], models["torch"]
         seen["fresh values"] = differences(tensors_of(fused), tensors_of(plain))
         generator = torch.Generator().manual_seed(1)
@@ -204,7 +206,7 @@ def split_over_two(family: str, rank: int) -> list[str]:
     layout = Layout(2, 1, 1)
     with world(2, rank):
         groups = make_groups(layout, FAKE, 60, VisionLayout(layout, 2, 1))
-        models = {kernel: built(config, kernel, groups) for kernel in ("transformer_engine", "torch")}
+        models = {kernel: built(config, kernel, groups) for kernel in KINDS}
         found = differences(*(tensors_of(model) for model in models.values()))
         marks, entries = [], []
         for model in models.values():
