@@ -23,12 +23,23 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
-AttentionKernel = Literal["flash_attn", "torch_varlen", "sdpa"]
+    from internvl_megatron.config.schema import RunConfig
+
+AttentionKernel = Literal["transformer_engine", "flash_attn", "torch_varlen", "sdpa"]
+LayerKernel = Literal["transformer_engine", "torch"]
 DeviceName = Literal["auto", "cpu", "cuda"]
 """What a user can ask for."""
 
 GPU_PACKAGES = ("transformer_engine", "apex", "flash_attn")
 """Optional packages whose kernels run on GPUs only."""
+
+# What each kernel for packed attention needs, the best one first.
+ATTENTION_PACKAGES: dict[AttentionKernel, str] = {
+    "transformer_engine": "transformer_engine",
+    "flash_attn": "flash_attn",
+    "torch_varlen": "torch.nn.attention.varlen",
+    "sdpa": "torch",
+}
 
 # Dense bf16 tensor-core peak in FLOP/s by a part of the device name (vendor data sheets, without sparsity).
 PEAK_BF16_FLOPS = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "B200": 2250e12, "A100": 312e12}
@@ -39,13 +50,68 @@ type Mark = Any
 
 
 @dataclass(frozen=True)
+class Kernels:
+    """What computes the layers of a run: what it asks for, as far as this process can do it."""
+
+    language: LayerKernel
+    vision: LayerKernel
+    attention: AttentionKernel
+    """Packed attention of the language model."""
+    fp8: Literal["transformer_engine", "emulated"]
+    """What computes in FP8 where a part of the model does."""
+    fuse_swiglu: bool
+    """Gate and activation of the language model's MLP are one kernel."""
+
+
+@dataclass(frozen=True)
 class Device:
     """One process's accelerator (or CPU) and what it can do."""
 
     kind: Literal["cpu", "cuda"]
     index: int
     attention: AttentionKernel
-    """Kernel for packed (variable-length, causal) attention."""
+    """The best installed kernel for packed (variable-length, causal) attention."""
+
+    def kernels(self, config: "RunConfig") -> Kernels:
+        """Choose what computes the layers of a run.
+
+        Raises:
+            ConfigError: it asks for what is not installed, or for what does not go together here.
+        """
+        kernels, fp8 = config.kernels, config.fp8
+        problems = []
+        can = self.kind == "cuda" and is_installed("transformer_engine")
+        # In fp32 Transformer Engine multiplies in TF32, with 10 bits of mantissa: nobody's default.
+        layers = kernels.layers
+        if layers == "auto":
+            layers = "transformer_engine" if can and config.dtype == "bf16" else "torch"
+        elif layers == "transformer_engine" and not can:
+            problems.append(_not_here("kernels.layers", "transformer_engine", self))
+        attention = self.attention if kernels.attention == "auto" else kernels.attention
+        if attention != "sdpa" and not (self.kind == "cuda" and is_installed(ATTENTION_PACKAGES[attention])):
+            problems.append(_not_here("kernels.attention", attention, self))
+        # A shard is made on the meta device, where Transformer Engine does not mark what is split.
+        vision = "torch" if config.parallel.vision_sharding == "sharded" else layers
+        backend = fp8.backend
+        if backend == "auto":
+            backend = "transformer_engine" if self.kind == "cuda" else "emulated"
+        if backend == "transformer_engine":
+            parts = {
+                "language": (fp8.language, layers),
+                "vision": (fp8.vision, vision),
+                "projector": (fp8.projector, vision),
+            }
+            problems += [
+                f"fp8.{part}={recipe}: needs Transformer Engine's layers, and kernels.layers={kernels.layers}, "
+                f"dtype={config.dtype} and parallel.vision_sharding={config.parallel.vision_sharding} give torch's "
+                f"here{'' if can else f' ({NOT_INSTALLED})'}; or set fp8.backend=emulated"
+                for part, (recipe, kernel) in parts.items()
+                if recipe != "none" and kernel == "torch"
+            ]
+        if problems:
+            raise ConfigError("\n".join(f"config: {problem}" for problem in problems))
+        fuses = self.kind == "cuda" if kernels.fuse_swiglu == "auto" else kernels.fuse_swiglu == "on"
+        return Kernels(layers, vision, attention, backend, fuses)
 
     @property
     def backend(self) -> str:
@@ -240,11 +306,30 @@ def describe_machine() -> list[tuple[str, str]]:
 
 def packed_attention_kernel() -> AttentionKernel:
     """The best installed kernel for packed attention on a GPU."""
-    if importlib.util.find_spec("flash_attn") is not None:
-        return "flash_attn"
-    if importlib.util.find_spec("torch.nn.attention.varlen") is not None:
-        return "torch_varlen"
-    return "sdpa"
+    return next(kernel for kernel, package in ATTENTION_PACKAGES.items() if is_installed(package))
+
+
+def is_installed(package: str) -> bool:
+    """Whether a package can be imported here; imports nothing of it."""
+    return importlib.util.find_spec(package) is not None
+
+
+@cache
+def ring_stream() -> "torch.cuda.Stream":
+    """The stream on which ring attention works on every other block of keys, one for all layers."""
+    import torch
+
+    return torch.cuda.Stream()
+
+
+NOT_INSTALLED = "install it: pip install 'internvl_megatron[gpu]'"
+
+
+def _not_here(setting: str, package: str, device: Device) -> str:
+    """Why a kernel cannot be had, and the way out."""
+    if device.kind == "cpu":
+        return f"{setting}={package}: its kernels need a GPU; leave it out on a CPU"
+    return f"{setting}={package}: not installed; leave it out, or {NOT_INSTALLED}"
 
 
 def _measured_matmul_flops(device: Device, dtype: "torch.dtype", seconds: float = 0.2) -> float:

@@ -31,6 +31,7 @@ from torch.distributed.checkpoint.state_dict_saver import save as save_with_torc
 
 from internvl_megatron.checkpoint import folders, vision_state, weights
 from internvl_megatron.checkpoint.metadata_guard import check_metadata, plain_data_only
+from internvl_megatron.checkpoint.module_state import load_parameters, parameters_only
 from internvl_megatron.config.schema import ModelConfig
 from internvl_megatron.errors import CheckpointError
 from internvl_megatron.model.build import Model
@@ -166,7 +167,9 @@ def _model_state(model: Model, groups: Groups) -> dict[str, Any]:
         "vision": vision_state.model_state(model, groups),
         # Chunks number their layers from 0 each, so they need places of their own; in the file layers are counted through.
         "language": {
-            str(place): chunk.sharded_state_dict(prefix="language.", metadata={"dp_cp_group": groups.language.dp_cp})
+            str(place): parameters_only(
+                chunk.sharded_state_dict(prefix="language.", metadata={"dp_cp_group": groups.language.dp_cp})
+            )
             for place, chunk in enumerate(model.language)
         },
     }
@@ -203,7 +206,7 @@ def _apply_model(loaded: dict[str, Any], model: Model) -> None:
     vision_state.apply_model_state(model, loaded["vision"])
     for place, chunk in enumerate(model.language):
         values = loaded["language"][str(place)]
-        chunk.load_state_dict({key.removeprefix("language."): value for key, value in values.items()})
+        load_parameters(chunk, {key.removeprefix("language."): value for key, value in values.items()})
 
 
 def _apply_optimizer(optimizer: MegatronOptimizer | ShardedOptimizer, loaded: dict[str, Any]) -> None:

@@ -12,6 +12,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
+from internvl_megatron.checkpoint.module_state import load_parameters, parameters_only
 from internvl_megatron.model.build import Model
 from internvl_megatron.model.vision_shards import local_shard, own_rows
 from internvl_megatron.parallel.groups import Groups
@@ -22,7 +23,7 @@ from internvl_megatron.train.sharded_optimizer import ShardedOptimizer
 def model_state(model: Model, groups: Groups) -> dict[str, Any]:
     """This rank's part of the vision side's weights, by layout-free name, to be saved or loaded into."""
     metadata = {"dp_cp_group": groups.vision.dp_cp, "non_homogeneous_layers": True}
-    state = model.vision.sharded_state_dict(prefix="vision.", metadata=metadata)
+    state = parameters_only(model.vision.sharded_state_dict(prefix="vision.", metadata=metadata))
     if model.vision_mesh is None:
         return state
     dtype = model.vision.config.params_dtype
@@ -36,7 +37,7 @@ def model_state(model: Model, groups: Groups) -> dict[str, Any]:
 def apply_model_state(model: Model, loaded: dict[str, Any]) -> None:
     """Take over loaded weights."""
     if model.vision_mesh is None:
-        model.vision.load_state_dict({name.removeprefix("vision."): value for name, value in loaded.items()})
+        load_parameters(model.vision, {name.removeprefix("vision."): value for name, value in loaded.items()})
         return
     for name, parameter in model.named_parameters():
         if name in loaded:

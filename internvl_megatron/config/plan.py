@@ -5,6 +5,7 @@ from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
 from internvl_megatron.config.group_weights import parse_group_weights
+from internvl_megatron.config.kernel_rules import kernel_problems
 from internvl_megatron.config.schema import ModelConfig, RunConfig, padded_vocab_size
 from internvl_megatron.errors import ConfigError
 from internvl_megatron.parallel.layout import Layout, VisionLayout
@@ -13,6 +14,7 @@ from internvl_megatron.scaling.counts import forward_flops
 MAY_BE_ZERO = {
     "drop_path_rate", "learning_rate", "min_learning_rate", "warmup_ratio", "weight_decay", "beta1", "beta2",
     "num_workers", "seed", "learning_rate_scale", "min_tiles", "layer_scale_init", "max_skipped_share",
+    "first_bf16_layers", "last_bf16_layers",
 }  # fmt: skip
 
 
@@ -46,7 +48,12 @@ def plan(config: RunConfig, world_size: int) -> RunPlan:
         ConfigError: with one line per problem, each naming the field, its value and what to set.
     """
     # Numbers first: the other checks divide by them.
-    problems = _numbers(config, "") or [*model_problems(config.model), *_data(config), *_layout(config, world_size)]
+    problems = _numbers(config, "") or [
+        *model_problems(config.model),
+        *_data(config),
+        *_layout(config, world_size),
+        *kernel_problems(config),
+    ]
     if problems:
         raise ConfigError("\n".join(f"config: {problem}" for problem in problems))
     parallel = config.parallel

@@ -187,10 +187,17 @@ class KernelConfig:
     """What computes the layers. Results are the same up to rounding."""
 
     layers: Literal["auto", "transformer_engine", "torch"] = "auto"
-    """Linear layers and norms: Transformer Engine's fused ones, or torch's. `auto`: Transformer Engine on a GPU where it is
-    installed."""
+    """Linear layers and norms: Transformer Engine's fused ones, or torch's. `auto`: Transformer Engine in bf16 on a GPU where
+    it is installed (in fp32 it multiplies in TF32), but for a sharded vision side."""
     attention: Literal["auto", "transformer_engine", "flash_attn", "torch_varlen", "sdpa"] = "auto"
-    """Packed attention of the language model; `auto`: the first of the list that is installed and can do the layout."""
+    """Packed attention of the language model; `auto`: the first of the list that is installed. In fp32 it is always `sdpa`; and
+    so is a ring (`parallel.context_ring_size`), but for Transformer Engine's."""
+    fuse_swiglu: Literal["auto", "on", "off"] = "auto"
+    """Gate and activation of the language model's MLP as one compiled kernel, which keeps its input alone for backward;
+    `auto`: on a GPU. On a CPU `on` needs a C++ compiler."""
+    fuse_gradient_accumulation: bool = True
+    """Add weight gradients to the gradient buffer inside the matrix product that makes them; Transformer Engine's layers
+    can, it is without effect for others."""
     loss_chunk_tokens: int | None = 1024
     """Positions whose logits exist at the same time, in forward and backward; None = all of a row's supervised ones. Logits of
     32K positions over the real vocabulary are 20 GB in fp32."""

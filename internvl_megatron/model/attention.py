@@ -22,7 +22,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 
-from internvl_megatron.device import AttentionKernel
+from internvl_megatron.device import AttentionKernel, ring_stream
 from internvl_megatron.model.rotary import RotaryTables, rotate
 
 
@@ -83,19 +83,28 @@ class PackedAttention(CoreAttention):
     gradients.
 
     With a ring of several ranks the all-to-all gives what one of them has of the row, two chunks of every sample
-    (`Layout.context_place`), and keys and values are gathered from the ring.
+    (`Layout.context_place`). Keys and values are gathered from the ring; Transformer Engine passes them around it instead,
+    while it computes.
     """
 
     mask_type = AttnMaskType.causal
 
     def __init__(
-        self, *args: Any, kernel: AttentionKernel, pg_collection: ProcessGroupCollection | None = None, **kwargs: Any
+        self,
+        config: TransformerConfig,
+        *args: Any,
+        kernel: AttentionKernel,
+        pg_collection: ProcessGroupCollection | None = None,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(*args, **kwargs)
+        super().__init__(config, *args, **kwargs)
         assert pg_collection is not None, "the layer passes its process groups on"
         self.kernel: AttentionKernel = kernel
         # Of the context-parallel ranks, those that share heads, and those over which every sample is divided.
         self.heads_group, self.ring_group = pg_collection.hcp
+        self.fused: Any = (
+            transformer_engine_attention(config, pg_collection) if kernel == "transformer_engine" else None
+        )
 
     def forward(
         self,
@@ -129,10 +138,12 @@ class PackedAttention(CoreAttention):
             query, key, value = trade_tokens_for_heads(query, key, value, self.heads_group)
         expected = row.segment_ends[-1] // self.ring_group.size()
         assert len(query) == expected, f"{len(query)} tokens of a row of {row.segment_ends[-1]}, not {expected}"
-        if self.ring_group.size() > 1:
+        if self.fused is not None and query.dtype != torch.float32:
+            attended = _transformer_engine(self.fused, query, key, value, row)
+        elif self.ring_group.size() > 1:
             attended = ring_attention(query, key, value, row, self.ring_group)
         else:
-            attend = {"sdpa": _per_segment, "flash_attn": _flash_attention, "torch_varlen": _torch_varlen}[self.kernel]
+            attend = {"flash_attn": _flash_attention, "torch_varlen": _torch_varlen}.get(self.kernel, _per_segment)
             attended = attend(query, key, value, row)
         if self.heads_group.size() > 1:
             attended = trade_heads_for_tokens(attended, self.heads_group)
@@ -222,6 +233,54 @@ def _per_segment(query: Tensor, key: Tensor, value: Tensor, row: PackedRow) -> T
     if row.num_attended_segments < len(lengths):
         outputs.append(query.new_zeros(1, query.shape[1], row.num_padding_tokens, query.shape[2]))
     return torch.cat(outputs, dim=2)[0].transpose(0, 1)
+
+
+def transformer_engine_attention(config: TransformerConfig, groups: ProcessGroupCollection) -> torch.nn.Module:
+    """Transformer Engine's attention for the heads that this rank has after they were traded."""
+    import transformer_engine.pytorch as te  # pyright: ignore[reportMissingImports]
+
+    heads_group, ring_group = groups.hcp
+    tensor, sharing = groups.tp.size(), heads_group.size()
+    kv_heads = max(config.num_query_groups or config.num_attention_heads, tensor) // tensor
+    ring: dict[str, Any] = {}
+    if ring_group.size() > 1:
+        ring = {
+            "cp_group": ring_group,
+            "cp_global_ranks": torch.distributed.get_process_group_ranks(ring_group),
+            "cp_stream": ring_stream(),
+            "cp_comm_type": "p2p",
+        }
+    return te.DotProductAttention(
+        num_attention_heads=config.num_attention_heads // tensor // sharing,
+        kv_channels=config.kv_channels,
+        num_gqa_groups=max(kv_heads, sharing) // sharing,
+        attention_dropout=0.0,
+        qkv_format="thd",
+        attn_mask_type="padding_causal",
+        attention_type="self",
+        **ring,
+    )
+
+
+def _transformer_engine(fused: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, row: PackedRow) -> Tensor:
+    """Packed attention of all segments, the padding's too; each of a ring's ranks has its two chunks of every one."""
+    ends, longest = row.cu_seqlens_q, row.max_segment_tokens
+    attended = fused(
+        query,
+        key,
+        value,
+        qkv_format="thd",
+        cu_seqlens_q=ends,
+        cu_seqlens_kv=ends,
+        # Where segments begin in memory, which a ring asks for: there is no memory between them.
+        cu_seqlens_q_padded=ends,
+        cu_seqlens_kv_padded=ends,
+        pad_between_seqs=False,
+        max_seqlen_q=longest,
+        max_seqlen_kv=longest,
+        attn_mask_type="padding_causal",
+    )
+    return attended.view_as(query)
 
 
 def _flash_attention(query: Tensor, key: Tensor, value: Tensor, row: PackedRow) -> Tensor:

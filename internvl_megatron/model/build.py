@@ -13,10 +13,12 @@ from torch.distributed.tensor import DTensor
 
 from internvl_megatron.config.plan import stage_layers
 from internvl_megatron.config.schema import OptimizerConfig, PartConfig, RunConfig
-from internvl_megatron.device import Device
+from internvl_megatron.device import Device, Kernels
 from internvl_megatron.errors import CheckpointError
+from internvl_megatron.model.fp8_settings import fp8_of_recipe
 from internvl_megatron.model.initial import fresh_parameter
 from internvl_megatron.model.language import LanguageModel, language_transformer_config
+from internvl_megatron.model.layer_specs import linears_of, plain_name
 from internvl_megatron.model.padded_heads import real_size, with_zeros
 from internvl_megatron.model.vision import VisionTower, vision_transformer_config
 from internvl_megatron.model.vision_shards import local_shard, own_rows, shard
@@ -36,9 +38,10 @@ class Model:
     """Ranks the vision tower is sharded over (`parallel.vision_mesh`); None where every rank has all of it."""
 
     def named_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
-        """Parameters by names that do not depend on the layout: layers are counted over all pipeline stages."""
+        """Parameters by names that do not depend on the layout, nor on what layers are made of: layers are counted over all
+        pipeline stages, norms are modules."""
         for name, parameter in self.vision.named_parameters():
-            yield f"vision.{name}", parameter
+            yield f"vision.{plain_name(name)}", parameter
         for chunk in self.language:
             first: Any = chunk.decoder.layers[0]
             offset = first.layer_number - 1
@@ -46,7 +49,7 @@ class Model:
                 parts = name.split(".")
                 if parts[:2] == ["decoder", "layers"]:
                     parts[2] = str(int(parts[2]) + offset)
-                yield ".".join(["language", *parts]), parameter
+                yield plain_name(".".join(["language", *parts])), parameter
 
     def tensor_group(self, name: str) -> torch.distributed.ProcessGroup:
         """The group a parameter is split over; the two sides of the model have their own."""
@@ -81,11 +84,16 @@ def build_model(config: RunConfig, groups: Groups, device: Device, initialize: b
 
     Without `initialize` their values are undefined: for parameters that are about to be loaded, which is much faster.
     Collective over all ranks where the vision side is sharded.
+
+    Raises:
+        ConfigError: the run asks for kernels that are not there (`Device.kernels`).
     """
+    kernels = device.kernels(config)
     # Sequence parallelism forks Megatron Core's random state around dropout, even at rate 0: it has to exist.
     model_parallel_cuda_manual_seed(config.seed, tp_rank=groups.language.tp.rank(), ep_rank=0, etp_rank=0)
-    language_config = language_transformer_config(config, torch_dtype(config.dtype))
-    vision, mesh = _vision(config, groups, device)
+    rows_per_replica = config.rows_per_step // groups.layout.data_size
+    language_config = language_transformer_config(config, torch_dtype(config.dtype), kernels, rows_per_replica)
+    vision, mesh = _vision(config, groups, device, kernels)
     model = Model(
         vision=vision,
         vision_mesh=mesh,
@@ -94,7 +102,7 @@ def build_model(config: RunConfig, groups: Groups, device: Device, initialize: b
                 config.model.language,
                 language_config,
                 groups.language,
-                device.attention,
+                kernels,
                 max_tokens=config.data.tokens_per_row,
                 layers=stage_layers(config),
                 chunk=chunk,
@@ -112,13 +120,21 @@ def build_model(config: RunConfig, groups: Groups, device: Device, initialize: b
     return model
 
 
-def _vision(config: RunConfig, groups: Groups, device: Device) -> tuple[VisionTower, DeviceMesh | None]:
+def _vision(
+    config: RunConfig, groups: Groups, device: Device, kernels: Kernels
+) -> tuple[VisionTower, DeviceMesh | None]:
     """The vision tower, whole; or this rank's shards of it, and the mesh they are spread over."""
     dtype, parallel, where = torch_dtype(config.dtype), config.parallel, device.torch_device
     by_layer = parallel.vision_recompute == "layer"
     if parallel.vision_sharding == "replicated":
-        settings = vision_transformer_config(config.model, dtype, groups.vision.tp.size())
-        return VisionTower(config.model, settings, groups.vision, where, by_layer), None
+        in_fp8 = kernels.fp8 == "transformer_engine"
+        encoder_fp8, projector_fp8 = (
+            fp8_of_recipe(recipe if in_fp8 else "none") for recipe in (config.fp8.vision, config.fp8.projector)
+        )
+        settings = vision_transformer_config(config.model, dtype, groups.vision.tp.size(), **encoder_fp8)
+        projector = vision_transformer_config(config.model, dtype, **projector_fp8) if projector_fp8 else None
+        linears = linears_of(kernels.vision)
+        return VisionTower(config.model, settings, groups.vision, where, by_layer, linears, projector), None
     # Megatron Core names the GPU in its layers, unless it is told to begin on the CPU; then it names nothing, and all
     # parameters are made without values: the whole tower never is on this rank.
     settings = vision_transformer_config(config.model, dtype, use_cpu_initialization=True)

@@ -17,16 +17,27 @@ from torch import Tensor
 
 from internvl_megatron.config.plan import stage_layers
 from internvl_megatron.config.schema import LanguageConfig, RunConfig, padded_vocab_size
-from internvl_megatron.device import AttentionKernel
+from internvl_megatron.device import Kernels
 from internvl_megatron.model.attention import PackedRow
-from internvl_megatron.model.layer_specs import TORCH, language_block, recompute_settings, shared_settings
+from internvl_megatron.model.fp8_settings import fp8_of_language
+from internvl_megatron.model.layer_specs import language_block, linears_of, recompute_settings, shared_settings
 from internvl_megatron.model.output_layer import OutputLayer, Targets
 
 
-def language_transformer_config(config: RunConfig, dtype: torch.dtype) -> TransformerConfig:
-    """Megatron Core's view of the decoder."""
+def language_transformer_config(
+    config: RunConfig, dtype: torch.dtype, kernels: Kernels, rows_per_replica: int
+) -> TransformerConfig:
+    """Megatron Core's view of the decoder.
+
+    Args:
+        config: of the run.
+        dtype: of the parameters.
+        kernels: what computes the layers.
+        rows_per_replica: micro-batches of a replica in a step.
+    """
     language, parallel = config.model.language, config.parallel
     interleaved = parallel.virtual_size > 1
+    fp8 = fp8_of_language(config, rows_per_replica) if kernels.fp8 == "transformer_engine" else {}
     return TransformerConfig(
         num_layers=language.num_layers,
         hidden_size=language.hidden_size,
@@ -42,6 +53,11 @@ def language_transformer_config(config: RunConfig, dtype: torch.dtype) -> Transf
         add_qkv_bias=language.qkv_bias,
         **shared_settings(dtype),
         **recompute_settings(parallel.language_recompute),
+        **fp8,
+        bias_activation_fusion=kernels.fuse_swiglu,
+        # Transformer Engine rounds weights once for all micro-batches of a step, and lets the first one's gradients replace
+        # what is in the buffer. The schedule tells it so at the start of each window: with several that would be wrong.
+        disable_parameter_transpose_cache=not fp8 or parallel.vision_window_rows is not None,
         tensor_model_parallel_size=parallel.tensor_size,
         pipeline_model_parallel_size=parallel.pipeline_size,
         context_parallel_size=parallel.context_size,
@@ -82,7 +98,7 @@ class LanguageModel(GPTModel):
         language: LanguageConfig,
         config: TransformerConfig,
         groups: ProcessGroupCollection,
-        kernel: AttentionKernel,
+        kernels: Kernels,
         max_tokens: int,
         layers: tuple[int, ...],
         chunk: int = 0,
@@ -94,17 +110,18 @@ class LanguageModel(GPTModel):
             language: sizes.
             config: Megatron Core's view of them.
             groups: process groups of the language model.
-            kernel: for attention.
+            kernels: what computes the layers.
             max_tokens: of a row.
             layers: of every stage, in the order rows pass them.
             chunk: which of this rank's chunks.
             loss_chunk_tokens: positions whose logits exist at the same time; None = all that have a target.
         """
         stage = chunk * groups.pp.size() + groups.pp.rank()
+        block = language_block([linears_of(kernels.language)] * layers[stage], kernels.attention)
         with _quiet_deprecation():
             super().__init__(
                 config=config,
-                transformer_layer_spec=language_block([TORCH] * layers[stage], kernel),  # pyright: ignore[reportArgumentType]
+                transformer_layer_spec=block,  # pyright: ignore[reportArgumentType]
                 vocab_size=padded_vocab_size(language.vocab_size),
                 max_sequence_length=max_tokens,
                 pre_process=stage == 0,

@@ -17,12 +17,16 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
-from internvl_megatron.device import AttentionKernel
+from internvl_megatron.device import AttentionKernel, LayerKernel
 from internvl_megatron.model.attention import PackedAttention
 
 
 def shared_settings(dtype: torch.dtype) -> dict[str, Any]:
-    """Settings of Megatron Core that are the same for both sides of the model."""
+    """Settings of Megatron Core that are the same for both sides of the model.
+
+    Its other fusions stay off: bias-GELU computes the tanh form, which is not InternViT's GELU; bias-dropout has nothing to
+    fuse without dropout; and gradient accumulation is switched on where the gradient buffer is made (`train.optimizer`).
+    """
     return {
         "params_dtype": dtype,
         "pipeline_dtype": dtype,
@@ -34,8 +38,6 @@ def shared_settings(dtype: torch.dtype) -> dict[str, Any]:
         "use_cpu_initialization": False,
         # Losses are divided by their global weight before backward; nothing may divide them again.
         "calculate_per_token_loss": True,
-        # Kernels of packages that may be absent.
-        "bias_activation_fusion": False,
         "bias_dropout_fusion": False,
         "gradient_accumulation_fusion": False,
         "masked_softmax_fusion": False,
@@ -65,12 +67,28 @@ def plain_norm(config: TransformerConfig, hidden_size: int, eps: float) -> torch
     return module
 
 
-class ColumnParallelLinearWithoutBias(ColumnParallelLinear):
+FUSED_NORMS = {
+    "self_attention.linear_qkv.layer_norm_": "input_layernorm.",
+    "mlp.linear_fc1.layer_norm_": "pre_mlp_layernorm.",
+}
+"""What a norm's parameters are called inside the linear layer they are fused with, and where the norm is a module."""
+
+
+def plain_name(name: str) -> str:
+    """A parameter's name where norms are modules of their own: its name in checkpoints, whatever layers are made of."""
+    for fused, plain in FUSED_NORMS.items():
+        name = name.replace(fused, plain)
+    return name
+
+
+def without_bias(column: Any) -> Any:
     """For InternViT-6B: no bias on q, k, v although its other linear layers have one, which no config field says."""
 
-    def __init__(self, *args: Any, bias: bool, **kwargs: Any) -> None:
+    def build(*args: Any, bias: bool, **kwargs: Any) -> torch.nn.Module:
         del bias
-        super().__init__(*args, bias=False, **kwargs)
+        return column(*args, bias=False, **kwargs)
+
+    return build
 
 
 @dataclass(frozen=True)
@@ -96,9 +114,45 @@ class Linears:
         """What fills the slots of linear layers behind a norm."""
         return self.norm_and_column or self.column
 
+    @property
+    def plain_names(self) -> dict[str, str]:
+        """Beginnings of names inside a layer that checkpoints have in another way."""
+        return FUSED_NORMS if self.norm_and_column else {}
+
 
 TORCH = Linears()
 """Megatron Core's linear layers and torch's norms: run anywhere."""
+
+
+def linears_of(kernel: LayerKernel) -> Linears:
+    """What layers are made of. Transformer Engine is imported here, where it is asked for, and nowhere on a CPU."""
+    if kernel == "torch":
+        return TORCH
+    from megatron.core.extensions.transformer_engine import (
+        TEColumnParallelLinear,
+        TELayerNormColumnParallelLinear,
+        TENorm,
+        TERowParallelLinear,
+    )
+
+    return Linears(
+        column=TEColumnParallelLinear,
+        row=TERowParallelLinear,
+        norm=TENorm,
+        norm_and_column=TELayerNormColumnParallelLinear,
+    )
+
+
+def transformer_engine_linear(
+    in_size: int, out_size: int, dtype: torch.dtype, device: torch.device
+) -> torch.nn.Module:
+    """A linear layer that every rank has all of, for FP8."""
+    import transformer_engine.pytorch as te  # pyright: ignore[reportMissingImports]
+
+    module = te.Linear(in_size, out_size, params_dtype=dtype, device=device, init_method=lambda weight: None)
+    for parameter in module.parameters():
+        setattr(parameter, "tensor_model_parallel", False)  # it says they are split, over one rank
+    return module
 
 
 def feed_forward(linears: Linears) -> Any:
@@ -136,5 +190,6 @@ def _language_layer(linears: Linears, kernel: AttentionKernel) -> ModuleSpec:
             pre_mlp_layernorm=linears.own_norm,
             mlp=feed_forward(linears),
             mlp_bda=get_bias_dropout_add,  # pyright: ignore[reportArgumentType]
+            sharded_state_dict_keys_map=linears.plain_names,
         ),
     )

@@ -4,19 +4,17 @@ Shapes: T tiles, P patches of a tile, N = 1 + P tokens in the encoder, C encoder
 K image tokens of a tile (P / shuffle_factor^2).
 """
 
+import contextlib
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from megatron.core.fp8_utils import get_fp8_context
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel.layers import (
-    ColumnParallelLinear,
-    RowParallelLinear,
-    set_tensor_model_parallel_attributes,
-)
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.tensor_parallel.mappings import (
     copy_to_tensor_model_parallel_region,
     reduce_from_tensor_model_parallel_region,
@@ -37,10 +35,12 @@ from internvl_megatron.config.schema import ModelConfig, VisionConfig
 from internvl_megatron.model.attention import TileAttention
 from internvl_megatron.model.layer_specs import (
     TORCH,
-    ColumnParallelLinearWithoutBias,
+    Linears,
     feed_forward,
     plain_norm,
     shared_settings,
+    transformer_engine_linear,
+    without_bias,
 )
 from internvl_megatron.model.padded_heads import mark_padded, only_real_heads, padded_heads
 from internvl_megatron.model.position_table import interpolate_positions
@@ -81,6 +81,9 @@ def vision_transformer_config(
         gated_linear_unit=False,
         add_bias_linear=True,
         tensor_model_parallel_size=tensor_size,
+        # Nobody tells Transformer Engine which chunk of a step is the first: it rounds weights anew for each (FP8), and adds
+        # every chunk's gradients to the buffer.
+        disable_parameter_transpose_cache=True,
         **(shared_settings(dtype) | settings),
     )
 
@@ -109,7 +112,8 @@ class InternViTAttention(SelfAttention):
         if self.query_projection_size == real_width:
             return
         for parameter in self.linear_qkv.parameters():
-            mark_padded(parameter, 3 * real_width)
+            if getattr(parameter, "tensor_model_parallel", False):  # the norm in front is whole, fused or not
+                mark_padded(parameter, 3 * real_width)
         projection: Any = self.linear_proj
         for weight in (*norms, projection.weight):
             mark_padded(weight, real_width)
@@ -187,7 +191,9 @@ class InternViTLayer(TransformerLayer):
         assert isinstance(tiles, TileBatch), f"the vision encoder needs a TileBatch, got {type(tiles).__name__}"
         scale = tiles.residual_scale
         self._residual_scale = None if scale is None else scale[self.layer_number - 1]
-        return super().forward(*args, **kwargs)
+        # The block is in this context already, but not where a layer runs again for backward.
+        with get_fp8_context(self.config, self.layer_number - 1):
+            return super().forward(*args, **kwargs)
 
     def _add_branch(self, branch: int, _training: bool, _fused: bool) -> Any:
         """The slot Megatron Core fills with bias-dropout-add: here bias, LayerScale, drop path and residual."""
@@ -204,23 +210,24 @@ class InternViTLayer(TransformerLayer):
         return add
 
 
-def _vision_block(vision: VisionConfig, recompute_layers: bool) -> TransformerBlockSubmodules:
+def _vision_block(vision: VisionConfig, linears: Linears, recompute_layers: bool) -> TransformerBlockSubmodules:
     layer = ModuleSpec(
         module=InternViTLayer,
         params={"layer_scale_init": vision.layer_scale_init, "recompute": recompute_layers},
         submodules=TransformerLayerSubmodules(
-            input_layernorm=plain_norm,
+            input_layernorm=linears.own_norm,
             self_attention=ModuleSpec(
                 module=InternViTAttention,
                 params={"attn_mask_type": AttnMaskType.no_mask, "qk_norm": vision.qk_norm},
                 submodules=SelfAttentionSubmodules(
-                    linear_qkv=ColumnParallelLinear if vision.qkv_bias else ColumnParallelLinearWithoutBias,
+                    linear_qkv=linears.behind_norm if vision.qkv_bias else without_bias(linears.behind_norm),
                     core_attention=TileAttention,
-                    linear_proj=RowParallelLinear,
+                    linear_proj=linears.row,
                 ),
             ),
-            pre_mlp_layernorm=plain_norm,
-            mlp=feed_forward(TORCH),
+            pre_mlp_layernorm=linears.own_norm,
+            mlp=feed_forward(linears),
+            sharded_state_dict_keys_map=linears.plain_names,
         ),
     )
     return TransformerBlockSubmodules(layer_specs=[layer] * vision.num_layers, layer_norm=None)
@@ -236,7 +243,20 @@ class VisionTower(MegatronModule):
         groups: ProcessGroupCollection,
         device: torch.device,
         recompute_layers: bool = False,
+        linears: Linears = TORCH,
+        projector_fp8: TransformerConfig | None = None,
     ) -> None:
+        """Build it.
+
+        Args:
+            model: sizes.
+            config: Megatron Core's view of the encoder.
+            groups: process groups of the vision side.
+            device: of the parameters.
+            recompute_layers: run every layer again for backward instead of keeping its activations.
+            linears: what the encoder's layers are made of.
+            projector_fp8: FP8 settings of the projector, for Transformer Engine; None = it is not in FP8.
+        """
         super().__init__(config)
         # Of the parameters outside the encoder, for checkpoints: Megatron Core would take the language model's.
         self.tp_group = groups.tp
@@ -248,10 +268,10 @@ class VisionTower(MegatronModule):
         self.patch_embedding = torch.nn.Conv2d(3, width, vision.patch_pixels, stride=vision.patch_pixels, **options)
         self.position_embedding = torch.nn.Parameter(torch.empty(1, 1 + vision.patches_per_side**2, width, **options))
         # No norm after the last block: the projector's LayerNorm takes its output as it is.
-        block = _vision_block(vision, recompute_layers)
+        block = _vision_block(vision, linears, recompute_layers)
         self.encoder = TransformerBlock(config, block, post_layer_norm=False, pg_collection=groups)
         shuffled = width * vision.shuffle_factor**2
-        self.projector = Projector(shuffled, language.hidden_size, model.projector_norm_eps, options)
+        self.projector = Projector(shuffled, language.hidden_size, model.projector_norm_eps, options, projector_fp8)
         self.to(device)
 
     def forward(self, tiles: Tensor, residual_scale: Tensor | None = None) -> Tensor:
@@ -289,15 +309,20 @@ class VisionTower(MegatronModule):
 class Projector(torch.nn.Module):
     """`mlp1` of InternVL: LayerNorm, linear, GELU (erf), linear."""
 
-    def __init__(self, in_size: int, out_size: int, eps: float, options: dict[str, Any]) -> None:
+    def __init__(
+        self, in_size: int, out_size: int, eps: float, options: dict[str, Any], fp8: TransformerConfig | None = None
+    ) -> None:
         super().__init__()
+        self._fp8 = fp8
+        linear = torch.nn.Linear if fp8 is None else transformer_engine_linear
         self.norm = torch.nn.LayerNorm(in_size, eps=eps, **options)
-        self.linear_1 = torch.nn.Linear(in_size, out_size, **options)
-        self.linear_2 = torch.nn.Linear(out_size, out_size, **options)
+        self.linear_1 = linear(in_size, out_size, **options)
+        self.linear_2 = linear(out_size, out_size, **options)
 
     def forward(self, features: Tensor) -> Tensor:
         """[T, K, in_size] to [T, K, out_size]."""
-        output = self.linear_2(F.gelu(self.linear_1(self.norm(features))))
+        with contextlib.nullcontext() if self._fp8 is None else get_fp8_context(self._fp8):
+            output = self.linear_2(F.gelu(self.linear_1(self.norm(features))))
         # A linear layer's output is a view of two dimensions; FSDP2 warns that its hooks on one are lost by changes in place.
         return make_viewless_tensor(output, requires_grad=output.requires_grad, keep_graph=True)
 

@@ -42,7 +42,10 @@ BUCKET_PARAMETERS: int | None = None
 def distributed(
     module: MegatronModule, groups: ProcessGroupCollection, config: RunConfig, may_overlap: bool = True
 ) -> DistributedDataParallel:
-    """Wrap one side of the model for data parallelism, with ZeRO-1 where the optimizer supports it."""
+    """Wrap one side of the model for data parallelism, with ZeRO-1 where the optimizer supports it.
+
+    From here on parameters have a place in a gradient buffer, which Transformer Engine's linear layers can add to.
+    """
     parallel, is_sharded = config.parallel, _is_sharded(config.optimizer)
     settings = DistributedDataParallelConfig(
         grad_reduce_in_fp32=config.dtype == "bf16",
@@ -52,7 +55,11 @@ def distributed(
         use_distributed_optimizer=is_sharded,
         check_for_nan_in_grad=False,
     )
-    return DistributedDataParallel(module.config, settings, module, pg_collection=groups)
+    wrapped = DistributedDataParallel(module.config, settings, module, pg_collection=groups)
+    for layer in module.modules():
+        if hasattr(layer, "fuse_wgrad_accumulation"):
+            setattr(layer, "fuse_wgrad_accumulation", config.kernels.fuse_gradient_accumulation)
+    return wrapped
 
 
 def _is_sharded(config: OptimizerConfig) -> bool:

@@ -2,13 +2,14 @@
 
 import importlib.util
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor
 
-from internvl_megatron.device import AttentionKernel, open_device
+from internvl_megatron.device import ATTENTION_PACKAGES, AttentionKernel, is_installed, open_device
 from internvl_megatron.model.attention import PackedAttention, PackedRow
 from internvl_megatron.model.rotary import rotary_tables, rotate
 
@@ -39,18 +40,20 @@ def _attend(kernel: AttentionKernel, dtype: torch.dtype) -> list[Tensor]:
         segment_ends=tuple(ends.tolist()),
         rotary=rotary_tables(device.put(torch.arange(total, dtype=torch.int32) * 64), HEAD_SIZE, 1e6),
     )
-    alone = SimpleNamespace(hcp=2 * [SimpleNamespace(size=lambda: 1)])
-    attention = PackedAttention(None, 1, AttnMaskType.causal, "self", kernel=kernel, pg_collection=alone)  # type: ignore[arg-type]
+    config: Any = SimpleNamespace(num_attention_heads=HEADS, num_query_groups=KV_HEADS, kv_channels=HEAD_SIZE)
+    one = SimpleNamespace(size=lambda: 1)
+    alone: Any = SimpleNamespace(hcp=[one, one], tp=one)
+    attention = PackedAttention(config, 1, AttnMaskType.causal, "self", kernel=kernel, pg_collection=alone)
     output = attention(*inputs, None, packed_seq_params=row)
     output.backward(device.put(torch.randn(output.shape, generator=generator)).to(dtype))
     gradients = [tensor.grad for tensor in inputs if tensor.grad is not None]
     return [tensor.float() for tensor in (output.detach(), *gradients)]
 
 
-@pytest.mark.parametrize("kernel", ["flash_attn", "torch_varlen"])
+@pytest.mark.parametrize("kernel", ["transformer_engine", "flash_attn", "torch_varlen"])
 def test_packed_kernels_equal_one_call_per_segment(kernel: AttentionKernel) -> None:
-    module = {"flash_attn": "flash_attn", "torch_varlen": "torch.nn.attention.varlen"}[kernel]
-    if importlib.util.find_spec(module) is None:
+    module = ATTENTION_PACKAGES[kernel]
+    if not is_installed(module):
         pytest.skip(f"{module} is not installed")
     for fast, exact in zip(_attend(kernel, torch.bfloat16), _attend("sdpa", torch.float32), strict=True):
         assert (fast - exact).norm() / exact.norm() < 0.02

@@ -1,0 +1,107 @@
+"""Which kernels a configuration may ask for, and what they become on a device."""
+
+import importlib.util
+from dataclasses import replace
+from importlib.machinery import ModuleSpec
+from typing import Any
+
+import pytest
+
+from internvl_megatron.config.kernel_rules import kernel_problems
+from internvl_megatron.config.schema import Fp8Config, KernelConfig, ParallelConfig, RunConfig
+from internvl_megatron.device import Device, Kernels
+from internvl_megatron.errors import ConfigError
+from tests.support.layouts import run_config
+from tests.support.models import small_model
+
+BASE = run_config(small_model(), dtype="bf16", device="auto")
+SHARDED = ParallelConfig(vision_sharding="sharded")
+
+
+def config(kernels: dict[str, Any] | None = None, fp8: dict[str, Any] | None = None, **changes: Any) -> RunConfig:
+    return replace(BASE, kernels=KernelConfig(**kernels or {}), fp8=Fp8Config(**fp8 or {}), **changes)
+
+
+@pytest.mark.parametrize(
+    ("asked", "named"),
+    [
+        (config({"layers": "transformer_engine"}, device="cpu"), "kernels.layers=transformer_engine"),
+        (config({"attention": "flash_attn"}, device="cpu"), "kernels.attention=flash_attn"),
+        (config(fp8={"backend": "transformer_engine"}, device="cpu"), "fp8.backend=transformer_engine"),
+        (config({"layers": "transformer_engine"}, parallel=SHARDED), "parallel.vision_sharding=sharded"),
+        (
+            config({"layers": "torch"}, {"language": "current", "backend": "transformer_engine"}),
+            "fp8.language=current: fp8.backend=transformer_engine needs its layers, and kernels.layers=torch",
+        ),
+        (
+            config(fp8={"vision": "current", "backend": "transformer_engine"}, parallel=SHARDED),
+            "fp8.vision=current: fp8.backend=transformer_engine needs its layers, and parallel.vision_sharding=sharded",
+        ),
+        (config(fp8={"language": "current", "gather_parameters": True}), "fp8.gather_parameters=true"),
+    ],
+)
+def test_what_cannot_be_is_refused_with_the_field_and_its_value(asked: RunConfig, named: str) -> None:
+    (problem,) = kernel_problems(asked)
+    assert named in problem
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        BASE,
+        config(parallel=SHARDED),
+        config({"layers": "torch"}, {"language": "current"}),
+        config(fp8={"language": "current", "backend": "transformer_engine"}, parallel=SHARDED),
+        config({"attention": "sdpa", "layers": "torch"}, {"language": "delayed"}, device="cpu"),
+    ],
+)
+def test_what_may_be_is_not(asked: RunConfig) -> None:
+    assert kernel_problems(asked) == []
+
+
+def device_with(monkeypatch: pytest.MonkeyPatch, *packages: str) -> Device:
+    """A GPU of a machine that has these packages, and torch's own attention."""
+    there = {*packages, "torch", "torch.nn.attention.varlen"}
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: ModuleSpec(name, None) if name in there else None)
+    from internvl_megatron.device import packed_attention_kernel
+
+    return Device(kind="cuda", index=0, attention=packed_attention_kernel())
+
+
+def test_on_a_cpu_everything_is_torchs() -> None:
+    cpu = Device(kind="cpu", index=0, attention="sdpa")
+    wanted = Kernels("torch", "torch", "sdpa", "emulated", fuse_swiglu=False)
+    assert cpu.kernels(BASE) == wanted
+    assert cpu.kernels(config({"fuse_swiglu": "on"})) == replace(wanted, fuse_swiglu=True)
+    for field, value in (("layers", "transformer_engine"), ("attention", "torch_varlen")):
+        with pytest.raises(ConfigError, match=f"kernels.{field}={value}: its kernels need a GPU"):
+            cpu.kernels(config({field: value}))
+
+
+def test_with_transformer_engine_a_gpu_uses_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = device_with(monkeypatch, "transformer_engine", "flash_attn")
+    te = "transformer_engine"
+    assert gpu.kernels(BASE) == Kernels(te, te, te, te, fuse_swiglu=True)
+    assert gpu.kernels(config({"layers": "torch", "attention": "flash_attn", "fuse_swiglu": "off"})) == Kernels(
+        "torch", "torch", "flash_attn", te, fuse_swiglu=False
+    )
+    in_shards = gpu.kernels(config(parallel=SHARDED))
+    assert (in_shards.language, in_shards.vision) == (te, "torch")
+    exact = gpu.kernels(config(dtype="fp32"))
+    assert (exact.language, exact.vision) == ("torch", "torch"), "it would multiply in TF32"
+    with pytest.raises(ConfigError, match=r"fp8.vision=current: needs Transformer Engine's layers"):
+        gpu.kernels(config(fp8={"vision": "current"}, parallel=SHARDED))
+
+
+def test_without_transformer_engine_a_gpu_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = device_with(monkeypatch)
+    assert gpu.kernels(BASE) == Kernels("torch", "torch", "torch_varlen", "transformer_engine", fuse_swiglu=True)
+    for asked in (
+        {"kernels": {"layers": "transformer_engine"}},
+        {"kernels": {"attention": "transformer_engine"}},
+        {"fp8": {"language": "current"}},
+    ):
+        with pytest.raises(ConfigError, match=r"pip install 'internvl_megatron\[gpu\]'"):
+            gpu.kernels(config(**asked))
+    emulated = gpu.kernels(config(fp8={"language": "current", "backend": "emulated"}))
+    assert (emulated.language, emulated.fp8) == ("torch", "emulated")
