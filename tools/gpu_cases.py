@@ -5,6 +5,7 @@ model that does not fit with its optimizer state keeps its vision encoder, proje
 fit. `dry` is everything at a width that a CPU can do.
 """
 
+import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -226,3 +227,29 @@ def marked(row: Row, model: ModelConfig, seed: int) -> Row:
 def choose(sizes: Sequence[Size], precisions: Sequence[Precision], row_lengths: Sequence[int]) -> list[tuple[Size, Precision, int]]:
     """All combinations, a size's together, short rows first."""
     return [(size, precision, length) for size in sizes for length in sorted(row_lengths) for precision in precisions]
+
+
+Samples = Literal["packed", "padded"]
+Attention = Literal["flash_attention_2", "torch_varlen", "sdpa"]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One way to run the Hugging Face baseline."""
+
+    samples: Samples
+    attention: Attention
+    """`torch_varlen` is the kernel of flash attention that comes with torch, through transformers' own interface."""
+    recomputes: bool = False
+    """transformers' gradient checkpointing, of both sides."""
+
+    @property
+    def name(self) -> str:
+        """For tables."""
+        return f"{self.samples}, {self.attention}{', recomputed' if self.recomputes else ''}"
+
+
+def baseline_settings() -> list[Setting]:
+    """All that can run here. Padded samples need no flash attention of their own: torch's causal attention is it."""
+    found = [Setting("packed", "flash_attention_2")] if importlib.util.find_spec("flash_attn") else []
+    return [*found, Setting("packed", "torch_varlen"), Setting("packed", "sdpa"), Setting("padded", "sdpa")]

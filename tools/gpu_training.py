@@ -4,6 +4,7 @@ The same rows are trained on again and again, from memory: reading and decoding 
 the plan of the next step and its tiles on their way while this one computes included.
 """
 
+import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -33,6 +34,7 @@ def train_rank(info: RankInfo, config: RunConfig, rows: Sequence[Row], num_warmu
     from internvl_megatron.train.step import Step
 
     configure_logging(info.rank)
+    use_own_cores()
     device = open_device(config.device, info.local_rank)
     with joined(info, device, TIMEOUT_SECONDS):
         groups = make_groups(Layout(1, 1, 1), device, TIMEOUT_SECONDS)
@@ -57,8 +59,15 @@ def train_rank(info: RankInfo, config: RunConfig, rows: Sequence[Row], num_warmu
                 name: statistics.median(phase.get(name, 0.0) for phase in measured) for name in measured[0]
             },
             "losses": losses,
-            "peak_flops": device.peak_flops(torch_dtype(config.dtype)),
+            "peak_flops_per_second": device.peak_flops(torch_dtype(config.dtype)),
         }
+
+
+def use_own_cores() -> None:
+    """As many threads as this process has cores, as the trainer does: torch takes all of the machine's."""
+    import torch
+
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
 
 
 def timed(run: Callable[[int], None], num_warmup: int, num_steps: int, device: Device) -> list[float]:

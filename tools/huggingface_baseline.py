@@ -10,12 +10,11 @@ Activations are computed again only where they do not fit. Two ways to lay out s
 Shapes: B samples side by side (1 packed row), S tokens, n supervised tokens, T tiles.
 """
 
-import importlib.util
 import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,37 +28,12 @@ from internvl_megatron.device import Device, open_device
 from internvl_megatron.model.build import torch_dtype
 from internvl_megatron.model.vision import normalize_pixels
 from internvl_megatron.ranks import RankInfo
-from tools.gpu_cases import image_token
-from tools.gpu_training import device_facts, timed
+from tools.gpu_cases import Attention, Setting, image_token
+from tools.gpu_training import device_facts, timed, use_own_cores
 from tools.image_text_rows import RandomPixels
-
-Samples = Literal["packed", "padded"]
-Attention = Literal["flash_attention_2", "torch_varlen", "sdpa"]
 
 Tiles = dict[tuple[int, int], np.ndarray]
 """uint8 [t, 3, H, W] by row and image."""
-
-
-@dataclass(frozen=True)
-class Setting:
-    """One way to run the baseline."""
-
-    samples: Samples
-    attention: Attention
-    """`torch_varlen` is the kernel of flash attention that comes with torch, through transformers' own interface."""
-    recomputes: bool = False
-    """transformers' gradient checkpointing, of both sides."""
-
-    @property
-    def name(self) -> str:
-        """For tables."""
-        return f"{self.samples}, {self.attention}{', recomputed' if self.recomputes else ''}"
-
-
-def settings() -> list[Setting]:
-    """All that can run here. Padded samples need no flash attention of their own: torch's causal attention is it."""
-    found = [Setting("packed", "flash_attention_2")] if importlib.util.find_spec("flash_attn") else []
-    return [*found, Setting("packed", "torch_varlen"), Setting("packed", "sdpa"), Setting("padded", "sdpa")]
 
 
 @dataclass(frozen=True)
@@ -332,6 +306,7 @@ def baseline_rank(
     info: RankInfo, config: RunConfig, rows: Sequence[Row], setting: Setting, num_warmup: int, num_steps: int
 ) -> dict[str, Any]:
     """Body of a process: seconds of every measured step, losses, peak memory."""
+    use_own_cores()
     device = open_device(config.device, info.local_rank)
     baseline, losses = Baseline(config, rows, setting, device), []
     seconds = timed(lambda _: losses.append(baseline.step()), num_warmup, num_steps, device)

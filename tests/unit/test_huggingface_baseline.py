@@ -14,8 +14,8 @@ from internvl_megatron.device import Device
 from internvl_megatron.ranks import RankInfo
 from tests.support.reference import our_tensors
 from tests.support.training import Tensors
-from tools.gpu_cases import benchmark_rows, model_of, run_config
-from tools.huggingface_baseline import Attention, Baseline, Samples, Setting, build, packed_batches, padded_batches
+from tools.gpu_cases import Attention, Samples, Setting, benchmark_rows, model_of, run_config
+from tools.huggingface_baseline import Baseline, build, packed_batches, padded_batches
 from tools.image_text_rows import RandomPixels
 
 CPU = Device(kind="cpu", index=0, attention="sdpa")
