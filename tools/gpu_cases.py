@@ -184,14 +184,16 @@ def layers_that_fit(model: ModelConfig, tokens_per_row: int, memory_bytes: float
 
 
 @cache
-def _drawn(num_rows: int, tokens_per_row: int) -> tuple[PackedRow, ...]:
+def _drawn(num_rows: int, tokens_per_row: int, tiles_per_row: int) -> tuple[PackedRow, ...]:
     """Sizes of rows: the same for every model."""
-    return tuple(draw_rows(IMAGE_SHARE, num_rows, tokens_per_row, TILES_PER_ROW[tokens_per_row], SEED))
+    return tuple(draw_rows(IMAGE_SHARE, num_rows, tokens_per_row, tiles_per_row, SEED))
 
 
-def benchmark_rows(model: ModelConfig, num_rows: int, tokens_per_row: int) -> list[Row]:
-    """Packed rows; `tokens_per_row` at 256 tokens a tile."""
-    sizes = _drawn(num_rows, tokens_per_row)
+def benchmark_rows(
+    model: ModelConfig, num_rows: int, tokens_per_row: int, tiles_per_row: int | None = None
+) -> list[Row]:
+    """Packed rows; `tokens_per_row` at 256 tokens a tile, with the tile budget that belongs to it."""
+    sizes = _drawn(num_rows, tokens_per_row, tiles_per_row or TILES_PER_ROW[tokens_per_row])
     return [marked(small_row(sizes[seed], model, tokens_per_row, seed), model, seed) for seed in range(num_rows)]
 
 

@@ -13,6 +13,7 @@ from internvl_megatron.scaling.counts import forward_flops
 MAY_BE_ZERO = {
     "drop_path_rate", "learning_rate", "min_learning_rate", "warmup_ratio", "weight_decay", "beta1", "beta2",
     "num_workers", "seed", "learning_rate_scale", "min_tiles", "layer_scale_init", "max_skipped_share",
+    "first_bf16_layers", "last_bf16_layers",
 }  # fmt: skip
 
 
