@@ -104,9 +104,9 @@ def huggingface_result(case: Case, options: argparse.Namespace) -> Result:
     for setting in baseline_settings():
         for attempt in (setting, replace(setting, recomputes=True)):
             try:
-                found = launch(
-                    BASELINE_RANK, 1, config, rows, attempt, options.warmup, options.steps, device=device
-                )[0]
+                found = launch(BASELINE_RANK, 1, config, rows, attempt, options.warmup, options.steps, device=device)[
+                    0
+                ]
                 found |= speed(work, case.model, found["step_seconds"], ours["peak_flops_per_second"])
             except RankFailedError as error:
                 found = failure(error)
@@ -244,7 +244,18 @@ def vision_rows(record: Result) -> list[list[str]]:
 def step_rows(record: Result) -> list[list[str]]:
     """A line for each case; MFU with the head on supervised positions, attention counted half and in full."""
     rows = [
-        ["case", "layers", "head's FLOPs", "tokens/s", "samples/s", "images/s", "step s", "MFU causal", "MFU full", "peak GB"]
+        [
+            "case",
+            "layers",
+            "head's FLOPs",
+            "tokens/s",
+            "samples/s",
+            "images/s",
+            "step s",
+            "MFU causal",
+            "MFU full",
+            "peak GB",
+        ]
     ]
     for result in record["results"]:
         head = [result["name"], f"{result['layers']} of {result['full_layers']}"]
@@ -303,7 +314,9 @@ def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     parser.add_argument("--layers", type=int, help="of the language model; default: as many as fit")
     parser.add_argument("--steps", type=int, default=DEFAULT_STEPS, help="measured; their median counts")
     parser.add_argument("--warmup", type=int, default=DEFAULT_WARMUP, help="steps before them")
-    parser.add_argument("--set", nargs="+", default=[], metavar="section.field=value", help="change settings of our runs")
+    parser.add_argument(
+        "--set", nargs="+", default=[], metavar="section.field=value", help="change settings of our runs"
+    )
     parser.add_argument("--dry", action="store_true", help="tiny models on the CPU: does it work?")
     parser.add_argument("--output", type=Path, help="JSON file to write; default: print tables only")
     parser.set_defaults(run=run)

@@ -58,7 +58,7 @@ STATE_BYTES = 18
 """Of a parameter: bf16 weight, and in fp32 gradient, weight and two moments of Adam."""
 FIXED_BYTES = 6e9
 """Taken for the driver's own memory, work space of the libraries, logits of one chunk of the loss and its gradient."""
-USED_SHARE = 0.92
+USED_SHARE = 0.9
 """Of the device's memory; the rest is lost between allocations."""
 
 
@@ -93,7 +93,9 @@ class Case:
 
     def config(self, device: DeviceName) -> RunConfig:
         """A run of it."""
-        return apply_overrides(run_config(self.name, self.model, self.tokens_per_row, self.precision, device), self.overrides)
+        return apply_overrides(
+            run_config(self.name, self.model, self.tokens_per_row, self.precision, device), self.overrides
+        )
 
     @property
     def rows(self) -> list[Row]:
@@ -226,7 +228,9 @@ def marked(row: Row, model: ModelConfig, seed: int) -> Row:
     return replace(row, token_ids=token_ids, targets=targets, positions=positions)
 
 
-def choose(sizes: Sequence[Size], precisions: Sequence[Precision], row_lengths: Sequence[int]) -> list[tuple[Size, Precision, int]]:
+def choose(
+    sizes: Sequence[Size], precisions: Sequence[Precision], row_lengths: Sequence[int]
+) -> list[tuple[Size, Precision, int]]:
     """All combinations, a size's together, short rows first."""
     return [(size, precision, length) for size in sizes for length in sorted(row_lengths) for precision in precisions]
 

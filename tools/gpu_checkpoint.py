@@ -100,9 +100,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             checks.append({"layers": layers, "passed": False, "failure": str(error)})
             continue
         difference = max(abs(one - two) / abs(one) for one, two in zip(expected, found, strict=True))
-        checks.append(
-            {"layers": layers, "passed": difference <= TOLERANCE, "difference": difference, "losses": found}
-        )
+        checks.append({"layers": layers, "passed": difference <= TOLERANCE, "difference": difference, "losses": found})
     record = {"name": "gpu_checkpoint", **machine_record(), "is_dry": options.dry, "checks": checks}
     for check in checks:
         outcome = "passed" if check["passed"] else "FAILED"

@@ -12,7 +12,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -67,7 +67,7 @@ class Curve:
     name: str
     dtype: Literal["fp32", "bf16"]
     layers: Literal["transformer_engine", "torch"] = "torch"
-    fp8: Fp8Config = Fp8Config()
+    fp8: Fp8Config = field(default_factory=Fp8Config)
     reference: str | None = None
     """The curve it is compared with."""
     tolerance: float = 0.01
@@ -211,11 +211,11 @@ def counting(rng: np.random.Generator, length: int, first: int, step: int) -> np
 
 def curve_rank(info: RankInfo, config: RunConfig) -> list[float]:
     """Body of the rank: the loss of every step."""
+    from internvl_megatron.config.plan import plan
     from internvl_megatron.device import open_device
     from internvl_megatron.logs import configure_logging
     from internvl_megatron.model.build import build_model
     from internvl_megatron.parallel.groups import make_groups
-    from internvl_megatron.parallel.layout import Layout
     from internvl_megatron.ranks import joined
     from internvl_megatron.train.step import Step
 
@@ -223,7 +223,7 @@ def curve_rank(info: RankInfo, config: RunConfig) -> list[float]:
     use_own_cores()
     device = open_device(config.device, info.local_rank)
     with joined(info, device, TIMEOUT_SECONDS):
-        groups = make_groups(Layout(1, 1, 1), device, TIMEOUT_SECONDS)
+        groups = make_groups(plan(config, info.world_size).layout, device, TIMEOUT_SECONDS)
         step = Step(config, build_model(config, groups, device), groups, device)
         batches: list[Any] = [LearnableStep(config, number) for number in range(config.num_steps)]
         return [step.run(batch, number).loss for number, batch in enumerate(batches)]

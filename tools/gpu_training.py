@@ -22,13 +22,15 @@ if TYPE_CHECKING:
 TIMEOUT_SECONDS = 600
 
 
-def train_rank(info: RankInfo, config: RunConfig, rows: Sequence[Row], num_warmup: int, num_steps: int) -> dict[str, Any]:
+def train_rank(
+    info: RankInfo, config: RunConfig, rows: Sequence[Row], num_warmup: int, num_steps: int
+) -> dict[str, Any]:
     """Body of the rank: seconds of every measured step, of its phases (medians), losses, peak memory."""
+    from internvl_megatron.config.plan import plan
     from internvl_megatron.device import open_device
     from internvl_megatron.logs import configure_logging
     from internvl_megatron.model.build import build_model, torch_dtype
     from internvl_megatron.parallel.groups import make_groups
-    from internvl_megatron.parallel.layout import Layout
     from internvl_megatron.ranks import joined
     from internvl_megatron.train.phases import total_seconds
     from internvl_megatron.train.step import Step
@@ -37,7 +39,7 @@ def train_rank(info: RankInfo, config: RunConfig, rows: Sequence[Row], num_warmu
     use_own_cores()
     device = open_device(config.device, info.local_rank)
     with joined(info, device, TIMEOUT_SECONDS):
-        groups = make_groups(Layout(1, 1, 1), device, TIMEOUT_SECONDS)
+        groups = make_groups(plan(config, info.world_size).layout, device, TIMEOUT_SECONDS)
         model = build_model(config, groups, device, initialize=False)
         fill_on_device(model)
         step = Step(config, model, groups, device)

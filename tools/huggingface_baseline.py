@@ -271,7 +271,9 @@ class Baseline:
         self.model = build(config.model, setting, torch_dtype(config.dtype), device)
         tiles: Tiles = RandomPixels(list(rows), config.model, 0, 1).tiles().tiles
         budget = config.data.tokens_per_row
-        self.batches = packed_batches(rows, tiles) if setting.samples == "packed" else padded_batches(rows, tiles, budget)
+        self.batches = (
+            packed_batches(rows, tiles) if setting.samples == "packed" else padded_batches(rows, tiles, budget)
+        )
         self.total_weight = sum(float(batch.weights.sum(dtype=torch.float64)) for batch in self.batches)
         optimizer = config.optimizer
         self.optimizer = torch.optim.AdamW(

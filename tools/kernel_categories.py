@@ -7,14 +7,19 @@ optimizers are called multi_tensor_apply, as is clipping, which belongs to the u
 import re
 from typing import Literal, get_args
 
-Category = Literal["communication", "attention", "optimizer", "fp8 casts", "gemm", "norm", "memory", "elementwise", "other"]
+Category = Literal[
+    "communication", "attention", "optimizer", "fp8 casts", "gemm", "norm", "memory", "elementwise", "other"
+]
 CATEGORIES: tuple[Category, ...] = get_args(Category)
 
 RULES: tuple[tuple[Category, str], ...] = (
     ("communication", r"nccl|^c10d::|^gloo:|all_?reduce|all_?gather|reduce_?scatter|all_?to_?all|userbuffers|nvshmem"),
     ("attention", r"flash|fmha|sdpa|scaled_dot_product|attention|varlen|fused_attn|dot_do_o"),
     ("optimizer", r"multi_tensor|_foreach_|fused_?adam|adamfunctor|adam_|lamb|l2norm|clip_grad"),
-    ("fp8 casts", r"cast_transpose|block_scaled|blockwise|quantize|amax|fp8|float8|mxfp8|compute_scale|transpose_kernel"),
+    (
+        "fp8 casts",
+        r"cast_transpose|block_scaled|blockwise|quantize|amax|fp8|float8|mxfp8|compute_scale|transpose_kernel",
+    ),
     (
         "gemm",
         r"gemm|nvjet|cutlass|cublas|xmma|wgmma|gemv|splitk|aten::(mm|bmm|addmm|addbmm|baddbmm|linear|matmul|_addmm_activation)$"
@@ -26,7 +31,10 @@ RULES: tuple[tuple[Category, str], ...] = (
         r"memcpy|memset|copy|fill|catarray|concat|index|gather|scatter|aten::(cat|clone|contiguous|zero_|zeros|empty\w*|stack"
         r"|split\w*|slice\w*|select|narrow|pad|constant_pad_nd|to|_to_copy|as_strided|view|reshape|transpose|permute)$|embedding",
     ),
-    ("elementwise", r"elementwise|triton_|reduce_kernel|softmax|nll_loss|cross_entropy|swiglu|silu|gelu|rotary|rope|sort|scan|^aten::"),
+    (
+        "elementwise",
+        r"elementwise|triton_|reduce_kernel|softmax|nll_loss|cross_entropy|swiglu|silu|gelu|rotary|rope|sort|scan|^aten::",
+    ),
 )
 _COMPILED = tuple((category, re.compile(pattern, re.IGNORECASE)) for category, pattern in RULES)
 

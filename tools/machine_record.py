@@ -10,7 +10,15 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("torch", "megatron-core", "transformer-engine", "flash-attn", "transformers", "triton", "nvidia-cudnn-cu13")
+PACKAGES = (
+    "torch",
+    "megatron-core",
+    "transformer-engine",
+    "flash-attn",
+    "transformers",
+    "triton",
+    "nvidia-cudnn-cu13",
+)
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 

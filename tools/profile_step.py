@@ -53,16 +53,17 @@ def profile_rank(info: RankInfo, config: RunConfig, draws_rows: bool, num_warmup
     configure_logging(info.rank)
     use_own_cores()
     device = open_device(config.device, info.local_rank)
-    with joined(info, device, config.parallel.collective_timeout_seconds):
-        with (_drawn if draws_rows else _of_recipe)(info, config, device) as (step, next_batch):
-            step.clock = _annotating_clock(device)
-            for number in range(num_warmup):
+    opened = _drawn if draws_rows else _of_recipe
+    timeout = config.parallel.collective_timeout_seconds
+    with joined(info, device, timeout), opened(info, config, device) as (step, next_batch):
+        step.clock = _annotating_clock(device)
+        for number in range(num_warmup):
+            step.run(next_batch(), number)
+        device.synchronize()
+        with _profiler(device, trace if info.rank == 0 else None):
+            for number in range(num_warmup, config.num_steps):
                 step.run(next_batch(), number)
             device.synchronize()
-            with _profiler(device, trace if info.rank == 0 else None):
-                for number in range(num_warmup, config.num_steps):
-                    step.run(next_batch(), number)
-                device.synchronize()
 
 
 @contextmanager

@@ -118,7 +118,9 @@ def _operators(events: Iterable[dict[str, Any]]) -> list[Work]:
                 inside[stack[-1]] += event["dur"]
             stack.append(number)
         work += [
-            Work(event["name"], event["ts"], event["ts"] + event["dur"], max(0.0, event["dur"] - children), event["ts"])
+            Work(
+                event["name"], event["ts"], event["ts"] + event["dur"], max(0.0, event["dur"] - children), event["ts"]
+            )
             for event, children in zip(own_events, inside, strict=True)
         ]
     return work
