@@ -181,7 +181,7 @@ def left_out(precisions: Sequence[Precision], is_dry: bool) -> dict[str, str]:
 
 def results(options: argparse.Namespace, skipped: dict[str, str]) -> Iterator[Result]:
     """One after the other."""
-    precisions = [name for name in options.precisions if name not in skipped]
+    precisions: list[Precision] = [name for name in options.precisions if name not in skipped]
     if options.what == "vision":
         for encoder in options.encoders:
             for precision in precisions:
@@ -189,7 +189,7 @@ def results(options: argparse.Namespace, skipped: dict[str, str]) -> Iterator[Re
                     yield vision_result(encoder, precision, options)
         return
     measure = step_result if options.what == "step" else huggingface_result
-    wanted = precisions if options.what == "step" else ["bf16"]
+    wanted: list[Precision] = precisions if options.what == "step" else ["bf16"]
     for size, precision, length in choose(options.sizes, wanted, options.rows):
         yield measure(cut_case(size, precision, length, options), options)
 

@@ -58,7 +58,9 @@ class MicroBatch:
 
     def to(self, device: Device) -> "MicroBatch":
         """On the device, without waiting for the copies."""
-        moved = {name: device.put(value) if isinstance(value, Tensor) else value for name, value in vars(self).items()}
+        moved: dict[str, Any] = {
+            name: device.put(value) if isinstance(value, Tensor) else value for name, value in vars(self).items()
+        }
         return MicroBatch(**moved)
 
 
@@ -178,12 +180,12 @@ def build(model: ModelConfig, setting: Setting, dtype: torch.dtype, device: Devi
         tie_word_embeddings=False,
     )
     with torch.device(device.torch_device):
-        built: Any = InternVLForConditionalGeneration(config).to(dtype)
+        built: Any = InternVLForConditionalGeneration(config)
     # Tiles are all of one length; their encoder's flash attention is torch's.
     built.set_attn_implementation({"text_config": setting.attention, "vision_config": "sdpa"})
     if setting.recomputes:
         built.gradient_checkpointing_enable()
-    return built.train()
+    return built.to(dtype).train()
 
 
 def varlen_attention(

@@ -36,9 +36,14 @@ RULES: tuple[tuple[Category, str], ...] = (
         r"elementwise|triton_|reduce_kernel|softmax|nll_loss|cross_entropy|swiglu|silu|gelu|rotary|rope|sort|scan|^aten::",
     ),
 )
-_COMPILED = tuple((category, re.compile(pattern, re.IGNORECASE)) for category, pattern in RULES)
+_COMPILED: tuple[tuple[Category, re.Pattern[str]], ...] = tuple(
+    (category, re.compile(pattern, re.IGNORECASE)) for category, pattern in RULES
+)
 
 
 def category_of(name: str) -> Category:
     """The category of a kernel or operator."""
-    return next((category for category, pattern in _COMPILED if pattern.search(name)), "other")
+    for category, pattern in _COMPILED:
+        if pattern.search(name):
+            return category
+    return "other"
