@@ -55,12 +55,14 @@ def config(model: ModelConfig) -> RunConfig:
 
 
 def noisy(model: ModelConfig) -> Any:
-    """The baseline's model, every weight random: no norm or bias hides behind ones and zeros."""
+    """The baseline's model, every weight random and so large that attention sees positions: nothing hides behind ones, zeros
+    or even weights."""
     reference = build(model, Setting("packed", "sdpa"), torch.float32, CPU)
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for parameter in reference.parameters():
-            parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
+            spread = 0.2 if parameter.dim() == 1 else 2 * parameter.shape[-1] ** -0.5
+            parameter += spread * torch.randn(parameter.shape, generator=generator)
     return reference
 
 
