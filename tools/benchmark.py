@@ -1,6 +1,7 @@
 """Speed of the training step: tokens per second, step time, MFU, memory, as one JSON record.
 
     python -m tools.benchmark step [--model 1b|demo] [--device auto|cpu|cuda] [--steps N] [--output FILE]
+    python -m tools.benchmark gpu ...          see tools/benchmark_gpu.py
     python -m tools.benchmark schedule ...     see tools/benchmark_schedule.py
     python -m tools.benchmark index ...        see tools/benchmark_data_index.py
     python -m tools.benchmark loader ...       see tools/benchmark_loader.py
@@ -33,7 +34,7 @@ from internvl_megatron.data.packing import Row, SampleSource
 from internvl_megatron.data.step_rows import DecodedTiles
 from internvl_megatron.launcher import launch
 from internvl_megatron.ranks import RankInfo
-from tools import benchmark_data_index, benchmark_loader, benchmark_packing, benchmark_schedule
+from tools import benchmark_data_index, benchmark_gpu, benchmark_loader, benchmark_packing, benchmark_schedule
 
 TEXT_TOKENS_PER_SAMPLE = 128
 ANSWER_TOKENS_PER_SAMPLE = 48
@@ -204,6 +205,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     step.add_argument("--steps", type=int, default=13)
     step.add_argument("--output", type=Path, help="JSON file to write; default: print only")
     step.set_defaults(run=measure_step)
+    benchmark_gpu.add_command(commands)
     benchmark_loader.add_command(commands)
     benchmark_schedule.add_command(commands)
     benchmark_data_index.add_command(commands)
