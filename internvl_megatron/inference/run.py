@@ -10,7 +10,7 @@ import numpy as np
 
 from internvl_megatron.checkpoint import folders, save_load, weights
 from internvl_megatron.config.overrides import CONFIG_FILE, from_json
-from internvl_megatron.config.schema import DataConfig, ParallelConfig, RunConfig
+from internvl_megatron.config.schema import DataConfig, Fp8Config, ParallelConfig, RunConfig
 from internvl_megatron.data.tokenizer import load_tokenizer
 from internvl_megatron.device import Device, DeviceName, open_device
 from internvl_megatron.errors import CheckpointError
@@ -91,4 +91,4 @@ def weights_to_load(folder: Path, device: Device) -> tuple[RunConfig, Path]:
     checkpoints = [folder] if is_checkpoint else folders.finished(folder / folders.CHECKPOINTS)
     if not checkpoints:
         raise CheckpointError(weights.why_not(folder))
-    return replace(from_json(run / CONFIG_FILE), parallel=ParallelConfig()), checkpoints[-1]
+    return replace(from_json(run / CONFIG_FILE), parallel=ParallelConfig(), fp8=Fp8Config()), checkpoints[-1]

@@ -15,6 +15,8 @@ from internvl_megatron.config.plan import stage_layers
 from internvl_megatron.config.schema import OptimizerConfig, PartConfig, RunConfig
 from internvl_megatron.device import Device
 from internvl_megatron.errors import CheckpointError
+from internvl_megatron.model.fp8_history import AmaxHistories
+from internvl_megatron.model.fp8_layers import language_linears, vision_linears, with_histories
 from internvl_megatron.model.initial import fresh_parameter
 from internvl_megatron.model.language import LanguageModel, language_transformer_config
 from internvl_megatron.model.padded_heads import real_size, with_zeros
@@ -34,6 +36,8 @@ class Model:
     """One stage, or several chunks under the interleaved pipeline schedule, in the order rows pass them."""
     vision_mesh: DeviceMesh | None = None
     """Ranks the vision tower is sharded over (`parallel.vision_mesh`); None where every rank has all of it."""
+    amax_histories: AmaxHistories | None = None
+    """State of the language model's layers with delayed scaling, where it is emulated and this rank has such layers."""
 
     def named_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
         """Parameters by names that do not depend on the layout: layers are counted over all pipeline stages."""
@@ -86,22 +90,21 @@ def build_model(config: RunConfig, groups: Groups, device: Device, initialize: b
     model_parallel_cuda_manual_seed(config.seed, tp_rank=groups.language.tp.rank(), ep_rank=0, etp_rank=0)
     language_config = language_transformer_config(config, torch_dtype(config.dtype))
     vision, mesh = _vision(config, groups, device)
-    model = Model(
-        vision=vision,
-        vision_mesh=mesh,
-        language=tuple(
-            LanguageModel(
-                config.model.language,
-                language_config,
-                groups.language,
-                device.attention,
-                max_tokens=config.data.tokens_per_row,
-                layers=stage_layers(config),
-                chunk=chunk,
-            )
-            for chunk in range(config.parallel.virtual_size)
-        ),
+    language = tuple(
+        LanguageModel(
+            config.model.language,
+            language_config,
+            groups.language,
+            device.attention,
+            max_tokens=config.data.tokens_per_row,
+            layers=stage_layers(config),
+            linears=language_linears(config, device),
+            chunk=chunk,
+        )
+        for chunk in range(config.parallel.virtual_size)
     )
+    histories = with_histories(language, config.fp8.history_steps, device)
+    model = Model(vision=vision, vision_mesh=mesh, language=language, amax_histories=histories)
     for chunk in model.language:
         chunk.to(device.torch_device)  # torch's norms are made on the CPU; Megatron Core's layers are there already
     for name, parameter in model.named_parameters():
@@ -114,15 +117,15 @@ def build_model(config: RunConfig, groups: Groups, device: Device, initialize: b
 def _vision(config: RunConfig, groups: Groups, device: Device) -> tuple[VisionTower, DeviceMesh | None]:
     """The vision tower, whole; or this rank's shards of it, and the mesh they are spread over."""
     dtype, parallel, where = torch_dtype(config.dtype), config.parallel, device.torch_device
-    by_layer = parallel.vision_recompute == "layer"
+    by_layer, linears = parallel.vision_recompute == "layer", vision_linears(config, device)
     if parallel.vision_sharding == "replicated":
         settings = vision_transformer_config(config.model, dtype, groups.vision.tp.size())
-        return VisionTower(config.model, settings, groups.vision, where, by_layer), None
+        return VisionTower(config.model, settings, groups.vision, where, by_layer, linears), None
     # Megatron Core names the GPU in its layers, unless it is told to begin on the CPU; then it names nothing, and all
     # parameters are made without values: the whole tower never is on this rank.
     settings = vision_transformer_config(config.model, dtype, use_cpu_initialization=True)
     with torch.device("meta") as meta:
-        tower = VisionTower(config.model, settings, groups.vision, meta, by_layer)
+        tower = VisionTower(config.model, settings, groups.vision, meta, by_layer, linears)
     mesh = vision_mesh(groups, parallel.vision_shard_ranks, device, parallel.collective_timeout_seconds)
     shard(tower, mesh, dtype, where)
     return tower, mesh

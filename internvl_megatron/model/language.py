@@ -5,6 +5,7 @@ sequence parallelism (else S), D hidden size, V padded vocabulary, V' = V / tens
 """
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +21,7 @@ from internvl_megatron.config.plan import stage_layers
 from internvl_megatron.config.schema import LanguageConfig, RunConfig, padded_vocab_size
 from internvl_megatron.device import AttentionKernel
 from internvl_megatron.model.attention import PackedRow
-from internvl_megatron.model.layer_specs import TORCH, language_block, recompute_settings, shared_settings
+from internvl_megatron.model.layer_specs import Linears, language_block, recompute_settings, shared_settings
 
 
 def language_transformer_config(config: RunConfig, dtype: torch.dtype) -> TransformerConfig:
@@ -85,6 +86,7 @@ class LanguageModel(GPTModel):
         kernel: AttentionKernel,
         max_tokens: int,
         layers: tuple[int, ...],
+        linears: Sequence[Linears],
         chunk: int = 0,
     ) -> None:
         """Build it.
@@ -96,13 +98,16 @@ class LanguageModel(GPTModel):
             kernel: for attention.
             max_tokens: of a row.
             layers: of every stage, in the order rows pass them.
+            linears: of every layer of the whole model.
             chunk: which of this rank's chunks.
         """
         stage = chunk * groups.pp.size() + groups.pp.rank()
+        first = sum(layers[:stage])
+        own_linears = linears[first : first + layers[stage]]
         with _quiet_deprecation():
             super().__init__(
                 config=config,
-                transformer_layer_spec=language_block([TORCH] * layers[stage], kernel),  # pyright: ignore[reportArgumentType]
+                transformer_layer_spec=language_block(own_linears, kernel),  # pyright: ignore[reportArgumentType]
                 vocab_size=padded_vocab_size(language.vocab_size),
                 max_sequence_length=max_tokens,
                 pre_process=stage == 0,

@@ -65,12 +65,14 @@ def plain_norm(config: TransformerConfig, hidden_size: int, eps: float) -> torch
     return module
 
 
-class ColumnParallelLinearWithoutBias(ColumnParallelLinear):
+def without_bias(column: Any) -> Any:
     """For InternViT-6B: no bias on q, k, v although its other linear layers have one, which no config field says."""
 
-    def __init__(self, *args: Any, bias: bool, **kwargs: Any) -> None:
+    def build(*args: Any, bias: bool, **kwargs: Any) -> torch.nn.Module:
         del bias
-        super().__init__(*args, bias=False, **kwargs)
+        return column(*args, bias=False, **kwargs)
+
+    return build
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,7 @@ import torch
 import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel.layers import (
-    ColumnParallelLinear,
-    RowParallelLinear,
-    set_tensor_model_parallel_attributes,
-)
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.tensor_parallel.mappings import (
     copy_to_tensor_model_parallel_region,
     reduce_from_tensor_model_parallel_region,
@@ -37,10 +33,11 @@ from internvl_megatron.config.schema import ModelConfig, VisionConfig
 from internvl_megatron.model.attention import TileAttention
 from internvl_megatron.model.layer_specs import (
     TORCH,
-    ColumnParallelLinearWithoutBias,
+    Linears,
     feed_forward,
     plain_norm,
     shared_settings,
+    without_bias,
 )
 from internvl_megatron.model.padded_heads import mark_padded, only_real_heads, padded_heads
 from internvl_megatron.model.position_table import interpolate_positions
@@ -204,7 +201,7 @@ class InternViTLayer(TransformerLayer):
         return add
 
 
-def _vision_block(vision: VisionConfig, recompute_layers: bool) -> TransformerBlockSubmodules:
+def _vision_block(vision: VisionConfig, linears: Linears, recompute_layers: bool) -> TransformerBlockSubmodules:
     layer = ModuleSpec(
         module=InternViTLayer,
         params={"layer_scale_init": vision.layer_scale_init, "recompute": recompute_layers},
@@ -214,16 +211,28 @@ def _vision_block(vision: VisionConfig, recompute_layers: bool) -> TransformerBl
                 module=InternViTAttention,
                 params={"attn_mask_type": AttnMaskType.no_mask, "qk_norm": vision.qk_norm},
                 submodules=SelfAttentionSubmodules(
-                    linear_qkv=ColumnParallelLinear if vision.qkv_bias else ColumnParallelLinearWithoutBias,
+                    linear_qkv=linears.column if vision.qkv_bias else without_bias(linears.column),
                     core_attention=TileAttention,
-                    linear_proj=RowParallelLinear,
+                    linear_proj=linears.row,
                 ),
             ),
             pre_mlp_layernorm=plain_norm,
-            mlp=feed_forward(TORCH),
+            mlp=feed_forward(linears),
         ),
     )
     return TransformerBlockSubmodules(layer_specs=[layer] * vision.num_layers, layer_norm=None)
+
+
+@dataclass(frozen=True)
+class VisionLinears:
+    """What the vision side's linear layers are, and what that asks of a batch of tiles."""
+
+    encoder: Linears = TORCH
+    """Of every encoder layer."""
+    projector: Any = torch.nn.Linear
+    """Builder with the signature of torch's."""
+    tile_multiple: int = 1
+    """Tiles are computed in multiples of so many: products in FP8 want a multiple of rows, and a tile's 1025 are odd."""
 
 
 class VisionTower(MegatronModule):
@@ -236,6 +245,7 @@ class VisionTower(MegatronModule):
         groups: ProcessGroupCollection,
         device: torch.device,
         recompute_layers: bool = False,
+        linears: VisionLinears = VisionLinears(),
     ) -> None:
         super().__init__(config)
         # Of the parameters outside the encoder, for checkpoints: Megatron Core would take the language model's.
@@ -244,14 +254,17 @@ class VisionTower(MegatronModule):
         width, dtype = vision.hidden_size, config.params_dtype
         options = {"dtype": dtype, "device": device}
         self.vision = vision
+        self.tile_multiple = linears.tile_multiple
         self.class_embedding = torch.nn.Parameter(torch.empty(1, 1, width, **options))
         self.patch_embedding = torch.nn.Conv2d(3, width, vision.patch_pixels, stride=vision.patch_pixels, **options)
         self.position_embedding = torch.nn.Parameter(torch.empty(1, 1 + vision.patches_per_side**2, width, **options))
         # No norm after the last block: the projector's LayerNorm takes its output as it is.
-        block = _vision_block(vision, recompute_layers)
+        block = _vision_block(vision, linears.encoder, recompute_layers)
         self.encoder = TransformerBlock(config, block, post_layer_norm=False, pg_collection=groups)
         shuffled = width * vision.shuffle_factor**2
-        self.projector = Projector(shuffled, language.hidden_size, model.projector_norm_eps, options)
+        self.projector = Projector(
+            shuffled, language.hidden_size, model.projector_norm_eps, options, linears.projector
+        )
         self.to(device)
 
     def forward(self, tiles: Tensor, residual_scale: Tensor | None = None) -> Tensor:
@@ -264,10 +277,20 @@ class VisionTower(MegatronModule):
         Returns:
             Image embeddings [T, K, D] in the parameters' dtype, tokens of a tile row by row.
         """
+        num_tiles = len(tiles)
+        if num_tiles % self.tile_multiple:
+            tiles, residual_scale = self._filled_up(tiles, residual_scale)
         trains = torch.is_grad_enabled() and self.class_embedding.requires_grad
         with torch.set_grad_enabled(trains):  # a frozen encoder keeps no activations for backward
             features = self._encode(tiles, residual_scale)
-        return self.projector(pixel_shuffle(features, self.vision.shuffle_factor))
+        embeddings = self.projector(pixel_shuffle(features, self.vision.shuffle_factor))
+        return embeddings if len(embeddings) == num_tiles else embeddings[:num_tiles].clone()
+
+    def _filled_up(self, tiles: Tensor, residual_scale: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Tiles and their drop-path factors up to a whole multiple: copies of the last one, which add no larger magnitude."""
+        places = torch.arange(-(-len(tiles) // self.tile_multiple) * self.tile_multiple, device=tiles.device)
+        places = places.clamp(max=len(tiles) - 1)
+        return tiles[places], None if residual_scale is None else residual_scale[..., places]
 
     def _encode(self, tiles: Tensor, residual_scale: Tensor | None) -> Tensor:
         """Features [T, rows, columns, C] of the patches."""
@@ -289,11 +312,11 @@ class VisionTower(MegatronModule):
 class Projector(torch.nn.Module):
     """`mlp1` of InternVL: LayerNorm, linear, GELU (erf), linear."""
 
-    def __init__(self, in_size: int, out_size: int, eps: float, options: dict[str, Any]) -> None:
+    def __init__(self, in_size: int, out_size: int, eps: float, options: dict[str, Any], linear: Any) -> None:
         super().__init__()
         self.norm = torch.nn.LayerNorm(in_size, eps=eps, **options)
-        self.linear_1 = torch.nn.Linear(in_size, out_size, **options)
-        self.linear_2 = torch.nn.Linear(out_size, out_size, **options)
+        self.linear_1 = linear(in_size, out_size, **options)
+        self.linear_2 = linear(out_size, out_size, **options)
 
     def forward(self, features: Tensor) -> Tensor:
         """[T, K, in_size] to [T, K, out_size]."""
