@@ -87,7 +87,8 @@ def _in_blocks(values: Tensor, block: tuple[int, int]) -> Tensor:
 
 def _scale(largest: Tensor, dtype: torch.dtype, if_too_large: float = torch.finfo(torch.float32).max) -> Tensor:
     """What values are multiplied with so that the largest fills the format; 1 where there is none, or an infinite one."""
-    scale = torch.finfo(dtype).max / largest
+    # Not `number / tensor`, which torch makes `tensor.reciprocal() * number`: rounded twice, it misses exact powers of two.
+    scale = torch.full_like(largest, torch.finfo(dtype).max) / largest
     scale = torch.where(scale.isinf(), if_too_large, scale)
     return torch.where((largest > 0) & largest.isfinite(), scale, 1.0)
 
