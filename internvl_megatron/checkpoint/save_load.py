@@ -149,7 +149,7 @@ def load(
         state |= _optimizer_state(optimizer, state, is_loading=True)
     loaded = _load(folder, state)
     _apply_model(loaded, model)
-    fp8_state.apply_histories(model.amax_histories, loaded["fp8"])
+    fp8_state.apply_histories(model.amax_histories, loaded.get("fp8", {}))
     if info.optimizer_state:
         with torch.no_grad():
             for name, side in _sides(optimizer).items():

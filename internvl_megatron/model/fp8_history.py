@@ -48,9 +48,9 @@ class AmaxHistories:
             device: of the layers.
         """
         self.names = tuple(names)
-        self.past = torch.zeros(len(names), len(KINDS), num_steps, device=device)
-        """fp32 [layers, kinds, steps], newest first; 0 = no entry."""
-        self._largest = torch.zeros(self.past.shape[:2], device=device)
+        self.past = torch.zeros(len(names), num_steps, len(KINDS), device=device)
+        """fp32 [layers, steps, kinds], newest first; 0 = no entry."""
+        self._largest = torch.zeros(len(names), len(KINDS), device=device)
         self._seen = torch.zeros_like(self._largest)
 
     def of(self, name: str) -> LayerAmax:
@@ -66,11 +66,11 @@ class AmaxHistories:
         """
         dist.all_reduce(self._seen, op=dist.ReduceOp.MAX, group=copies)
         has_entry = (self._seen > 0) & self._seen.isfinite()
-        newer = torch.cat([self._seen[..., None], self.past[..., :-1]], dim=-1)
-        self.past.copy_(torch.where(has_entry[..., None], newer, self.past))
+        newer = torch.cat([self._seen[:, None], self.past[:, :-1]], dim=1)
+        self.past.copy_(torch.where(has_entry[:, None], newer, self.past))
         self._seen.zero_()
         self.choose_scales()
 
     def choose_scales(self) -> None:
         """Have the scales follow from the entries."""
-        self._largest.copy_(self.past.amax(-1))
+        self._largest.copy_(self.past.amax(1))

@@ -98,8 +98,8 @@ def test_zeros_and_infinities_leave_the_history_as_it_is(end_step: Any) -> None:
     for values in (4.0, 0.0, float("inf"), float("nan"), 2.0):
         _note(histories, values, gradient=1.0)
         end_step(histories)
-    assert histories.past[0, 0].tolist() == [2.0, 4.0, 0.0]
-    assert histories.past[0, 2].tolist() == [1.0, 1.0, 1.0]
+    assert histories.past[0, :, 0].tolist() == [2.0, 4.0, 0.0]
+    assert histories.past[0, :, 2].tolist() == [1.0, 1.0, 1.0]
 
 
 def test_an_evaluation_leaves_no_trace(end_step: Any) -> None:
@@ -113,4 +113,4 @@ def test_an_evaluation_leaves_no_trace(end_step: Any) -> None:
     layer(values).backward(gradient)
     end_step(histories)
     expected = [float(tensor.detach().abs().max()) for tensor in (values, layer.weight, gradient)]
-    assert histories.past[0, :, 0].tolist() == pytest.approx(expected)
+    assert histories.past[0, 0].tolist() == pytest.approx(expected)
