@@ -38,7 +38,9 @@ def histories_to_load(folder: Path, histories: AmaxHistories | None, groups: Gro
     saved = FileSystemReader(folder).read_metadata().state_dict_metadata
     sizes = {name: getattr(saved.get(PREFIX + name), "size", None) for name in histories.names}
     return {
-        name: _sharded(name, histories.past.new_zeros(size), groups) for name, size in sizes.items() if size is not None
+        name: _sharded(name, histories.past.new_zeros(size), groups)
+        for name, size in sizes.items()
+        if size is not None
     }
 
 

@@ -166,7 +166,9 @@ def _language_sizes(config: RunConfig) -> list[str]:
         return heads and language.ffn_hidden_size % size == 0
 
     smaller = [size for size in range(tensor - 1, 0, -1) if is_possible(size)]
-    return _sizes("language", recipe, "parallel.tensor_size", tensor, smaller, lambda size: language_sizes(config, size))
+    return _sizes(
+        "language", recipe, "parallel.tensor_size", tensor, smaller, lambda size: language_sizes(config, size)
+    )
 
 
 def _vision_sizes(config: RunConfig, unit_ranks: int) -> list[str]:

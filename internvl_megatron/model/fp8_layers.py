@@ -82,7 +82,10 @@ def with_histories(chunks: Sequence[LanguageModel], num_steps: int, device: Devi
         for layer in chunk.decoder.layers:
             number: Any = layer.layer_number  # from 1, over all stages
             for name, module in layer.named_modules():
-                if isinstance(module, Fp8ColumnParallelLinear | Fp8RowParallelLinear) and module.rounding.recipe == "delayed":
+                if (
+                    isinstance(module, Fp8ColumnParallelLinear | Fp8RowParallelLinear)
+                    and module.rounding.recipe == "delayed"
+                ):
                     layers[f"layers.{number - 1}.{name}"] = module
     if not layers:
         return None

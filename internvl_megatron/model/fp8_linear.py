@@ -78,7 +78,7 @@ class Fp8ColumnParallelLinear(ColumnParallelLinear):
         super().__init__(*args, **kwargs)
         self.rounding = Rounding(recipe)
 
-    def _forward_impl(self, input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # noqa: A002 - mcore's name
+    def _forward_impl(self, input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         del args
         return _local_product(self, input, weight, kwargs)
 
@@ -90,22 +90,22 @@ class Fp8RowParallelLinear(RowParallelLinear):
         super().__init__(*args, **kwargs)
         self.rounding = Rounding(recipe)
 
-    def _forward_impl(self, input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # noqa: A002 - mcore's name
+    def _forward_impl(self, input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         del args
         return _local_product(self, input, weight, kwargs)
 
 
 class Fp8Linear(torch.nn.Linear):
-    """A linear layer that is whole on every rank: the projector's."""
+    """A linear layer with bias that is whole on every rank: the projector's."""
 
     def __init__(self, *args: Any, recipe: Recipe, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.rounding = Rounding(recipe)
 
-    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - torch's name
+    def forward(self, input: Tensor) -> Tensor:
         """[.., K] to [.., N]."""
         output: Any = _Product.apply(input, self.weight, self.rounding, self.training)
-        return output if self.bias is None else output + self.bias
+        return output + self.bias
 
 
 def _local_product(layer: Any, values: Tensor, weight: Tensor, settings: dict[str, Any]) -> Tensor:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from internvl_megatron.model.fp8_format import KINDS, amax, rounded
+from internvl_megatron.model.fp8_format import KINDS, Kind, Recipe, amax, rounded
 
 LARGEST = {"e4m3": 448.0, "e5m2": 57344.0}
 
@@ -55,7 +55,11 @@ def _plain(values: np.ndarray, recipe: str, kind: str, summed_dim: int) -> np.nd
             largest = np.float32(np.abs(block).max())
             scale = np.float32(1.0)
             if recipe == "mxfp8":
-                scale = np.float32(2.0 ** -math.ceil(math.log2(np.float32(largest * np.float32(1 / 448))))) if largest else scale
+                scale = (
+                    np.float32(2.0 ** -math.ceil(math.log2(np.float32(largest * np.float32(1 / 448)))))
+                    if largest
+                    else scale
+                )
             elif largest:
                 scale = np.float32(LARGEST[name]) / largest
                 if recipe == "blockwise":
@@ -79,7 +83,8 @@ def test_every_value_is_what_loops_find(recipe: Any, kind: Any, summed_dim: Any)
 
 def test_numbers_of_the_formats_stay() -> None:
     """With 448 (57344) in the tensor the scale is 1, and nothing is left to round."""
-    for kind, name in (("input", "e4m3"), ("gradient", "e5m2")):
+    cases: list[tuple[Kind, str]] = [("input", "e4m3"), ("gradient", "e5m2")]
+    for kind, name in cases:
         values = torch.from_numpy(NUMBERS[name]).float()[None]
         torch.testing.assert_close(rounded(values, "current", kind, 1), values, rtol=0, atol=0)
 
@@ -105,7 +110,8 @@ def test_blocks_have_scales_of_their_own() -> None:
     """A value too small for the scale of its neighbour survives in another block; with one scale it is lost."""
     values = torch.full((1, 256), 1e-6)
     values[0, 0] = 400.0
-    for recipe, size in (("blockwise", 128), ("mxfp8", 32)):
+    cases: list[tuple[Recipe, int]] = [("blockwise", 128), ("mxfp8", 32)]
+    for recipe, size in cases:
         result = rounded(values, recipe, "input", 1)
         assert (result[0, 1:size] == 0).all()
         torch.testing.assert_close(result[0, size:], values[0, size:], rtol=0.07, atol=0)
@@ -123,7 +129,10 @@ def test_weights_in_square_blocks_are_the_same_for_both_products() -> None:
 def test_delayed_scaling_takes_the_magnitude_it_is_given() -> None:
     values = torch.tensor([[1.0, 2.0, 3.0, 500.0]])
     torch.testing.assert_close(
-        rounded(values, "delayed", "input", 1, torch.tensor(500.0)), rounded(values, "current", "input", 1), rtol=0, atol=0
+        rounded(values, "delayed", "input", 1, torch.tensor(500.0)),
+        rounded(values, "current", "input", 1),
+        rtol=0,
+        atol=0,
     )
     saturated = rounded(values, "delayed", "input", 1, torch.tensor(3.5))
     torch.testing.assert_close(saturated, torch.tensor([[1.0, 2.0, 3.0, 3.5]]), rtol=0, atol=1e-6)
