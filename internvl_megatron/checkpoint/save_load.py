@@ -29,7 +29,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.state_dict_saver import save as save_with_torch
 
-from internvl_megatron.checkpoint import folders, vision_state, weights
+from internvl_megatron.checkpoint import folders, fp8_state, vision_state, weights
 from internvl_megatron.checkpoint.metadata_guard import check_metadata, plain_data_only
 from internvl_megatron.checkpoint.module_state import load_parameters, parameters_only
 from internvl_megatron.config.schema import ModelConfig
@@ -97,6 +97,7 @@ def save(
         (folder / "loader").mkdir(parents=True)
     _wait_for_all(groups)
     state = _model_state(model, groups)
+    state["fp8"] = fp8_state.histories_state(model.amax_histories, groups)
     if info.optimizer_state:
         assert optimizer is not None, "the marker promises optimizer state, and there is no optimizer"
         state |= _optimizer_state(optimizer, state, is_loading=False)
@@ -141,6 +142,7 @@ def load(
     """
     info = folders.read_info(folder)
     state = _model_state(model, groups)
+    state["fp8"] = fp8_state.histories_to_load(folder, model.amax_histories, groups)
     if info.optimizer_state:
         for side in _sides(optimizer).values():
             if not isinstance(side, ShardedOptimizer):
@@ -148,6 +150,7 @@ def load(
         state |= _optimizer_state(optimizer, state, is_loading=True)
     loaded = _load(folder, state)
     _apply_model(loaded, model)
+    fp8_state.apply_histories(model.amax_histories, loaded.get("fp8", {}))
     if info.optimizer_state:
         with torch.no_grad():
             for name, side in _sides(optimizer).items():

@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
+from internvl_megatron.config.fp8_rules import fp8_problems
 from internvl_megatron.config.group_weights import parse_group_weights
 from internvl_megatron.config.kernel_rules import kernel_problems
 from internvl_megatron.config.schema import ModelConfig, RunConfig, padded_vocab_size
@@ -250,7 +251,7 @@ def _layout(config: RunConfig, world_size: int) -> list[str]:
         if context > 1:
             size += f" x parallel.context_size={context}"
         problems.append(f"data.tokens_per_row={data.tokens_per_row} must be a multiple of {size}")
-    return problems + _context(config)
+    return problems + _context(config) + fp8_problems(config, _unit_ranks(config))
 
 
 def stage_layers(config: RunConfig) -> tuple[int, ...]:

@@ -177,9 +177,6 @@ class Fp8Config:
     """Layers at the end of the language model that are left out."""
     history_steps: int = 16
     """Steps whose largest values decide the scale (delayed)."""
-    gather_parameters: bool = False
-    """Keep the language model's weights in FP8 and gather them between ranks as such (half the bytes of bf16);
-    Transformer Engine only."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,14 +11,15 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from internvl_megatron.config.plan import stage_layers
 from internvl_megatron.config.schema import OptimizerConfig, PartConfig, RunConfig
 from internvl_megatron.device import Device, Kernels
 from internvl_megatron.errors import CheckpointError
+from internvl_megatron.model.fp8_history import AmaxHistories
+from internvl_megatron.model.fp8_layers import language_linears, vision_linears, with_histories
 from internvl_megatron.model.fp8_settings import fp8_of_recipe
 from internvl_megatron.model.initial import fresh_parameter
 from internvl_megatron.model.language import LanguageModel, language_transformer_config
-from internvl_megatron.model.layer_specs import linears_of, plain_name
+from internvl_megatron.model.layer_specs import plain_name
 from internvl_megatron.model.padded_heads import real_size, with_zeros
 from internvl_megatron.model.vision import VisionTower, vision_transformer_config
 from internvl_megatron.model.vision_shards import local_shard, own_rows, shard
@@ -36,6 +37,8 @@ class Model:
     """One stage, or several chunks under the interleaved pipeline schedule, in the order rows pass them."""
     vision_mesh: DeviceMesh | None = None
     """Ranks the vision tower is sharded over (`parallel.vision_mesh`); None where every rank has all of it."""
+    amax_histories: AmaxHistories | None = None
+    """State of the language model's layers with delayed scaling, where it is emulated and this rank has such layers."""
 
     def named_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
         """Parameters by names that do not depend on the layout, nor on what layers are made of: layers are counted over all
@@ -94,23 +97,21 @@ def build_model(config: RunConfig, groups: Groups, device: Device, initialize: b
     rows_per_replica = config.rows_per_step // groups.layout.data_size
     language_config = language_transformer_config(config, torch_dtype(config.dtype), kernels, rows_per_replica)
     vision, mesh = _vision(config, groups, device, kernels)
-    model = Model(
-        vision=vision,
-        vision_mesh=mesh,
-        language=tuple(
-            LanguageModel(
-                config.model.language,
-                language_config,
-                groups.language,
-                kernels,
-                max_tokens=config.data.tokens_per_row,
-                layers=stage_layers(config),
-                chunk=chunk,
-                loss_chunk_tokens=config.kernels.loss_chunk_tokens,
-            )
-            for chunk in range(config.parallel.virtual_size)
-        ),
+    language = tuple(
+        LanguageModel(
+            config.model.language,
+            language_config,
+            groups.language,
+            kernels.attention,
+            max_tokens=config.data.tokens_per_row,
+            stages=language_linears(config, kernels),
+            chunk=chunk,
+            loss_chunk_tokens=config.kernels.loss_chunk_tokens,
+        )
+        for chunk in range(config.parallel.virtual_size)
     )
+    histories = with_histories(language, config.fp8.history_steps, device)
+    model = Model(vision=vision, vision_mesh=mesh, language=language, amax_histories=histories)
     for chunk in model.language:
         chunk.to(device.torch_device)  # torch's norms are made on the CPU; Megatron Core's layers are there already
     for name, parameter in model.named_parameters():
@@ -125,7 +126,7 @@ def _vision(
 ) -> tuple[VisionTower, DeviceMesh | None]:
     """The vision tower, whole; or this rank's shards of it, and the mesh they are spread over."""
     dtype, parallel, where = torch_dtype(config.dtype), config.parallel, device.torch_device
-    by_layer = parallel.vision_recompute == "layer"
+    by_layer, linears = parallel.vision_recompute == "layer", vision_linears(config, kernels)
     if parallel.vision_sharding == "replicated":
         in_fp8 = kernels.fp8 == "transformer_engine"
         encoder_fp8, projector_fp8 = (
@@ -133,13 +134,12 @@ def _vision(
         )
         settings = vision_transformer_config(config.model, dtype, groups.vision.tp.size(), **encoder_fp8)
         projector = vision_transformer_config(config.model, dtype, **projector_fp8) if projector_fp8 else None
-        linears = linears_of(kernels.vision)
         return VisionTower(config.model, settings, groups.vision, where, by_layer, linears, projector), None
     # Megatron Core names the GPU in its layers, unless it is told to begin on the CPU; then it names nothing, and all
     # parameters are made without values: the whole tower never is on this rank.
     settings = vision_transformer_config(config.model, dtype, use_cpu_initialization=True)
     with torch.device("meta") as meta:
-        tower = VisionTower(config.model, settings, groups.vision, meta, by_layer)
+        tower = VisionTower(config.model, settings, groups.vision, meta, by_layer, linears)
     mesh = vision_mesh(groups, parallel.vision_shard_ranks, device, parallel.collective_timeout_seconds)
     shard(tower, mesh, dtype, where)
     return tower, mesh

@@ -5,6 +5,7 @@ sequence parallelism (else S), D hidden size, V' padded vocabulary / tensor size
 """
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,10 +18,10 @@ from torch import Tensor
 
 from internvl_megatron.config.plan import stage_layers
 from internvl_megatron.config.schema import LanguageConfig, RunConfig, padded_vocab_size
-from internvl_megatron.device import Kernels
+from internvl_megatron.device import AttentionKernel, Kernels
 from internvl_megatron.model.attention import PackedRow
 from internvl_megatron.model.fp8_settings import fp8_of_language
-from internvl_megatron.model.layer_specs import language_block, linears_of, recompute_settings, shared_settings
+from internvl_megatron.model.layer_specs import Linears, language_block, recompute_settings, shared_settings
 from internvl_megatron.model.output_layer import OutputLayer, Targets
 
 
@@ -98,9 +99,9 @@ class LanguageModel(GPTModel):
         language: LanguageConfig,
         config: TransformerConfig,
         groups: ProcessGroupCollection,
-        kernels: Kernels,
+        kernel: AttentionKernel,
         max_tokens: int,
-        layers: tuple[int, ...],
+        stages: Sequence[Sequence[Linears]],
         chunk: int = 0,
         loss_chunk_tokens: int | None = None,
     ) -> None:
@@ -110,14 +111,14 @@ class LanguageModel(GPTModel):
             language: sizes.
             config: Megatron Core's view of them.
             groups: process groups of the language model.
-            kernels: what computes the layers.
+            kernel: for attention.
             max_tokens: of a row.
-            layers: of every stage, in the order rows pass them.
+            stages: what every layer of every stage is made of, in the order rows pass them.
             chunk: which of this rank's chunks.
             loss_chunk_tokens: positions whose logits exist at the same time; None = all that have a target.
         """
         stage = chunk * groups.pp.size() + groups.pp.rank()
-        block = language_block([linears_of(kernels.language)] * layers[stage], kernels.attention)
+        block = language_block(stages[stage], kernel)
         with _quiet_deprecation():
             super().__init__(
                 config=config,
@@ -125,7 +126,7 @@ class LanguageModel(GPTModel):
                 vocab_size=padded_vocab_size(language.vocab_size),
                 max_sequence_length=max_tokens,
                 pre_process=stage == 0,
-                post_process=stage == len(layers) - 1,
+                post_process=stage == len(stages) - 1,
                 vp_stage=chunk if config.virtual_pipeline_model_parallel_size else None,
                 position_embedding_type="none",
                 share_embeddings_and_output_weights=False,

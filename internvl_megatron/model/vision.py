@@ -39,7 +39,6 @@ from internvl_megatron.model.layer_specs import (
     feed_forward,
     plain_norm,
     shared_settings,
-    transformer_engine_linear,
     without_bias,
 )
 from internvl_megatron.model.padded_heads import mark_padded, only_real_heads, padded_heads
@@ -233,6 +232,18 @@ def _vision_block(vision: VisionConfig, linears: Linears, recompute_layers: bool
     return TransformerBlockSubmodules(layer_specs=[layer] * vision.num_layers, layer_norm=None)
 
 
+@dataclass(frozen=True)
+class VisionLinears:
+    """What the vision side's linear layers are, and what that asks of a batch of tiles."""
+
+    encoder: Linears = TORCH
+    """Of every encoder layer."""
+    projector: Any = torch.nn.Linear
+    """Builder with the signature of torch's."""
+    tile_multiple: int = 1
+    """Tiles are computed in multiples of so many: products in FP8 want a multiple of rows, and a tile's 1025 are odd."""
+
+
 class VisionTower(MegatronModule):
     """Pixels of tiles to image embeddings: InternViT, pixel shuffle, projector."""
 
@@ -243,7 +254,7 @@ class VisionTower(MegatronModule):
         groups: ProcessGroupCollection,
         device: torch.device,
         recompute_layers: bool = False,
-        linears: Linears = TORCH,
+        linears: VisionLinears = VisionLinears(),
         projector_fp8: TransformerConfig | None = None,
     ) -> None:
         """Build it.
@@ -254,7 +265,7 @@ class VisionTower(MegatronModule):
             groups: process groups of the vision side.
             device: of the parameters.
             recompute_layers: run every layer again for backward instead of keeping its activations.
-            linears: what the encoder's layers are made of.
+            linears: what the linear layers are.
             projector_fp8: FP8 settings of the projector, for Transformer Engine; None = it is not in FP8.
         """
         super().__init__(config)
@@ -264,14 +275,17 @@ class VisionTower(MegatronModule):
         width, dtype = vision.hidden_size, config.params_dtype
         options = {"dtype": dtype, "device": device}
         self.vision = vision
+        self.tile_multiple = linears.tile_multiple
         self.class_embedding = torch.nn.Parameter(torch.empty(1, 1, width, **options))
         self.patch_embedding = torch.nn.Conv2d(3, width, vision.patch_pixels, stride=vision.patch_pixels, **options)
         self.position_embedding = torch.nn.Parameter(torch.empty(1, 1 + vision.patches_per_side**2, width, **options))
         # No norm after the last block: the projector's LayerNorm takes its output as it is.
-        block = _vision_block(vision, linears, recompute_layers)
+        block = _vision_block(vision, linears.encoder, recompute_layers)
         self.encoder = TransformerBlock(config, block, post_layer_norm=False, pg_collection=groups)
         shuffled = width * vision.shuffle_factor**2
-        self.projector = Projector(shuffled, language.hidden_size, model.projector_norm_eps, options, projector_fp8)
+        self.projector = Projector(
+            shuffled, language.hidden_size, model.projector_norm_eps, options, linears.projector, projector_fp8
+        )
         self.to(device)
 
     def forward(self, tiles: Tensor, residual_scale: Tensor | None = None) -> Tensor:
@@ -284,10 +298,20 @@ class VisionTower(MegatronModule):
         Returns:
             Image embeddings [T, K, D] in the parameters' dtype, tokens of a tile row by row.
         """
+        num_tiles = len(tiles)
+        if num_tiles % self.tile_multiple:
+            tiles, residual_scale = self._filled_up(tiles, residual_scale)
         trains = torch.is_grad_enabled() and self.class_embedding.requires_grad
         with torch.set_grad_enabled(trains):  # a frozen encoder keeps no activations for backward
             features = self._encode(tiles, residual_scale)
-        return self.projector(pixel_shuffle(features, self.vision.shuffle_factor))
+        embeddings = self.projector(pixel_shuffle(features, self.vision.shuffle_factor))
+        return embeddings if len(embeddings) == num_tiles else embeddings[:num_tiles].clone()
+
+    def _filled_up(self, tiles: Tensor, residual_scale: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Tiles and their drop-path factors up to a whole multiple: copies of the last one, which add no larger magnitude."""
+        places = torch.arange(-(-len(tiles) // self.tile_multiple) * self.tile_multiple, device=tiles.device)
+        places = places.clamp(max=len(tiles) - 1)
+        return tiles[places], None if residual_scale is None else residual_scale[..., places]
 
     def _encode(self, tiles: Tensor, residual_scale: Tensor | None) -> Tensor:
         """Features [T, rows, columns, C] of the patches."""
@@ -310,11 +334,17 @@ class Projector(torch.nn.Module):
     """`mlp1` of InternVL: LayerNorm, linear, GELU (erf), linear."""
 
     def __init__(
-        self, in_size: int, out_size: int, eps: float, options: dict[str, Any], fp8: TransformerConfig | None = None
+        self,
+        in_size: int,
+        out_size: int,
+        eps: float,
+        options: dict[str, Any],
+        linear: Any,
+        fp8: TransformerConfig | None,
     ) -> None:
+        """Build it; `linear` makes its linear layers, and `fp8` is what Transformer Engine is told around them."""
         super().__init__()
         self._fp8 = fp8
-        linear = torch.nn.Linear if fp8 is None else transformer_engine_linear
         self.norm = torch.nn.LayerNorm(in_size, eps=eps, **options)
         self.linear_1 = linear(in_size, out_size, **options)
         self.linear_2 = linear(out_size, out_size, **options)

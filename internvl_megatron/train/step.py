@@ -148,6 +148,8 @@ class Step:
                 window = self.windows.after(window)
         with phase("update"):
             self._reduce(agreement)
+            if self.model.amax_histories is not None:
+                self.model.amax_histories.end_step(self.groups.language.tp_dp_cp)
             rate = self.optimizer.set_learning_rate(step)
             has_targets = agreement.row_weights.sum() > 0
             update = self.optimizer.clip_and_step() if has_targets else UpdateResult(0.0, updated=False)

@@ -27,17 +27,7 @@ def config(kernels: dict[str, Any] | None = None, fp8: dict[str, Any] | None = N
     [
         (config({"layers": "transformer_engine"}, device="cpu"), "kernels.layers=transformer_engine"),
         (config({"attention": "flash_attn"}, device="cpu"), "kernels.attention=flash_attn"),
-        (config(fp8={"backend": "transformer_engine"}, device="cpu"), "fp8.backend=transformer_engine"),
         (config({"layers": "transformer_engine"}, parallel=SHARDED), "parallel.vision_sharding=sharded"),
-        (
-            config({"layers": "torch"}, {"language": "current", "backend": "transformer_engine"}),
-            "fp8.language=current: fp8.backend=transformer_engine needs its layers, and kernels.layers=torch",
-        ),
-        (
-            config(fp8={"vision": "current", "backend": "transformer_engine"}, parallel=SHARDED),
-            "fp8.vision=current: fp8.backend=transformer_engine needs its layers, and parallel.vision_sharding=sharded",
-        ),
-        (config(fp8={"language": "current", "gather_parameters": True}), "fp8.gather_parameters=true"),
     ],
 )
 def test_what_cannot_be_is_refused_with_the_field_and_its_value(asked: RunConfig, named: str) -> None:
@@ -50,9 +40,8 @@ def test_what_cannot_be_is_refused_with_the_field_and_its_value(asked: RunConfig
     [
         BASE,
         config(parallel=SHARDED),
-        config({"layers": "torch"}, {"language": "current"}),
-        config(fp8={"language": "current", "backend": "transformer_engine"}, parallel=SHARDED),
-        config({"attention": "sdpa", "layers": "torch"}, {"language": "delayed"}, device="cpu"),
+        config({"layers": "transformer_engine", "attention": "transformer_engine"}),
+        config({"attention": "sdpa", "layers": "torch"}, device="cpu"),
     ],
 )
 def test_what_may_be_is_not(asked: RunConfig) -> None:
