@@ -179,7 +179,7 @@ def one_rank(family: str) -> dict[str, Any]:
             seen[f"calls of {kernel}"] = len(calls)
         seen["logits and gradients"] = differences(gradients["transformer_engine"], gradients["torch"])
         info = CheckpointInfo(1, 0, 0, "", optimizer_state=False)
-        for source, target in itertools.permutations(models):
+        for source, target in itertools.permutations(KINDS):
             root = Path(folder) / source
             root.mkdir()
             save_load.save(root, info, models[source], None, groups, None, keep_last=1)
