@@ -136,7 +136,7 @@ def run_steps(info: RankInfo, config: RunConfig, num_steps: int, tiles_per_image
         step_seconds = statistics.median(seconds[3:] or seconds)
         return {
             "device": device.name(),
-            "attention": device.attention,
+            "attention": device.kernels(config).attention,
             "losses": losses,
             "step_seconds": step_seconds,
             "tokens_per_second": agreement.num_tokens / step_seconds,
