@@ -55,7 +55,7 @@ def train_rank(
         measured = phases[num_warmup:]
         return {
             **device_facts(device),
-            "attention": device.attention,
+            "attention": device.kernels(config).attention,
             "seconds": seconds,
             "phase_seconds": {
                 name: statistics.median(phase.get(name, 0.0) for phase in measured) for name in measured[0]
