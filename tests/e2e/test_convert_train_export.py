@@ -105,6 +105,7 @@ def test_answer_from_converted_weights(weights: Path, data: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_a_run_starts_from_another_run_and_bf16_is_compared_in_fp32(data: Path, weights: Path, tmp_path: Path) -> None:
     single = ("parallel.tensor_size=1", "parallel.pipeline_size=1", "num_steps=1", "dtype=bf16")
     assert _train(data, weights, tmp_path / "first", 1, *single).returncode == 0

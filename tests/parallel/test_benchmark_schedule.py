@@ -14,7 +14,8 @@ import pytest
 from internvl_megatron.ranks import RankInfo
 from tools.benchmark import main
 
-pytestmark = pytest.mark.parallel
+# A minute and a half: it trains under every schedule.
+pytestmark = [pytest.mark.parallel, pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")

@@ -53,7 +53,7 @@ class Case(NamedTuple):
         )
 
 
-QUICK = [Case(size) for size in ("1B", "2B", "9B")]
+QUICK = [Case(size) for size in ("1B", "2B")]
 SLOW = [
     Case("1B", language_layers=None, vision_layers=None, vocab_size=None),
     *[Case(size, vocab_size=None) for size in INTERNVL3],

@@ -63,7 +63,6 @@ class Case:
 
 
 CASES = {
-    "PP2": Case(LAYOUTS["PP2"]),
     "PP2 in windows": Case(LAYOUTS["PP2"], {"vision_window_rows": 2}),
     "DP2 ahead": Case(LAYOUTS["DP2"], {"prepare_ahead": True}),
 }
@@ -72,6 +71,7 @@ BUBBLE_CASES = {
     "TP2xPP2": Case(LAYOUTS["TP2xPP2"], {"vision_in_bubbles": True}),
 }
 MORE_CASES = {
+    "PP2": Case(LAYOUTS["PP2"]),
     "1": Case(LAYOUTS["1"]),
     "TP2": Case(LAYOUTS["TP2"]),
     "TP2+SP": Case(LAYOUTS["TP2+SP"]),

@@ -25,7 +25,7 @@ from tests.support.scattered_rows import scattered_step
 
 pytestmark = pytest.mark.parallel
 
-FEW_STEPS, MANY_STEPS = 40, 200
+FEW_STEPS, MANY_STEPS = 20, 200
 MOST_TILES, CHUNK_TILES = 96, 3
 TIMEOUT_SECONDS = 60
 FP32_BYTES = 4

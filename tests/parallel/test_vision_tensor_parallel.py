@@ -314,7 +314,12 @@ def test_fresh_parameters_do_not_depend_on_the_split(trained: Trained, family: s
 
 
 @pytest.mark.parametrize(
-    ("family", "source", "target"), [("6b", 4, 1), ("6b", 1, 2), ("6b", 2, 4), ("300m", 4, 2), (EVEN, 2, 4)]
+    ("family", "source", "target"),
+    [
+        ("6b", 4, 1),
+        ("6b", 1, 2),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in (("6b", 2, 4), ("300m", 4, 2), (EVEN, 2, 4))),
+    ],
 )
 def test_checkpoints_fit_every_split(
     run_ranks: Run, trained: Trained, plain: Plain, tmp_path: Path, family: str, source: int, target: int
