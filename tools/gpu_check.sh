@@ -4,9 +4,15 @@
 # Results go to $OUT, or to benchmarks/results/; tools/gpu_check.py says what the parts are. A folder .gpu/ beside the checkout
 # may hold what the machine lacks: wheels, and *.tar.xz archives of site-packages folders (torch must be there already).
 #   usage: tools/gpu_check.sh [PART ...] [--dry] [--limit SECONDS] [--merge FILE ...]     (--dry: tiny models on the CPU)
+# $PYTHON runs them; else that of .venv, else python3.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-python=${PYTHON:-python3}
+if [ -x .venv/bin/python ]; then installed=.venv/bin/python; else installed=python3; fi
+python=${PYTHON:-$installed}
+"$python" -c 'import sys, torch; sys.version_info >= (3, 12) or sys.exit(1)' 2>/dev/null || {
+  echo "gpu_check: $python is not a Python >= 3.12 with torch; set PYTHON=path, or run \`make setup\`" >&2
+  exit 2
+}
 began=$SECONDS
 
 if [ -d .gpu ]; then
