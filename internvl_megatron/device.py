@@ -61,6 +61,8 @@ class Kernels:
     """What computes in FP8 where a part of the model does."""
     fuse_swiglu: bool
     """Gate and activation of the language model's MLP are one kernel."""
+    fuse_rotary: bool
+    """Rotary embedding is Transformer Engine's kernel."""
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,8 @@ class Device:
         attention = self.attention if kernels.attention == "auto" else kernels.attention
         if attention != "sdpa" and not (self.kind == "cuda" and is_installed(ATTENTION_PACKAGES[attention])):
             problems.append(_not_here("kernels.attention", attention, self))
+        if kernels.fuse_rotary == "on" and not can:
+            problems.append(_not_here("kernels.fuse_rotary", "on", self))
         # A shard is made on the meta device, where Transformer Engine does not mark what is split.
         vision = "torch" if config.parallel.vision_sharding == "sharded" else layers
         backend = fp8.backend
@@ -111,7 +115,8 @@ class Device:
         if problems:
             raise ConfigError("\n".join(f"config: {problem}" for problem in problems))
         fuses = self.kind == "cuda" if kernels.fuse_swiglu == "auto" else kernels.fuse_swiglu == "on"
-        return Kernels(layers, vision, attention, backend, fuses)
+        rotary = can if kernels.fuse_rotary == "auto" else kernels.fuse_rotary == "on"
+        return Kernels(layers, vision, attention, backend, fuses, rotary)
 
     @property
     def backend(self) -> str:

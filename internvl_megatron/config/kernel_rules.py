@@ -13,6 +13,7 @@ def kernel_problems(config: RunConfig) -> list[str]:
         wanted = {
             "kernels.layers": (kernels.layers, ("auto", "torch")),
             "kernels.attention": (kernels.attention, ("auto", "sdpa")),
+            "kernels.fuse_rotary": (kernels.fuse_rotary, ("auto", "off")),
         }
         problems += [
             f"{name}={value}: its kernels need a GPU, and device=cpu; set {name}={possible[1]} or leave it out"

@@ -192,6 +192,8 @@ class KernelConfig:
     fuse_swiglu: Literal["auto", "on", "off"] = "auto"
     """Gate and activation of the language model's MLP as one compiled kernel, which keeps its input alone for backward;
     `auto`: on a GPU. On a CPU `on` needs a C++ compiler."""
+    fuse_rotary: Literal["auto", "on", "off"] = "auto"
+    """Rotary embedding of queries and keys by Transformer Engine's kernel; `auto`: on a GPU where it is installed."""
     fuse_gradient_accumulation: bool = True
     """Add weight gradients to the gradient buffer inside the matrix product that makes them; Transformer Engine's layers
     can, it is without effect for others."""

@@ -99,6 +99,7 @@ class PackedAttention(CoreAttention):
     ) -> None:
         super().__init__(config, *args, **kwargs)
         assert pg_collection is not None, "the layer passes its process groups on"
+        self._fuses_rotary = config.apply_rope_fusion
         self.kernel: AttentionKernel = kernel
         # Of the context-parallel ranks, those that share heads, and those over which every sample is divided.
         self.heads_group, self.ring_group = pg_collection.hcp
@@ -132,7 +133,7 @@ class PackedAttention(CoreAttention):
         assert attention_mask is None, "packed attention takes its mask from the segment boundaries"
         assert query.shape[1] == 1, f"a packed row has batch size 1, not {query.shape[1]}"
         if row.rotary is not None:
-            query, key = rotate(query, row.rotary), rotate(key, row.rotary)
+            query, key = (rotate(tensor, row.rotary, self._fuses_rotary) for tensor in (query, key))
         query, key, value = query.squeeze(1), key.squeeze(1), value.squeeze(1)
         if self.heads_group.size() > 1:
             query, key, value = trade_tokens_for_heads(query, key, value, self.heads_group)

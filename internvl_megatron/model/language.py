@@ -56,6 +56,7 @@ def language_transformer_config(
         **recompute_settings(parallel.language_recompute),
         **fp8,
         bias_activation_fusion=kernels.fuse_swiglu,
+        apply_rope_fusion=kernels.fuse_rotary,
         # Transformer Engine rounds weights once for all micro-batches of a step, and lets the first one's gradients replace
         # what is in the buffer. The schedule tells it so at the start of each window: with several that would be wrong.
         disable_parameter_transpose_cache=not fp8 or parallel.vision_window_rows is not None,

@@ -91,6 +91,17 @@ def without_bias(column: Any) -> Any:
     return build
 
 
+def adding_bias(linear: Any) -> Any:
+    """Let a linear layer add its bias inside the matrix product, where Megatron Core's blocks ask for it by itself to fuse it
+    with what follows: here that has another form."""
+
+    def build(*args: Any, skip_bias_add: bool, **kwargs: Any) -> torch.nn.Module:
+        del skip_bias_add
+        return linear(*args, skip_bias_add=False, **kwargs)
+
+    return build
+
+
 @dataclass(frozen=True)
 class Linears:
     """Linear layers and norms of a transformer layer: builders with the signatures of Megatron Core's slots."""
@@ -157,7 +168,8 @@ def transformer_engine_linear(
 
 def feed_forward(linears: Linears) -> Any:
     """Builder of the MLP slot; gating and activation come from the config."""
-    return partial(MLP.as_mlp_submodule, MLPSubmodules(linear_fc1=linears.behind_norm, linear_fc2=linears.row))
+    submodules = MLPSubmodules(linear_fc1=adding_bias(linears.behind_norm), linear_fc2=adding_bias(linears.row))
+    return partial(MLP.as_mlp_submodule, submodules)
 
 
 def language_block(layers: Sequence[Linears], kernel: AttentionKernel) -> TransformerBlockSubmodules:

@@ -5,7 +5,7 @@ travel as int32 numerators, because bf16 cannot hold 1000 + 1/256 and fp32 stops
 """
 
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 
 import torch
 from torch import Tensor
@@ -16,10 +16,25 @@ POSITION_UNITS = 256
 
 @dataclass(frozen=True)
 class RotaryTables:
-    """Cosines and sines of one packed row, fp32 [S, 1, 1, head_size / 2]."""
+    """Angles of one packed row and what is computed from them once for all layers."""
 
-    cos: Tensor
-    sin: Tensor
+    angles: Tensor
+    """fp32 [S, 1, 1, head_size / 2], radians."""
+
+    @cached_property
+    def cos(self) -> Tensor:
+        """Like the angles."""
+        return self.angles.cos()
+
+    @cached_property
+    def sin(self) -> Tensor:
+        """Like the angles."""
+        return self.angles.sin()
+
+    @cached_property
+    def of_both_halves(self) -> Tensor:
+        """The angles of a whole head, fp32 [S, 1, 1, head_size], as fused kernels want them."""
+        return torch.cat([self.angles, self.angles], dim=-1)
 
 
 def rotary_tables(numerators: Tensor, head_size: int, theta: float) -> RotaryTables:
@@ -35,8 +50,7 @@ def rotary_tables(numerators: Tensor, head_size: int, theta: float) -> RotaryTab
     whole = torch.div(numerators, POSITION_UNITS, rounding_mode="floor").float()
     fraction = torch.remainder(numerators, POSITION_UNITS).float() / POSITION_UNITS
     angles = torch.outer(whole, frequencies) + torch.outer(fraction, frequencies)
-    angles = angles[:, None, None, :]
-    return RotaryTables(cos=angles.cos(), sin=angles.sin())
+    return RotaryTables(angles[:, None, None, :])
 
 
 @cache
@@ -46,8 +60,24 @@ def _frequencies(head_size: int, theta: float, device: torch.device) -> Tensor:
     return (1.0 / theta**exponents).to(device)
 
 
-def rotate(x: Tensor, tables: RotaryTables) -> Tensor:
-    """Rotate the two halves of every head in fp32 and return the input's dtype; x is [S, B, heads, head_size]."""
+def rotate(x: Tensor, tables: RotaryTables, fused: bool = False) -> Tensor:
+    """Rotate the two halves of every head in fp32.
+
+    Args:
+        x: [S, B, heads, head_size].
+        tables: of the S tokens.
+        fused: by Transformer Engine's kernel, on a GPU. It takes angles and knows nothing of positions, so that V2PE's
+            fractions are as good to it as whole ones.
+
+    Returns:
+        [S, B, heads, head_size] in the input's dtype.
+    """
+    if fused:
+        from transformer_engine.pytorch.attention.rope import (  # pyright: ignore[reportMissingImports]
+            apply_rotary_pos_emb,
+        )
+
+        return apply_rotary_pos_emb(x, tables.of_both_halves, tensor_format="sbhd", fused=True)
     first, second = x.float().chunk(2, dim=-1)
     rotated = (first * tables.cos - second * tables.sin, second * tables.cos + first * tables.sin)
     return torch.cat(rotated, dim=-1).to(x.dtype)

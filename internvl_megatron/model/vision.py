@@ -36,6 +36,7 @@ from internvl_megatron.model.attention import TileAttention
 from internvl_megatron.model.layer_specs import (
     TORCH,
     Linears,
+    adding_bias,
     feed_forward,
     plain_norm,
     shared_settings,
@@ -195,16 +196,15 @@ class InternViTLayer(TransformerLayer):
             return super().forward(*args, **kwargs)
 
     def _add_branch(self, branch: int, _training: bool, _fused: bool) -> Any:
-        """The slot Megatron Core fills with bias-dropout-add: here bias, LayerScale, drop path and residual."""
-        layer_scale = (self.ls1, self.ls2)[branch]
-        keep = self._residual_scale
+        """The slot Megatron Core fills with bias-dropout-add: here LayerScale, drop path and residual in one kernel."""
+        scale: Tensor = (self.ls1, self.ls2)[branch]
+        if self._residual_scale is not None:
+            scale = scale * self._residual_scale[branch].to(scale.dtype)[None, :, None]
 
         def add(output_with_bias: tuple[Tensor, Tensor | None], residual: Tensor, _dropout: float) -> Tensor:
             output, bias = output_with_bias
-            update = layer_scale * (output if bias is None else output + bias)
-            if keep is not None:
-                update = update * keep[branch].to(update.dtype)[None, :, None]
-            return residual + update
+            assert bias is None, "the linear layer before has added its bias"
+            return torch.addcmul(residual, scale, output)
 
         return add
 
@@ -221,7 +221,7 @@ def _vision_block(vision: VisionConfig, linears: Linears, recompute_layers: bool
                 submodules=SelfAttentionSubmodules(
                     linear_qkv=linears.behind_norm if vision.qkv_bias else without_bias(linears.behind_norm),
                     core_attention=TileAttention,
-                    linear_proj=linears.row,
+                    linear_proj=adding_bias(linears.row),
                 ),
             ),
             pre_mlp_layernorm=linears.own_norm,

@@ -40,7 +40,9 @@ def _attend(kernel: AttentionKernel, dtype: torch.dtype) -> list[Tensor]:
         segment_ends=tuple(ends.tolist()),
         rotary=rotary_tables(device.put(torch.arange(total, dtype=torch.int32) * 64), HEAD_SIZE, 1e6),
     )
-    config: Any = SimpleNamespace(num_attention_heads=HEADS, num_query_groups=KV_HEADS, kv_channels=HEAD_SIZE)
+    config: Any = SimpleNamespace(
+        num_attention_heads=HEADS, num_query_groups=KV_HEADS, kv_channels=HEAD_SIZE, apply_rope_fusion=False
+    )
     one = SimpleNamespace(size=lambda: 1)
     alone: Any = SimpleNamespace(hcp=[one, one], tp=one)
     attention = PackedAttention(config, 1, AttnMaskType.causal, "self", kernel=kernel, pg_collection=alone)
@@ -59,13 +61,24 @@ def test_packed_kernels_equal_one_call_per_segment(kernel: AttentionKernel) -> N
         assert (fast - exact).norm() / exact.norm() < 0.02
 
 
-def test_rotation_equals_the_cpu() -> None:
+@pytest.mark.parametrize("fused", [False, True])
+def test_rotation_and_its_gradient_equal_the_cpus(fused: bool) -> None:
+    if fused and not is_installed("transformer_engine"):
+        pytest.skip("Transformer Engine is not installed")
     device = open_device("cuda")
     positions = torch.arange(0, 40000 * 256, 4099, dtype=torch.int32)
-    x = torch.randn(len(positions), 1, 2, HEAD_SIZE, generator=torch.Generator().manual_seed(1))
-    on_gpu = rotate(device.put(x), rotary_tables(device.put(positions), HEAD_SIZE, 1e6)).cpu()
+    generator = torch.Generator().manual_seed(1)
+    x, gradient = (torch.randn(len(positions), 1, 2, HEAD_SIZE, generator=generator) for _ in range(2))
+    results = []
+    for put, by_kernel in ((torch.as_tensor, False), (device.put, fused)):
+        leaf = put(x).requires_grad_()
+        turned = rotate(leaf, rotary_tables(put(positions), HEAD_SIZE, 1e6), by_kernel)
+        turned.backward(put(gradient))
+        assert leaf.grad is not None, "a rotation has a gradient"
+        results.append((turned.detach().cpu(), leaf.grad.cpu()))
     # An angle of 40000 rad in fp32 is good to 2e-3.
-    torch.testing.assert_close(on_gpu, rotate(x, rotary_tables(positions, HEAD_SIZE, 1e6)), atol=1e-2, rtol=0)
+    for theirs, ours in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-2, rtol=0)
 
 
 def test_transformer_engine_equals_torch() -> None:

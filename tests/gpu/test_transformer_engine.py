@@ -22,7 +22,7 @@ pytestmark = [
     pytest.mark.skipif(not is_installed("transformer_engine"), reason="Transformer Engine is not installed"),
 ]
 
-TORCH = KernelConfig(layers="torch", attention="sdpa", fuse_swiglu="off")
+TORCH = KernelConfig(layers="torch", attention="sdpa", fuse_swiglu="off", fuse_rotary="off")
 SIZES = {"hidden_size": 128, "num_heads": 4, "num_kv_heads": 4, "head_size": 32, "ffn_hidden_size": 256}
 """Of a language model whose matrices consist of whole blocks of 128 x 128."""
 TOKENS = 128
@@ -70,7 +70,9 @@ def test_layers_equal_torchs(family: str, dtype: str, accepted: float) -> None:
 
 def test_all_fused_kernels_equal_torchs() -> None:
     config = _config("300m", "bf16")
-    fused = KernelConfig(layers="transformer_engine", attention="transformer_engine", fuse_swiglu="on")
+    fused = KernelConfig(
+        layers="transformer_engine", attention="transformer_engine", fuse_swiglu="on", fuse_rotary="on"
+    )
     worst, name = _worst(_of(replace(config, kernels=fused)), _of(replace(config, kernels=TORCH)))
     assert worst < 0.05, name
 

@@ -45,7 +45,7 @@ class AsAsked(Device):
 
     def kernels(self, config: RunConfig) -> Kernels:
         layers: LayerKernel = "torch" if config.kernels.layers == "torch" else "transformer_engine"
-        return Kernels(layers, layers, "sdpa", "transformer_engine", fuse_swiglu=False)
+        return Kernels(layers, layers, "sdpa", "transformer_engine", fuse_swiglu=False, fuse_rotary=False)
 
 
 class OfFakeWorld(AsAsked):
@@ -289,7 +289,7 @@ def attention() -> dict[str, Any]:
         return torch.cat(outputs).flatten(1)
 
     _replace(te.DotProductAttention, attend)
-    config = SimpleNamespace(num_attention_heads=4, num_query_groups=2, kv_channels=16)
+    config = SimpleNamespace(num_attention_heads=4, num_query_groups=2, kv_channels=16, apply_rope_fusion=False)
     ends = (0, 8, 12, 32)
     row = PackedRow(cu_seqlens_q=torch.tensor(ends, dtype=torch.int32), segment_ends=ends, num_padding_tokens=20)
     generator = torch.Generator().manual_seed(0)

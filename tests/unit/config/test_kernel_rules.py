@@ -27,6 +27,7 @@ def config(kernels: dict[str, Any] | None = None, fp8: dict[str, Any] | None = N
     [
         (config({"layers": "transformer_engine"}, device="cpu"), "kernels.layers=transformer_engine"),
         (config({"attention": "flash_attn"}, device="cpu"), "kernels.attention=flash_attn"),
+        (config({"fuse_rotary": "on"}, device="cpu"), "kernels.fuse_rotary=on"),
         (config({"layers": "transformer_engine"}, parallel=SHARDED), "parallel.vision_sharding=sharded"),
     ],
 )
@@ -59,10 +60,10 @@ def device_with(monkeypatch: pytest.MonkeyPatch, *packages: str) -> Device:
 
 def test_on_a_cpu_everything_is_torchs() -> None:
     cpu = Device(kind="cpu", index=0, attention="sdpa")
-    wanted = Kernels("torch", "torch", "sdpa", "emulated", fuse_swiglu=False)
+    wanted = Kernels("torch", "torch", "sdpa", "emulated", fuse_swiglu=False, fuse_rotary=False)
     assert cpu.kernels(BASE) == wanted
     assert cpu.kernels(config({"fuse_swiglu": "on"})) == replace(wanted, fuse_swiglu=True)
-    for field, value in (("layers", "transformer_engine"), ("attention", "torch_varlen")):
+    for field, value in (("layers", "transformer_engine"), ("attention", "torch_varlen"), ("fuse_rotary", "on")):
         with pytest.raises(ConfigError, match=f"kernels.{field}={value}: its kernels need a GPU"):
             cpu.kernels(config({field: value}))
 
@@ -70,9 +71,10 @@ def test_on_a_cpu_everything_is_torchs() -> None:
 def test_with_transformer_engine_a_gpu_uses_it(monkeypatch: pytest.MonkeyPatch) -> None:
     gpu = device_with(monkeypatch, "transformer_engine", "flash_attn")
     te = "transformer_engine"
-    assert gpu.kernels(BASE) == Kernels(te, te, te, te, fuse_swiglu=True)
-    assert gpu.kernels(config({"layers": "torch", "attention": "flash_attn", "fuse_swiglu": "off"})) == Kernels(
-        "torch", "torch", "flash_attn", te, fuse_swiglu=False
+    assert gpu.kernels(BASE) == Kernels(te, te, te, te, fuse_swiglu=True, fuse_rotary=True)
+    plain = {"layers": "torch", "attention": "flash_attn", "fuse_swiglu": "off", "fuse_rotary": "off"}
+    assert gpu.kernels(config(plain)) == Kernels(
+        "torch", "torch", "flash_attn", te, fuse_swiglu=False, fuse_rotary=False
     )
     in_shards = gpu.kernels(config(parallel=SHARDED))
     assert (in_shards.language, in_shards.vision) == (te, "torch")
@@ -84,10 +86,12 @@ def test_with_transformer_engine_a_gpu_uses_it(monkeypatch: pytest.MonkeyPatch) 
 
 def test_without_transformer_engine_a_gpu_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
     gpu = device_with(monkeypatch)
-    assert gpu.kernels(BASE) == Kernels("torch", "torch", "torch_varlen", "transformer_engine", fuse_swiglu=True)
+    wanted = Kernels("torch", "torch", "torch_varlen", "transformer_engine", fuse_swiglu=True, fuse_rotary=False)
+    assert gpu.kernels(BASE) == wanted
     for asked in (
         {"kernels": {"layers": "transformer_engine"}},
         {"kernels": {"attention": "transformer_engine"}},
+        {"kernels": {"fuse_rotary": "on"}},
         {"fp8": {"language": "current"}},
     ):
         with pytest.raises(ConfigError, match=r"pip install 'internvl_megatron\[gpu\]'"):
