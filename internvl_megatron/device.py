@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 AttentionKernel = Literal["transformer_engine", "flash_attn", "torch_varlen", "sdpa"]
 LayerKernel = Literal["transformer_engine", "torch"]
+TileKernel = Literal["cudnn", "sdpa"]
 DeviceName = Literal["auto", "cpu", "cuda"]
 """What a user can ask for."""
 
@@ -57,6 +58,8 @@ class Kernels:
     vision: LayerKernel
     attention: AttentionKernel
     """Packed attention of the language model."""
+    vision_attention: TileKernel
+    """Attention inside a tile."""
     fp8: Literal["transformer_engine", "emulated"]
     """What computes in FP8 where a part of the model does."""
     fuse_swiglu: bool
@@ -73,6 +76,8 @@ class Device:
     index: int
     attention: AttentionKernel
     """The best installed kernel for packed (variable-length, causal) attention."""
+    is_hopper: bool = False
+    """A GPU of that generation or a later one."""
 
     def kernels(self, config: "RunConfig") -> Kernels:
         """Choose what computes the layers of a run.
@@ -92,6 +97,10 @@ class Device:
         attention = self.attention if kernels.attention == "auto" else kernels.attention
         if attention != "sdpa" and not (self.kind == "cuda" and is_installed(ATTENTION_PACKAGES[attention])):
             problems.append(_not_here("kernels.attention", attention, self))
+        if kernels.vision_attention == "cudnn" and self.kind == "cpu":
+            problems.append(_not_here("kernels.vision_attention", "cudnn", self))
+        if config.optimizer.moments == "bf16" and not can:
+            problems.append(_not_here("optimizer.moments", "bf16", self))
         if kernels.fuse_rotary == "on" and not can:
             problems.append(_not_here("kernels.fuse_rotary", "on", self))
         # A shard is made on the meta device, where Transformer Engine does not mark what is split.
@@ -116,7 +125,10 @@ class Device:
             raise ConfigError("\n".join(f"config: {problem}" for problem in problems))
         fuses = self.kind == "cuda" if kernels.fuse_swiglu == "auto" else kernels.fuse_swiglu == "on"
         rotary = can if kernels.fuse_rotary == "auto" else kernels.fuse_rotary == "on"
-        return Kernels(layers, vision, attention, backend, fuses, rotary)
+        tiles = kernels.vision_attention
+        if tiles == "auto":
+            tiles = "cudnn" if self.is_hopper and config.dtype == "bf16" else "sdpa"
+        return Kernels(layers, vision, attention, tiles, backend, fuses, rotary)
 
     @property
     def backend(self) -> str:
@@ -265,7 +277,8 @@ def open_device(preference: DeviceName = "auto", local_rank: int = 0) -> Device:
             "Start fewer local ranks (--nproc), or set device=cpu."
         )
     torch.cuda.set_device(local_rank)
-    return Device(kind="cuda", index=local_rank, attention=packed_attention_kernel())
+    is_hopper = torch.cuda.get_device_capability(local_rank) >= (9, 0)
+    return Device(kind="cuda", index=local_rank, attention=packed_attention_kernel(), is_hopper=is_hopper)
 
 
 def uses_gpu(preference: DeviceName) -> bool:
@@ -317,6 +330,22 @@ def packed_attention_kernel() -> AttentionKernel:
 def is_installed(package: str) -> bool:
     """Whether a package can be imported here; imports nothing of it."""
     return importlib.util.find_spec(package) is not None
+
+
+def add_product(total: "torch.Tensor", left: "torch.Tensor", right: "torch.Tensor") -> None:
+    """Add left [m, k] @ right [k, n] to total [m, n], whose dtype may be wider than theirs; k may be small."""
+    import torch
+
+    if left.dtype == total.dtype:
+        total.addmm_(left, right)
+    elif total.is_cuda:
+        torch.ops.aten.addmm.dtype_out(total, left, right, total.dtype, out=total)
+    else:
+        # There is no such product on a CPU: by rows, so that what lies beside is a quarter of `left`.
+        num_rows = max(1, left.numel() // (4 * right.shape[1]))
+        for first in range(0, len(total), num_rows):
+            rows = slice(first, first + num_rows)
+            total[rows] += left[rows] @ right
 
 
 @cache

@@ -28,9 +28,10 @@ from tools.gpu_cases import (
     Case,
     Precision,
     Size,
+    Way,
     baseline_settings,
+    best_way,
     choose,
-    layers_that_fit,
     model_of,
 )
 from tools.gpu_training import train_rank
@@ -51,12 +52,12 @@ Result = dict[str, Any]
 def cut_case(size: Size, precision: Precision, tokens_per_row: int, options: argparse.Namespace) -> Case:
     """A case with as many layers as should fit."""
     model = model_of(size, options.dry)
-    gpu, num_layers = query_gpu(), model.language.num_layers
+    gpu, num_layers, way = query_gpu(), model.language.num_layers, Way()
+    if gpu is not None and not options.dry:
+        way, num_layers = best_way(model, tokens_per_row, gpu["memory_bytes"])
     if options.layers is not None:
-        num_layers = min(options.layers, num_layers)
-    elif gpu is not None and not options.dry:
-        num_layers = layers_that_fit(model, tokens_per_row, gpu["memory_bytes"])
-    return Case(size, precision, tokens_per_row, num_layers, tuple(options.set), options.dry)
+        num_layers = min(options.layers, model.language.num_layers)
+    return Case(size, precision, tokens_per_row, num_layers, tuple(options.set), options.dry, way)
 
 
 def step_result(case: Case, options: argparse.Namespace) -> Result:
@@ -134,7 +135,7 @@ def vision_result(encoder: Encoder, precision: Precision, options: argparse.Name
     if precision != "bf16":
         chunks = tuple(tiles for tiles in chunks if tiles % 16 == 0)
     config = vision_config(encoder, precision, _device(options), options.dry)
-    case = {"encoder": encoder, "precision": precision, "is_dry": options.dry}
+    case: Result = {"encoder": encoder, "precision": precision, "is_dry": options.dry}
     try:
         found = launch(vision_rank, 1, config, chunks, options.warmup, options.steps, device=_device(options))[0]
     except RankFailedError as error:
@@ -153,6 +154,7 @@ def described(case: Case) -> Result:
         "layers": case.num_layers,
         "full_layers": case.full_layers,
         "fp8": asdict(fp8),
+        "way": asdict(case.way),
         "overrides": list(case.overrides),
         "is_dry": case.is_dry,
     }

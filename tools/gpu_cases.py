@@ -1,8 +1,8 @@
 """What is measured on one GPU: models of released sizes, number formats, packed rows, and how many layers fit.
 
 Rows are drawn as `image_text_rows` says, half of their tokens image tokens, with V2PE positions whose step is drawn per image. A
-model that does not fit with its optimizer state keeps its vision encoder, projector, embedding and head, and as many layers as
-fit. `dry` is everything at a width that a CPU can do.
+model that does not fit with its optimizer state gives up memory for time as `WAYS` says, and where that is not enough keeps
+its vision encoder, projector, embedding and head, and as many layers as fit. `dry` is everything at a width that a CPU can do.
 """
 
 import importlib.util
@@ -38,9 +38,9 @@ SIZES: tuple[Size, ...] = ("1B", "2B", "8B")
 Precision = Literal["bf16", "fp8_current", "fp8_blockwise"]
 PRECISIONS: dict[Precision, Fp8Config] = {
     "bf16": Fp8Config(),
-    "fp8_current": Fp8Config(language="current", vision="current", projector="current"),
-    # A tile is 1025 tokens: chunks of 128 tiles, which blocks of 128 tokens ask for, are too many at a time.
-    "fp8_blockwise": Fp8Config(language="blockwise", vision="current", projector="current"),
+    # The language model alone: rounding costs InternViT-300M, 1024 wide, more than products in FP8 save it (`benchmark gpu vision`).
+    "fp8_current": Fp8Config(language="current"),
+    "fp8_blockwise": Fp8Config(language="blockwise"),
 }
 
 IMAGE_TOKEN = 151667
@@ -50,15 +50,33 @@ TILES_PER_ROW = {4096: 16, 16384: 48}
 """Tile budgets by the token budget: an image of 13 tiles fits the smaller, the larger is InternVL2.5's."""
 ROWS_PER_STEP = {4096: 8, 16384: 4}
 ROW_LENGTHS = tuple(TILES_PER_ROW)
-CHUNK_TILES = 16
-"""16 tiles of 1025 tokens are a multiple of 16 tokens, which FP8 asks for."""
 SEED = 1
 
-STATE_BYTES = 18
-"""Of a parameter: bf16 weight, and in fp32 gradient, weight and two moments of Adam."""
+
+@dataclass(frozen=True)
+class Way:
+    """What is given up for memory."""
+
+    moments: Literal["fp32", "bf16"] = "fp32"
+    """Of AdamW."""
+    vision_recompute: Literal["none", "full"] = "full"
+    """Without, tiles are encoded for few rows at a time, whose activations stay until the rows are through."""
+    chunk_tiles: int = 16
+    """Tiles side by side in the encoder: more keep a GPU busier."""
+
+    @property
+    def state_bytes(self) -> int:
+        """Of a parameter: bf16 weight, and in fp32 gradient, weight and, maybe, two moments of Adam."""
+        return 18 if self.moments == "fp32" else 14
+
+
+WAYS = (Way("fp32", "none", 32), Way("fp32", "full", 32), Way("fp32", "full"), Way("bf16", "full"))
+"""The first that the whole model fits with is taken, else the last."""
+FP8_BYTES = 2
+"""Of a parameter of a layer, in FP8: two copies of weights that are products' operands, one of them transposed."""
 FIXED_BYTES = 6e9
 """Taken for the driver's own memory, work space of the libraries, logits of one chunk of the loss and its gradient."""
-USED_SHARE = 0.9
+USED_SHARE = 0.95
 """Of the device's memory; the rest is lost between allocations."""
 
 
@@ -74,6 +92,7 @@ class Case:
     overrides: tuple[str, ...] = ()
     """`section.field=value` on top of everything."""
     is_dry: bool = False
+    way: Way = Way()
 
     @property
     def name(self) -> str:
@@ -94,7 +113,8 @@ class Case:
     def config(self, device: DeviceName) -> RunConfig:
         """A run of it."""
         return apply_overrides(
-            run_config(self.name, self.model, self.tokens_per_row, self.precision, device), self.overrides
+            run_config(self.name, self.model, self.tokens_per_row, PRECISIONS[self.precision], device, self.way),
+            self.overrides,
         )
 
     @property
@@ -104,9 +124,10 @@ class Case:
 
 
 def run_config(
-    name: str, model: ModelConfig, tokens_per_row: int, precision: Precision, device: DeviceName
+    name: str, model: ModelConfig, tokens_per_row: int, fp8: Fp8Config, device: DeviceName, way: Way = Way()
 ) -> RunConfig:
     """A training run on one device; `tokens_per_row` at 256 tokens a tile."""
+    window = window_rows(tokens_per_row, way.chunk_tiles) if way.vision_recompute == "none" else None
     return RunConfig(
         name=name,
         model=model,
@@ -116,10 +137,12 @@ def run_config(
             tokens_per_row=tokens_per_row * model.vision.tokens_per_tile // TILE_TOKENS,
             tiles_per_row=TILES_PER_ROW[tokens_per_row],
         ),
-        parallel=ParallelConfig(vision_chunk_tiles=CHUNK_TILES, vision_recompute="full"),
-        fp8=PRECISIONS[precision],
+        parallel=ParallelConfig(
+            vision_chunk_tiles=way.chunk_tiles, vision_recompute=way.vision_recompute, vision_window_rows=window
+        ),
+        fp8=fp8,
         loss=LossConfig(weighting="token"),
-        optimizer=OptimizerConfig(learning_rate=1e-5),
+        optimizer=OptimizerConfig(learning_rate=1e-5, moments=way.moments),
         rows_per_step=ROWS_PER_STEP[tokens_per_row],
         dtype="bf16",
         device=device,
@@ -160,11 +183,16 @@ def dry_vision(like: Literal["300M", "6B"] = "300M") -> VisionConfig:
     )
 
 
-def layers_that_fit(model: ModelConfig, tokens_per_row: int, memory_bytes: float) -> int:
-    """Layers of the language model that can be trained on one device, all activations kept; at least one.
+def window_rows(tokens_per_row: int, chunk_tiles: int) -> int:
+    """Rows whose tiles are about a chunk; at least one."""
+    return max(1, chunk_tiles // TILES_PER_ROW[tokens_per_row])
 
-    An estimate of state and of the activations of one row, whichever is larger: the language model's, or those of one chunk of
-    tiles, which exist when the others are gone. Who runs the case takes fewer where it was too high.
+
+def layers_that_fit(model: ModelConfig, tokens_per_row: int, memory_bytes: float, way: Way = Way()) -> int:
+    """Layers of the language model that can be trained on one device, in FP8 as well; at least one.
+
+    An estimate of state and of activations: the language model's of one row, and those of tiles, which exist beside them, or,
+    where they are computed again, when the others are gone. Who runs the case takes fewer where it was too high.
     """
     language, vision = model.language, model.vision
 
@@ -173,16 +201,28 @@ def layers_that_fit(model: ModelConfig, tokens_per_row: int, memory_bytes: float
         return parameter_counts(cut, padded_vocab=True).total
 
     heads = language.num_heads * language.head_size
-    # Inputs of both norms, both products' inputs, queries, keys, values before and after rotation, gate, up and their product.
-    layer_bytes = 2 * tokens_per_row * (6 * language.hidden_size + 4 * heads + 4 * language.ffn_hidden_size)
+    # Both norms' inputs and outputs; queries, keys, values and what attention makes of them; gate, up and their product.
+    layer_bytes = 2 * tokens_per_row * (4 * language.hidden_size + 3 * heads + 3 * language.ffn_hidden_size)
     tile_values = (vision.patches_per_side**2 + 1) * (10 * vision.hidden_size + 2 * vision.ffn_hidden_size)
-    chunk_bytes = 2 * CHUNK_TILES * vision.num_layers * tile_values
+    tile_bytes = 2 * vision.num_layers * tile_values
 
     def needed(num_layers: int) -> float:
-        return STATE_BYTES * parameters(num_layers) + max(num_layers * layer_bytes, chunk_bytes) + FIXED_BYTES
+        state = way.state_bytes * parameters(num_layers) + FP8_BYTES * (parameters(num_layers) - parameters(0))
+        if way.vision_recompute == "none":
+            tiles = window_rows(tokens_per_row, way.chunk_tiles) * TILES_PER_ROW[tokens_per_row]
+            activations = num_layers * layer_bytes + tiles * tile_bytes
+        else:
+            activations = max(num_layers * layer_bytes, way.chunk_tiles * tile_bytes)
+        return state + activations + FIXED_BYTES
 
     fitting = [count for count in range(1, language.num_layers + 1) if needed(count) <= USED_SHARE * memory_bytes]
     return max(fitting, default=1)
+
+
+def best_way(model: ModelConfig, tokens_per_row: int, memory_bytes: float) -> tuple[Way, int]:
+    """How to train a model on one device, and how many layers of it."""
+    tried = [(way, layers_that_fit(model, tokens_per_row, memory_bytes, way)) for way in WAYS]
+    return next((found for found in tried if found[1] == model.language.num_layers), tried[-1])
 
 
 @cache

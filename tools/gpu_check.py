@@ -2,8 +2,9 @@
 
     python -m tools.gpu_check [PART ...] [--dry] [--limit SECONDS] [--output FOLDER] [--merge FILE ...]
 
-A part name or its beginning (`speed`, `hf-2b`); without one all. Every part has a time limit, and the end of one, good or bad, does
-not stop the others; `--limit` is for all of them together, and parts it leaves no time for are said not to have run. Results go
+A part name or its beginning (`speed`, `hf-2b`); without one all. Parts that measure no time run side by side, first; the others
+one after the other. Every part has a time limit, and the end of one, good or bad, does not stop the others; `--limit` is for all
+of them together, and parts it leaves no time for are said not to have run. Results go
 to `gpu_check_DATE.json` and `.md` in the folder, written anew after each part; `--merge` takes over the parts of other such files,
 from other calls. `--dry` runs the same on a CPU with tiny models. Exit status 1 if a part failed or did not run.
 """
@@ -17,7 +18,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -53,53 +56,53 @@ class Part:
     """Whether it takes `--output FILE` and writes a record there."""
     fine: tuple[int, ...] = (0,)
     """Exit statuses of success."""
+    is_timed: bool = True
+    """Whether it must have the machine for itself."""
 
 
 _QUICK = ("--dry", "--steps", "1", "--warmup", "1")
-_QUICK_ROWS = (*_QUICK, "--rows", "4096")
-
-
-def _speed(size: str) -> Part:
-    command = ("-m", "tools.benchmark", "gpu", "step", "--sizes", size)
-    return Part(f"speed-{size.lower()}", 420, command, (*_QUICK_ROWS, "--precisions", "bf16", "fp8_current"))
-
-
-def _huggingface(size: str) -> Part:
-    return Part(f"hf-{size.lower()}", 480, ("-m", "tools.benchmark", "gpu", "hf", "--sizes", size), _QUICK_ROWS)
-
-
-PARTS = (
-    Part("environment", 60, ("-m", "internvl_megatron", "doctor"), dry=(), writes=False),
-    Part(
-        "tests",
-        240,
-        ("-m", "pytest", "tests/gpu", "-q", "-m", "gpu", "-rs", "-p", "no:cacheprovider"),
-        dry=(),
-        writes=False,
-        fine=(0, NO_TESTS),
-    ),
-    Part("curves", 420, ("-m", "tools.gpu_curves")),
-    Part("checkpoint", 240, ("-m", "tools.gpu_checkpoint")),
-    Part("speed-vision", 300, ("-m", "tools.benchmark", "gpu", "vision"), _QUICK),
-    *map(_speed, benchmark_gpu.SIZES),
-    *map(_huggingface, benchmark_gpu.SIZES),
-    Part(
-        "profile",
-        180,
-        (
-            "-m", "tools.profile_step", "--drawn-rows", "internvl3_1b_sft", "rows_per_step=2",
-            "parallel.vision_window_rows=null",
-        ),
-        (
-            "model.vision.hidden_size=128", "model.vision.num_layers=2", "model.vision.num_heads=2",
-            "model.vision.ffn_hidden_size=256", "model.vision.tile_pixels=56", "model.vision.patch_pixels=7",
-            "model.language.hidden_size=128", "model.language.num_layers=2", "model.language.num_heads=2",
-            "model.language.num_kv_heads=1", "model.language.ffn_hidden_size=256", "model.language.vocab_size=512",
-            "data.tokens_per_row=256", "data.tiles_per_row=16", "rows_per_step=1", "device=cpu", "--steps", "1",
-            "--warmup", "1",
-        ),
-    ),
+_DRY_PROFILE = (
+    "model.vision.hidden_size=128", "model.vision.num_layers=2", "model.vision.num_heads=2",
+    "model.vision.ffn_hidden_size=256", "model.vision.tile_pixels=56", "model.vision.patch_pixels=7",
+    "model.language.hidden_size=128", "model.language.num_layers=2", "model.language.num_heads=2",
+    "model.language.num_kv_heads=1", "model.language.ffn_hidden_size=256", "model.language.vocab_size=512",
+    "data.tokens_per_row=256", "data.tiles_per_row=16", "rows_per_step=1", "device=cpu", "--steps", "1", "--warmup", "1",
 )  # fmt: skip
+
+
+def _parts_of(size: str, tokens_per_row: int) -> list[Part]:
+    """Ours in all number formats, and Hugging Face's."""
+    name = f"{size.lower()}-{tokens_per_row // 1024}k"
+    rows = ("--sizes", size, "--rows", str(tokens_per_row))
+    speed = ("-m", "tools.benchmark", "gpu", "step", *rows)
+    huggingface = ("-m", "tools.benchmark", "gpu", "hf", *rows)
+    return [
+        Part(f"speed-{name}", 240, speed, (*_QUICK, "--precisions", "bf16", "fp8_current")),
+        Part(f"hf-{name}", 300, huggingface, _QUICK),
+    ]
+
+
+def _profile(name: str, *overrides: str) -> Part:
+    """Of the 8B's step, its language model cut to a part that fits any GPU with 80 GB."""
+    command = (
+        "-m", "tools.profile_step", "internvl3_8b_sft", "parallel.tensor_size=1", "parallel.sequence_parallel=false",
+        "parallel.vision_window_rows=null", "parallel.vision_chunk_tiles=32", "model.language.num_layers=8",
+        "data.tokens_per_row=4096", "data.tiles_per_row=16", "rows_per_step=8", "dtype=bf16", *overrides,
+    )  # fmt: skip
+    return Part(f"profile-{name}", 180, (*command, "--drawn-rows"), _DRY_PROFILE)
+
+
+_TESTS = ("-m", "pytest", "tests/gpu", "-q", "-m", "gpu", "-rs", "-p", "no:cacheprovider")
+PARTS = (
+    Part("environment", 60, ("-m", "internvl_megatron", "doctor"), dry=(), writes=False, is_timed=False),
+    Part("tests", 300, _TESTS, dry=(), writes=False, fine=(0, NO_TESTS), is_timed=False),
+    Part("curves", 420, ("-m", "tools.gpu_curves"), is_timed=False),
+    Part("checkpoint", 300, ("-m", "tools.gpu_checkpoint"), is_timed=False),
+    Part("speed-vision", 300, ("-m", "tools.benchmark", "gpu", "vision"), _QUICK),
+    *(part for size in benchmark_gpu.SIZES for rows in benchmark_gpu.ROW_LENGTHS for part in _parts_of(size, rows)),
+    _profile("bf16"),
+    _profile("fp8", "fp8.language=current"),
+)
 
 
 def chosen(names: Sequence[str]) -> list[Part]:
@@ -127,7 +130,8 @@ def run_part(part: Part, is_dry: bool, limit_seconds: float, folder: Path) -> Re
     print(f"\n=== {part.name} (at most {limit:.0f} s) ===", flush=True)
     start = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="gpu-check-") as temporary:
-        output = folder / "profile" if part.name == "profile" else Path(temporary) / "record.json"
+        is_profile = part.name.startswith("profile")
+        output = folder / part.name if is_profile else Path(temporary) / "record.json"
         command = [sys.executable, *part.command, *(part.dry if is_dry else ())]
         command += ["--output", str(output)] if part.writes else []
         process = subprocess.Popen(command, cwd=REPOSITORY, start_new_session=True)
@@ -137,7 +141,7 @@ def run_part(part: Part, is_dry: bool, limit_seconds: float, folder: Path) -> Re
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             code, status = process.wait(), "out of time"
-        written = output / "profile.json" if part.name == "profile" else output
+        written = output / "profile.json" if is_profile else output
         record = json.loads(written.read_text()) if written.is_file() else None
     seconds = time.monotonic() - start
     print(f"=== {part.name}: {status}, {seconds:.0f} s ===", flush=True)
@@ -219,11 +223,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parts |= json.loads(path.read_text())["parts"]
     say_what_is_missing()
     end, mine = time.monotonic() + options.limit, chosen(options.parts)
-    for part in mine:
+
+    def run(part: Part) -> tuple[str, Record]:
         left = end - time.monotonic()
-        parts[part.name] = run_part(part, options.dry, left, options.output) if left > 0 else not_run(options.limit)
-        write_whole(report, json.dumps({"name": "gpu_check", "parts": parts}, indent=1) + "\n")
-        write_whole(report.with_suffix(".md"), markdown(parts))
+        ran = run_part(part, options.dry, left, options.output) if left > 0 else not_run(options.limit)
+        return part.name, ran
+
+    with ThreadPoolExecutor(max_workers=1 if options.dry else len(PARTS)) as pool:
+        untimed = [pool.submit(run, part) for part in mine if not part.is_timed]
+        side_by_side = (future.result() for future in as_completed(untimed))
+        for name, ran in chain(side_by_side, (run(part) for part in mine if part.is_timed)):
+            parts[name] = ran
+            write_whole(report, json.dumps({"name": "gpu_check", "parts": parts}, indent=1) + "\n")
+            write_whole(report.with_suffix(".md"), markdown(parts))
     print(f"\n{report} and .md")
     for part in mine:
         print(f"{parts[part.name]['status']:12s} {part.name}")

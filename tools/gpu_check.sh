@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Everything worth knowing on a machine with one GPU, without network, in parts that each take less than 9 minutes:
-#   environment tests curves checkpoint speed-vision speed-{1b,2b,8b} hf-{1b,2b,8b} profile
+#   environment tests curves checkpoint speed-vision {speed,hf}-{1b,2b,8b}-{4k,16k} profile-{bf16,fp8}
 # Results go to $OUT, or to benchmarks/results/; tools/gpu_check.py says what the parts are. A folder .gpu/ beside the checkout
 # may hold what the machine lacks: wheels, and *.tar.xz archives of site-packages folders (torch must be there already).
 #   usage: tools/gpu_check.sh [PART ...] [--dry] [--limit SECONDS] [--merge FILE ...]     (--dry: tiny models on the CPU)
@@ -24,6 +24,9 @@ if [ -d .gpu ]; then
   export PYTHONPATH="$site${PYTHONPATH:+:$PYTHONPATH}"
   echo "unpacked .gpu/ in $((SECONDS - began)) s"
 fi
+# Transformer Engine takes a cuDNN of the system where there is one; torch has its own, and a process bears only one of them.
+cudnn=$("$python" -c 'import nvidia.cudnn as cudnn; print(list(cudnn.__path__)[0])' 2>/dev/null || true)
+[ -z "$cudnn" ] || export CUDNN_HOME="$cudnn"
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1
 # NVML answers whether there is a GPU without starting CUDA in processes that only ask.
 export PYTORCH_NVML_BASED_CUDA_CHECK=1

@@ -4,7 +4,8 @@
 
 Six steps in fp32 on the CPU are compared with two there, two on the GPU from the checkpoint of the first, and two on the CPU from
 that of the GPU; with torch's layers on the GPU, and with Transformer Engine's, whose fused norms and optimizer keep their state
-elsewhere. Two steps in each place: the first does not show an optimizer state that was lost. `--dry`: all on the CPU.
+elsewhere. Two steps in each place: the first does not show an optimizer state that was lost. And six steps in bf16 on the GPU,
+moments of AdamW in bf16, with the same two interruptions. `--dry`: all on the CPU.
 """
 
 import argparse
@@ -12,7 +13,7 @@ import json
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -61,23 +62,56 @@ def leg_rank(info: RankInfo, config: RunConfig, root: str, steps: range) -> list
         return losses
 
 
-def crossing(devices: Sequence[DeviceName], layers: Layers, is_dry: bool) -> list[float]:
-    """Losses of all steps, a leg on each of the devices; Transformer Engine's layers on GPUs alone."""
-    losses = []
-    with tempfile.TemporaryDirectory(prefix="crossing-") as folder:
-        for number, device in enumerate(devices):
-            config = curve_config(CURVES[0], NUM_STEPS, device, is_dry)
-            config = replace(config, kernels=KernelConfig(layers="torch" if device == "cpu" else layers))
-            steps = range(number * LEG_STEPS, (number + 1) * LEG_STEPS)
-            losses += launch(leg_rank, 1, config, folder, steps, device=device)[0]
-    return losses
+@dataclass(frozen=True)
+class Journey:
+    """Devices in order, a leg on each, and how it is trained there."""
+
+    name: str
+    devices: tuple[DeviceName, ...]
+    layers: Layers
+    """On GPUs; on a CPU they are torch's."""
+    dtype: Literal["fp32", "bf16"] = "fp32"
+    moments: Literal["fp32", "bf16"] = "fp32"
+    tolerance: float = TOLERANCE
+
+    def config(self, device: DeviceName, is_dry: bool) -> RunConfig:
+        """Of a leg."""
+        config = curve_config(CURVES[0], NUM_STEPS, device, is_dry)
+        return replace(
+            config,
+            dtype=self.dtype,
+            kernels=KernelConfig(layers="torch" if device == "cpu" else self.layers),
+            optimizer=replace(config.optimizer, moments=self.moments),
+        )
+
+    def losses(self, is_dry: bool) -> list[float]:
+        """Of all steps, a leg on each device."""
+        found = []
+        with tempfile.TemporaryDirectory(prefix="crossing-") as folder:
+            for number, device in enumerate(self.devices):
+                steps = range(number * LEG_STEPS, (number + 1) * LEG_STEPS)
+                found += launch(leg_rank, 1, self.config(device, is_dry), folder, steps, device=device)[0]
+        return found
+
+    def uninterrupted(self, is_dry: bool) -> list[float]:
+        """Of all steps in one go where the first leg is."""
+        config = self.config(self.devices[0], is_dry)
+        with tempfile.TemporaryDirectory(prefix="crossing-") as folder:
+            return launch(leg_rank, 1, config, folder, range(NUM_STEPS), device=self.devices[0])[0]
 
 
-def uninterrupted(is_dry: bool) -> list[float]:
-    """All steps in one go on the CPU."""
-    config = curve_config(CURVES[0], NUM_STEPS, "cpu", is_dry)
-    with tempfile.TemporaryDirectory(prefix="crossing-") as folder:
-        return launch(leg_rank, 1, config, folder, range(NUM_STEPS), device="cpu")[0]
+def journeys(is_dry: bool) -> list[Journey]:
+    """Those that are possible here."""
+    if is_dry:
+        return [Journey("cpu, cpu, cpu", ("cpu", "cpu", "cpu"), "torch")]
+    there: tuple[DeviceName, ...] = ("cpu", "cuda", "cpu")
+    found = [Journey("cpu, cuda, cpu", there, "torch")]
+    if is_installed("transformer_engine"):
+        found += [
+            Journey("cpu, cuda, cpu with Transformer Engine", there, "transformer_engine"),
+            Journey("cuda, moments in bf16", ("cuda",) * NUM_LEGS, "transformer_engine", "bf16", "bf16", 2e-3),
+        ]
+    return found
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -86,29 +120,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--dry", action="store_true", help="all on the CPU")
     parser.add_argument("--output", type=Path, help="JSON file to write")
     options = parser.parse_args(arguments)
-    other: DeviceName = "cpu" if options.dry else "cuda"
-    kinds: list[Layers] = ["torch"]
-    if not options.dry and is_installed("transformer_engine"):
-        kinds.append("transformer_engine")
-    else:
-        print("left out: transformer_engine: " + ("needs a GPU" if options.dry else "is not installed"), flush=True)
-    expected, checks = uninterrupted(options.dry), []
-    for layers in kinds:
+    if options.dry or not is_installed("transformer_engine"):
+        why = "needs a GPU" if options.dry else "is not installed"
+        print(f"left out: Transformer Engine {why}", flush=True)
+    checks, expected = [], {}
+    for journey in journeys(options.dry):
+        kind = journey.devices[0], journey.dtype
         try:
-            found = crossing(("cpu", other, "cpu"), layers, options.dry)
+            if kind not in expected:
+                expected[kind] = journey.uninterrupted(options.dry)
+            found = journey.losses(options.dry)
         except RankFailedError as error:
-            checks.append({"layers": layers, "passed": False, "failure": str(error)})
+            checks.append({"journey": journey.name, "passed": False, "failure": str(error)})
             continue
-        difference = max(abs(one - two) / abs(one) for one, two in zip(expected, found, strict=True))
-        checks.append({"layers": layers, "passed": difference <= TOLERANCE, "difference": difference, "losses": found})
+        difference = max(abs(one - two) / abs(one) for one, two in zip(expected[kind], found, strict=True))
+        passed = difference <= journey.tolerance
+        checks.append({"journey": journey.name, "passed": passed, "difference": difference, "losses": found})
+    uninterrupted = {" ".join(kind): losses for kind, losses in expected.items()}
     record = {"name": "gpu_checkpoint", **machine_record(), "is_dry": options.dry, "checks": checks}
     for check in checks:
         outcome = "passed" if check["passed"] else "FAILED"
         seen = f"{check['difference']:.1e}" if "difference" in check else check["failure"]
-        print(f"{outcome}: cpu, {other}, cpu with layers of {check['layers']}: {seen}, limit {TOLERANCE:.0e}")
+        print(f"{outcome}: {check['journey']}: {seen}")
     if options.output is not None:
         options.output.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(options.output, json.dumps({**record, "uninterrupted": expected}, indent=1) + "\n")
+        write_whole(options.output, json.dumps({**record, "uninterrupted": uninterrupted}, indent=1) + "\n")
     return int(not all(check["passed"] for check in checks))
 
 

@@ -4,7 +4,7 @@ from dataclasses import replace
 from typing import Any, Literal
 
 from internvl_megatron.config.models import INTERNVIT_6B, INTERNVIT_300M, QWEN2_5_7B, QWEN2_5_72B
-from internvl_megatron.config.schema import LanguageConfig, ModelConfig, RunConfig
+from internvl_megatron.config.schema import Fp8Config, LanguageConfig, ModelConfig, RunConfig
 from internvl_megatron.device import DeviceName
 from internvl_megatron.ranks import RankInfo
 from internvl_megatron.scaling.counts import BACKWARD_AND_FORWARD, tile_flops
@@ -24,9 +24,8 @@ def vision_config(encoder: Encoder, precision: Precision, device: DeviceName, is
     if is_dry:
         vision, language = dry_vision(encoder), model_of("1B", is_dry).language
     small: LanguageConfig = replace(language, num_layers=1, vocab_size=512, ffn_hidden_size=256)
-    return run_config(
-        f"vision_{encoder}_{precision}", ModelConfig(vision=vision, language=small), 4096, precision, device
-    )
+    fp8 = Fp8Config() if precision == "bf16" else Fp8Config(vision="current", projector="current")
+    return run_config(f"vision_{encoder}_{precision}", ModelConfig(vision=vision, language=small), 4096, fp8, device)
 
 
 def vision_rank(

@@ -15,7 +15,7 @@ CATEGORIES: tuple[Category, ...] = get_args(Category)
 RULES: tuple[tuple[Category, str], ...] = (
     ("communication", r"nccl|^c10d::|^gloo:|all_?reduce|all_?gather|reduce_?scatter|all_?to_?all|userbuffers|nvshmem"),
     ("attention", r"flash|fmha|sdpa|scaled_dot_product|attention|varlen|fused_attn|dot_do_o"),
-    ("optimizer", r"multi_tensor|_foreach_|fused_?adam|adamfunctor|adam_|lamb|l2norm|clip_grad"),
+    ("optimizer", r"multi_tensor|_foreach_|fused_?adam|adamfunctor|adam_|lambfunctor|l2norm|clip_grad"),
     (
         "fp8 casts",
         r"cast_transpose|block_scaled|blockwise|quantize|amax|fp8|float8|mxfp8|compute_scale|transpose_kernel",

@@ -232,9 +232,14 @@ def _create_state(optimizer: MegatronOptimizer) -> None:
     """
     for part in _distributed_parts(optimizer):
         inner = part.optimizer
+        fused: Any = inner
         for group in inner.param_groups:
             for parameter in group["params"]:
-                if not inner.state[parameter]:
+                if inner.state[parameter]:
+                    continue
+                if getattr(fused, "master_weights", False):  # Transformer Engine's, with moments in bf16
+                    fused.initialize_state(parameter, fused.store_param_remainders)
+                else:
                     inner.state[parameter] |= {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
                     if isinstance(inner, torch.optim.AdamW):
                         inner.state[parameter]["step"] = torch.zeros((), dtype=torch.float32)

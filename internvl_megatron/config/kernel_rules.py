@@ -13,14 +13,23 @@ def kernel_problems(config: RunConfig) -> list[str]:
         wanted = {
             "kernels.layers": (kernels.layers, ("auto", "torch")),
             "kernels.attention": (kernels.attention, ("auto", "sdpa")),
+            "kernels.vision_attention": (kernels.vision_attention, ("auto", "sdpa")),
             "kernels.fuse_rotary": (kernels.fuse_rotary, ("auto", "off")),
+            "optimizer.moments": (config.optimizer.moments, ("fp32",)),
         }
         problems += [
-            f"{name}={value}: its kernels need a GPU, and device=cpu; set {name}={possible[1]} or leave it out"
+            f"{name}={value}: its kernels need a GPU, and device=cpu; set {name}={possible[-1]} or leave it out"
             for name, (value, possible) in wanted.items()
             if value not in possible
         ]
     sharded = config.parallel.vision_sharding == "sharded"
+    if config.optimizer.moments == "bf16":
+        needed = {
+            "optimizer.name=adamw": config.optimizer.name == "adamw",
+            "dtype=bf16": config.dtype == "bf16",
+            "parallel.vision_sharding=replicated": not sharded,
+        }
+        problems += [f"optimizer.moments=bf16: needs {what}" for what, holds in needed.items() if not holds]
     if kernels.layers == "transformer_engine" and sharded:
         problems.append(
             "kernels.layers=transformer_engine: with parallel.vision_sharding=sharded the vision encoder is made without "

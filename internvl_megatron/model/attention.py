@@ -8,6 +8,7 @@ Shapes: S tokens of a row, s = S / context size tokens of this rank's part, B ba
 a tile in the encoder, H local heads, G local key/value heads, D head size.
 """
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import islice, pairwise
 from typing import Any
@@ -20,10 +21,18 @@ from megatron.core.tensor_parallel import all_to_all, gather_from_sequence_paral
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 
-from internvl_megatron.device import AttentionKernel, ring_stream
+from internvl_megatron.device import AttentionKernel, TileKernel, ring_stream
 from internvl_megatron.model.rotary import RotaryTables, rotate
+
+CUDNN_FIRST = [
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+]
 
 
 @dataclass
@@ -313,6 +322,10 @@ class TileAttention(CoreAttention):
 
     mask_type = AttnMaskType.no_mask
 
+    def __init__(self, *args: Any, kernel: TileKernel = "sdpa", **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._prefers_cudnn = kernel == "cudnn"
+
     def forward(
         self,
         query: Tensor,
@@ -327,5 +340,7 @@ class TileAttention(CoreAttention):
     ) -> Tensor:
         """Attend; query, key, value are [N, T, H, D], the result is [N, T, H * D]."""
         q, k, v = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
-        attended = F.scaled_dot_product_attention(q, k, v)
+        # torch takes another kernel where cuDNN has none.
+        with sdpa_kernel(CUDNN_FIRST, set_priority=True) if self._prefers_cudnn else nullcontext():
+            attended = F.scaled_dot_product_attention(q, k, v)
         return attended.permute(2, 0, 1, 3).reshape(query.shape[0], query.shape[1], -1)

@@ -15,7 +15,7 @@ from internvl_megatron.config.schema import OptimizerConfig, PartConfig, RunConf
 from internvl_megatron.device import Device, Kernels
 from internvl_megatron.errors import CheckpointError
 from internvl_megatron.model.fp8_history import AmaxHistories
-from internvl_megatron.model.fp8_layers import language_linears, vision_linears, with_histories
+from internvl_megatron.model.fp8_layers import language_linears, vision_kernels, with_histories
 from internvl_megatron.model.fp8_settings import fp8_of_recipe
 from internvl_megatron.model.initial import fresh_parameter
 from internvl_megatron.model.language import LanguageModel, language_transformer_config
@@ -126,7 +126,7 @@ def _vision(
 ) -> tuple[VisionTower, DeviceMesh | None]:
     """The vision tower, whole; or this rank's shards of it, and the mesh they are spread over."""
     dtype, parallel, where = torch_dtype(config.dtype), config.parallel, device.torch_device
-    by_layer, linears = parallel.vision_recompute == "layer", vision_linears(config, kernels)
+    by_layer, linears = parallel.vision_recompute == "layer", vision_kernels(config, kernels)
     if parallel.vision_sharding == "replicated":
         in_fp8 = kernels.fp8 == "transformer_engine"
         encoder_fp8, projector_fp8 = (

@@ -14,6 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from internvl_megatron.device import add_product
+
 LOWEST = torch.finfo(torch.float32).min
 """In place of minus infinity, so that ranks with nothing but padding have a largest logit to subtract."""
 
@@ -80,7 +82,7 @@ class _ChunkedLinearLoss(torch.autograd.Function):
             if grad_hidden is not None:
                 torch.mm(grad_logits, weight, out=grad_hidden[chunk])
             if grad_weight is not None:
-                _add_product(grad_weight, grad_logits.t(), hidden[chunk])
+                add_product(grad_weight, grad_logits.t(), hidden[chunk])
         # Not among autograd's saved tensors: what moves those to the host would move these there and back at once.
         ctx.gradients = grad_hidden, grad_weight
         ctx.tensor_group, ctx.weight_dtype = tensor_group, weight.dtype
@@ -97,7 +99,8 @@ class _ChunkedLinearLoss(torch.autograd.Function):
             if ctx.tensor_group.size() > 1:
                 summed = dist.all_reduce(grad_hidden, group=ctx.tensor_group, async_op=True)
         if grad_weight is not None:
-            grad_weight = grad_weight.mul_(grad_outputs[0]).to(ctx.weight_dtype)
+            in_fp32, grad_weight = grad_weight, torch.empty_like(grad_weight, dtype=ctx.weight_dtype)
+            torch.mul(in_fp32, grad_outputs[0], out=grad_weight)
         if summed is not None:
             summed.wait()
         return grad_hidden, grad_weight, *(None,) * 5
@@ -124,14 +127,6 @@ def _cross_entropy(logits: Tensor, local_targets: Tensor, tensor_group: dist.Pro
     exponentials.mul_(((largest - largest_of_all).exp() / total)[:, None])
     exponentials.scatter_add_(1, columns, -is_here.float()[:, None])
     return losses
-
-
-def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """Add left [V', c] @ right [c, D] to total, fp32 [V', D], by rows: what lies beside it is a quarter of `left`."""
-    num_rows = max(1, left.numel() // (4 * right.shape[1]))
-    for first in range(0, len(total), num_rows):
-        rows = slice(first, first + num_rows)
-        total[rows] += left[rows] @ right
 
 
 def _gather(part: Tensor, group: dist.ProcessGroup) -> Tensor:

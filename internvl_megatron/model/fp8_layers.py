@@ -16,7 +16,7 @@ from internvl_megatron.model.fp8_history import AmaxHistories
 from internvl_megatron.model.fp8_linear import Fp8ColumnParallelLinear, Fp8Linear, Fp8RowParallelLinear
 from internvl_megatron.model.language import LanguageModel
 from internvl_megatron.model.layer_specs import Linears, linears_of, transformer_engine_linear
-from internvl_megatron.model.vision import VisionLinears
+from internvl_megatron.model.vision import VisionKernels
 
 Part = Literal["language", "vision", "projector"]
 
@@ -63,13 +63,15 @@ def language_linears(config: RunConfig, kernels: Kernels) -> list[list[Linears]]
     ]
 
 
-def vision_linears(config: RunConfig, kernels: Kernels) -> VisionLinears:
+def vision_kernels(config: RunConfig, kernels: Kernels) -> VisionKernels:
     """Of the encoder and the projector."""
     projector, recipe = torch.nn.Linear, fp8_recipe(config, "projector")
     if recipe is not None:
         is_emulated = kernels.fp8 == "emulated"
         projector = partial(Fp8Linear, recipe=recipe) if is_emulated else transformer_engine_linear
-    return VisionLinears(layer_linears(config, "vision", 0, kernels), projector, tile_multiple(config))
+    return VisionKernels(
+        layer_linears(config, "vision", 0, kernels), projector, tile_multiple(config), kernels.vision_attention
+    )
 
 
 def with_histories(chunks: Sequence[LanguageModel], num_steps: int, device: Device) -> AmaxHistories | None:

@@ -32,6 +32,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from internvl_megatron.config.schema import ModelConfig, VisionConfig
+from internvl_megatron.device import TileKernel
 from internvl_megatron.model.attention import TileAttention
 from internvl_megatron.model.layer_specs import (
     TORCH,
@@ -209,7 +210,9 @@ class InternViTLayer(TransformerLayer):
         return add
 
 
-def _vision_block(vision: VisionConfig, linears: Linears, recompute_layers: bool) -> TransformerBlockSubmodules:
+def _vision_block(
+    vision: VisionConfig, linears: Linears, attention: TileKernel, recompute_layers: bool
+) -> TransformerBlockSubmodules:
     layer = ModuleSpec(
         module=InternViTLayer,
         params={"layer_scale_init": vision.layer_scale_init, "recompute": recompute_layers},
@@ -220,7 +223,7 @@ def _vision_block(vision: VisionConfig, linears: Linears, recompute_layers: bool
                 params={"attn_mask_type": AttnMaskType.no_mask, "qk_norm": vision.qk_norm},
                 submodules=SelfAttentionSubmodules(
                     linear_qkv=linears.behind_norm if vision.qkv_bias else without_bias(linears.behind_norm),
-                    core_attention=TileAttention,
+                    core_attention=partial(TileAttention, kernel=attention),
                     linear_proj=adding_bias(linears.row),
                 ),
             ),
@@ -233,8 +236,8 @@ def _vision_block(vision: VisionConfig, linears: Linears, recompute_layers: bool
 
 
 @dataclass(frozen=True)
-class VisionLinears:
-    """What the vision side's linear layers are, and what that asks of a batch of tiles."""
+class VisionKernels:
+    """What the vision side's linear layers and attention are, and what that asks of a batch of tiles."""
 
     encoder: Linears = TORCH
     """Of every encoder layer."""
@@ -242,6 +245,8 @@ class VisionLinears:
     """Builder with the signature of torch's."""
     tile_multiple: int = 1
     """Tiles are computed in multiples of so many: products in FP8 want a multiple of rows, and a tile's 1025 are odd."""
+    attention: TileKernel = "sdpa"
+    """Of the encoder."""
 
 
 class VisionTower(MegatronModule):
@@ -254,7 +259,7 @@ class VisionTower(MegatronModule):
         groups: ProcessGroupCollection,
         device: torch.device,
         recompute_layers: bool = False,
-        linears: VisionLinears = VisionLinears(),
+        linears: VisionKernels = VisionKernels(),
         projector_fp8: TransformerConfig | None = None,
     ) -> None:
         """Build it.
@@ -280,7 +285,7 @@ class VisionTower(MegatronModule):
         self.patch_embedding = torch.nn.Conv2d(3, width, vision.patch_pixels, stride=vision.patch_pixels, **options)
         self.position_embedding = torch.nn.Parameter(torch.empty(1, 1 + vision.patches_per_side**2, width, **options))
         # No norm after the last block: the projector's LayerNorm takes its output as it is.
-        block = _vision_block(vision, linears.encoder, recompute_layers)
+        block = _vision_block(vision, linears.encoder, linears.attention, recompute_layers)
         self.encoder = TransformerBlock(config, block, post_layer_norm=False, pg_collection=groups)
         shuffled = width * vision.shuffle_factor**2
         self.projector = Projector(

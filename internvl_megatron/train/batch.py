@@ -12,6 +12,9 @@ from internvl_megatron.model.attention import PackedRow
 from internvl_megatron.model.rotary import rotary_tables
 from internvl_megatron.parallel.layout import Layout
 
+TARGET_MULTIPLE = 16
+"""Positions that the output layer computes come in so many."""
+
 
 @dataclass(frozen=True)
 class DeviceRow:
@@ -51,8 +54,11 @@ def device_row(row: Row, language: LanguageConfig, device: Device, layout: Layou
         rotary=rotary_tables(device.put(row.positions[part]), language.head_size, language.rope_theta),
         ring_order=device.put(layout.ring_order(row.segment_lengths)) if layout.ring_size > 1 else None,
     )
-    # A part without any target keeps one position at weight 0: kernels do not take empty matrices.
-    supervised = np.flatnonzero(weights) if weights.any() else np.zeros(1, dtype=np.int64)
+    supervised = np.flatnonzero(weights)
+    # Filled up with a position of weight 0: kernels do not take empty matrices, and are slow with odd ones.
+    missing = -len(supervised) % TARGET_MULTIPLE if len(supervised) else TARGET_MULTIPLE
+    unsupervised = np.flatnonzero(weights == 0)[:1]
+    supervised = np.append(supervised, np.repeat(unsupervised, missing))
     return DeviceRow(
         token_ids=device.put(row.token_ids[part].astype(np.int64))[None],
         packed=packed,

@@ -135,7 +135,8 @@ class JointOptimizer:
         for optimizer in self.sides:
             parameters: list[torch.Tensor] = [*optimizer.get_parameters()]
             if self.config.clip_grad_norm is not None and parameters:
-                clip_grad_by_total_norm_fp32(parameters, self.config.clip_grad_norm, grad_norm)
+                has_own_place = self.config.moments == "bf16"  # Megatron Core keeps their gradients under another name
+                clip_grad_by_total_norm_fp32(parameters, self.config.clip_grad_norm, grad_norm, has_own_place)
             optimizer.step_with_ready_grads()
         return UpdateResult(grad_norm, updated=True)
 
@@ -205,6 +206,10 @@ def megatron_optimizer(
         "use_distributed_optimizer": _is_sharded(optimizer),
         "overlap_param_gather": config.parallel.overlap_parameters and _is_sharded(optimizer),
     }
+    if optimizer.moments == "bf16":
+        # Checkpoints hold fp32 weights whatever the moments are, so they are kept whole, not as what bf16 ones lack.
+        settings |= {"use_precision_aware_optimizer": True, "store_param_remainders": False}
+        settings |= {"exp_avg_dtype": torch.bfloat16, "exp_avg_sq_dtype": torch.bfloat16}
     # Only these two of the keys that Megatron Core's type lists for a group differ; `set_learning_rate` applies them.
     overrides: Any = {
         ParamKey(with_name_predicate=ParamWithNamePredicate(f"{pattern}/{decays}", _fits(parts, pattern, decays))): {

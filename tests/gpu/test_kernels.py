@@ -71,7 +71,7 @@ def test_rotation_and_its_gradient_equal_the_cpus(fused: bool) -> None:
     x, gradient = (torch.randn(len(positions), 1, 2, HEAD_SIZE, generator=generator) for _ in range(2))
     results = []
     for put, by_kernel in ((torch.as_tensor, False), (device.put, fused)):
-        leaf = put(x).requires_grad_()
+        leaf = put(x.clone()).detach().requires_grad_()
         turned = rotate(leaf, rotary_tables(put(positions), HEAD_SIZE, 1e6), by_kernel)
         turned.backward(put(gradient))
         assert leaf.grad is not None, "a rotation has a gradient"
@@ -101,4 +101,4 @@ def test_transformer_engine_equals_torch() -> None:
         output.square().mean().backward()
         results.append((output.detach(), leaf.grad))
     for ours, theirs in zip(*results, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=2e-2, atol=1e-4)
+        assert (ours - theirs).norm() / theirs.norm() < 1e-2, "but for TF32"

@@ -45,7 +45,7 @@ class AsAsked(Device):
 
     def kernels(self, config: RunConfig) -> Kernels:
         layers: LayerKernel = "torch" if config.kernels.layers == "torch" else "transformer_engine"
-        return Kernels(layers, layers, "sdpa", "transformer_engine", fuse_swiglu=False, fuse_rotary=False)
+        return Kernels(layers, layers, "sdpa", "sdpa", "transformer_engine", fuse_swiglu=False, fuse_rotary=False)
 
 
 class OfFakeWorld(AsAsked):

@@ -19,7 +19,8 @@ WRITES = "import sys, json; json.dump({'name': 'x'}, open(sys.argv[-1], 'w'))"
 
 
 def test_parts_are_chosen_by_how_they_begin() -> None:
-    assert [part.name for part in chosen(["hf", "environment"])] == ["environment", "hf-1b", "hf-2b", "hf-8b"]
+    wanted = ["environment", "hf-2b-4k", "hf-2b-16k"]
+    assert [part.name for part in chosen(["hf-2b", "environment"])] == wanted
     assert chosen([]) == list(PARTS)
     with pytest.raises(SystemExit, match="no part 'fast'"):
         chosen(["fast"])

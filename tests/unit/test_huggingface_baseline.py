@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from internvl_megatron.config.schema import ModelConfig, ParallelConfig, RunConfig
+from internvl_megatron.config.schema import Fp8Config, ModelConfig, ParallelConfig, RunConfig
 from internvl_megatron.data.packing import Row
 from internvl_megatron.device import Device
 from internvl_megatron.ranks import RankInfo
@@ -50,7 +50,7 @@ def rows(model: ModelConfig) -> list[Row]:
 
 @pytest.fixture(scope="module")
 def config(model: ModelConfig) -> RunConfig:
-    config = run_config("test", model, 4096, "bf16", "cpu")
+    config = run_config("test", model, 4096, Fp8Config(), "cpu")
     return replace(config, dtype="fp32", rows_per_step=2, parallel=ParallelConfig())
 
 

@@ -28,6 +28,7 @@ def config(kernels: dict[str, Any] | None = None, fp8: dict[str, Any] | None = N
         (config({"layers": "transformer_engine"}, device="cpu"), "kernels.layers=transformer_engine"),
         (config({"attention": "flash_attn"}, device="cpu"), "kernels.attention=flash_attn"),
         (config({"fuse_rotary": "on"}, device="cpu"), "kernels.fuse_rotary=on"),
+        (config({"vision_attention": "cudnn"}, device="cpu"), "set kernels.vision_attention=sdpa"),
         (config({"layers": "transformer_engine"}, parallel=SHARDED), "parallel.vision_sharding=sharded"),
     ],
 )
@@ -60,10 +61,15 @@ def device_with(monkeypatch: pytest.MonkeyPatch, *packages: str) -> Device:
 
 def test_on_a_cpu_everything_is_torchs() -> None:
     cpu = Device(kind="cpu", index=0, attention="sdpa")
-    wanted = Kernels("torch", "torch", "sdpa", "emulated", fuse_swiglu=False, fuse_rotary=False)
+    wanted = Kernels("torch", "torch", "sdpa", "sdpa", "emulated", fuse_swiglu=False, fuse_rotary=False)
     assert cpu.kernels(BASE) == wanted
     assert cpu.kernels(config({"fuse_swiglu": "on"})) == replace(wanted, fuse_swiglu=True)
-    for field, value in (("layers", "transformer_engine"), ("attention", "torch_varlen"), ("fuse_rotary", "on")):
+    for field, value in (
+        ("layers", "transformer_engine"),
+        ("attention", "torch_varlen"),
+        ("vision_attention", "cudnn"),
+        ("fuse_rotary", "on"),
+    ):
         with pytest.raises(ConfigError, match=f"kernels.{field}={value}: its kernels need a GPU"):
             cpu.kernels(config({field: value}))
 
@@ -71,10 +77,10 @@ def test_on_a_cpu_everything_is_torchs() -> None:
 def test_with_transformer_engine_a_gpu_uses_it(monkeypatch: pytest.MonkeyPatch) -> None:
     gpu = device_with(monkeypatch, "transformer_engine", "flash_attn")
     te = "transformer_engine"
-    assert gpu.kernels(BASE) == Kernels(te, te, te, te, fuse_swiglu=True, fuse_rotary=True)
+    assert gpu.kernels(BASE) == Kernels(te, te, te, "sdpa", te, fuse_swiglu=True, fuse_rotary=True)
     plain = {"layers": "torch", "attention": "flash_attn", "fuse_swiglu": "off", "fuse_rotary": "off"}
     assert gpu.kernels(config(plain)) == Kernels(
-        "torch", "torch", "flash_attn", te, fuse_swiglu=False, fuse_rotary=False
+        "torch", "torch", "flash_attn", "sdpa", te, fuse_swiglu=False, fuse_rotary=False
     )
     in_shards = gpu.kernels(config(parallel=SHARDED))
     assert (in_shards.language, in_shards.vision) == (te, "torch")
@@ -86,7 +92,9 @@ def test_with_transformer_engine_a_gpu_uses_it(monkeypatch: pytest.MonkeyPatch) 
 
 def test_without_transformer_engine_a_gpu_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
     gpu = device_with(monkeypatch)
-    wanted = Kernels("torch", "torch", "torch_varlen", "transformer_engine", fuse_swiglu=True, fuse_rotary=False)
+    wanted = Kernels(
+        "torch", "torch", "torch_varlen", "sdpa", "transformer_engine", fuse_swiglu=True, fuse_rotary=False
+    )
     assert gpu.kernels(BASE) == wanted
     for asked in (
         {"kernels": {"layers": "transformer_engine"}},
