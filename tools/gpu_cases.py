@@ -70,7 +70,7 @@ class Way:
         return 18 if self.moments == "fp32" else 14
 
 
-WAYS = (Way("fp32", "none", 32), Way("fp32", "full", 32), Way("fp32", "full"), Way("bf16", "full"))
+WAYS = (Way("fp32", "none", 32), Way("fp32", "full", 32), Way("fp32", "full", 24), Way("bf16", "full", 24))
 """The first that the whole model fits with is taken, else the last."""
 FP8_BYTES = 2
 """Of a parameter of a layer, in FP8: two copies of weights that are products' operands, one of them transposed."""
