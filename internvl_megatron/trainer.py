@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from internvl_megatron.checkpoint import folders, save_load, weights
 from internvl_megatron.config.overrides import CONFIG_FILE, changed_fields, from_json, to_json
-from internvl_megatron.config.plan import plan
+from internvl_megatron.config.plan import cut_multiple, plan
 from internvl_megatron.config.schema import RunConfig
 from internvl_megatron.data.dataset import load_datasets, prepare_records
 from internvl_megatron.data.evaluation_rows import eval_rows
@@ -193,8 +193,7 @@ class Trainer:
         if not self.is_leader or not self.plan.balance_rows:
             return None
         layout = self.plan.layout
-        cut_multiple = None if self.config.parallel.pad_rows else layout.row_multiple
-        cost = RowCost.of_model(self.config.model.language, cut_multiple)
+        cost = RowCost.of_model(self.config.model.language, cut_multiple(self.config, layout))
 
         def exchange(payloads: Sequence[bytes]) -> list[bytes]:
             return exchange_bytes(payloads, self.groups.host_data)

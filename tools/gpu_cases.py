@@ -138,7 +138,10 @@ def run_config(
             tiles_per_row=TILES_PER_ROW[tokens_per_row],
         ),
         parallel=ParallelConfig(
-            vision_chunk_tiles=way.chunk_tiles, vision_recompute=way.vision_recompute, vision_window_rows=window
+            vision_chunk_tiles=way.chunk_tiles,
+            vision_recompute=way.vision_recompute,
+            vision_window_rows=window,
+            pad_rows=False,
         ),
         fp8=fp8,
         loss=LossConfig(weighting="token"),

@@ -13,6 +13,7 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal
 
@@ -209,8 +210,8 @@ def counting(rng: np.random.Generator, length: int, first: int, step: int) -> np
     return np.where(is_random, rng.integers(0, NUM_WORDS, length), words).astype(np.int32)
 
 
-def curve_rank(info: RankInfo, config: RunConfig) -> list[float]:
-    """Body of the rank: the loss of every step."""
+def curves_rank(info: RankInfo, configs: Sequence[RunConfig]) -> list[list[float]]:
+    """Body of the rank: the loss of every step of each run. One process for several: to start one takes longer than a curve."""
     from internvl_megatron.config.plan import plan
     from internvl_megatron.device import open_device
     from internvl_megatron.logs import configure_logging
@@ -221,12 +222,15 @@ def curve_rank(info: RankInfo, config: RunConfig) -> list[float]:
 
     configure_logging(info.rank)
     use_own_cores()
-    device = open_device(config.device, info.local_rank)
+    device, found = open_device(configs[0].device, info.local_rank), []
     with joined(info, device, TIMEOUT_SECONDS):
-        groups = make_groups(plan(config, info.world_size).layout, device, TIMEOUT_SECONDS)
-        step = Step(config, build_model(config, groups, device), groups, device)
-        batches: list[Any] = [LearnableStep(config, number) for number in range(config.num_steps)]
-        return [step.run(batch, number).loss for number, batch in enumerate(batches)]
+        for config in configs:
+            groups = make_groups(plan(config, info.world_size).layout, device, TIMEOUT_SECONDS)
+            step = Step(config, build_model(config, groups, device), groups, device)
+            batches: list[Any] = [LearnableStep(config, number) for number in range(config.num_steps)]
+            found.append([step.run(batch, number).loss for number, batch in enumerate(batches)])
+            print(f"{config.name}: {found[-1][0]:.4f} to {found[-1][-1]:.4f} in {config.num_steps} steps", flush=True)
+    return found
 
 
 @dataclass(frozen=True)
@@ -276,14 +280,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     losses: dict[str, list[float]] = {}
     failures: dict[str, str] = {}
     verdicts: list[Verdict] = []
-    for curve in curves:
-        config = curve_config(curve, num_steps, device, options.dry)
+    # What one kind of layers breaks should not take the others along.
+    for _, group in groupby(curves, key=lambda curve: curve.layers):
+        together = list(group)
+        configs = [curve_config(curve, num_steps, device, options.dry) for curve in together]
+        names = [curve.name for curve in together]
         try:
-            losses[curve.name] = launch(curve_rank, 1, config, device=device)[0]
+            losses |= dict(zip(names, launch(curves_rank, 1, configs, device=device)[0], strict=True))
             verdicts = judge(losses, curves, DRY_LEARNED_SHARE if options.dry else LEARNED_SHARE)
         except RankFailedError as error:
-            failures[curve.name] = str(error)[-MAX_REASON_CHARACTERS:]
-            print(f"FAILED: {curve.name}: {failures[curve.name]}", flush=True)
+            failures |= dict.fromkeys(names, str(error)[-MAX_REASON_CHARACTERS:])
+            print(f"FAILED: {', '.join(names)}: {failures[names[0]]}", flush=True)
         record = {
             "name": "gpu_curves",
             **machine_record(),

@@ -199,30 +199,31 @@ def _sizes(
     ]
 
 
-def _rows(config: RunConfig) -> list[str]:
-    """Every rank's part of a row is a whole multiple. Under sequence parallelism that is the part before the gather, which
-    Transformer Engine rounds to FP8."""
-    parallel, tokens, recipe = config.parallel, config.data.tokens_per_row, config.fp8.language
-    if recipe == "none":
-        return []
+def row_multiple(config: RunConfig) -> int:
+    """Rows have a multiple of so many tokens for the language model's recipe; 1 without one. Every rank's part of a row is a whole
+    multiple: under sequence parallelism the part before the gather, which Transformer Engine rounds to FP8."""
+    recipe = config.fp8.language
+    return 1 if recipe == "none" else MULTIPLE[recipe] * math.prod(_parts(config).values())
+
+
+def _parts(config: RunConfig) -> dict[str, int]:
+    """Over how many ranks a row is divided, by the setting that says so."""
+    parallel = config.parallel
     parts = {"parallel.context_size": parallel.context_size}
     if parallel.sequence_parallel:
         parts["parallel.tensor_size"] = parallel.tensor_size
-    parts = {name: size for name, size in parts.items() if size > 1}
-    multiple = MULTIPLE[recipe] * math.prod(parts.values())
-    problems = []
-    if tokens % multiple:
-        product = " x ".join([str(MULTIPLE[recipe]), *(f"{name}={size}" for name, size in parts.items())])
-        problems.append(
-            f"fp8.language={recipe}: data.tokens_per_row={tokens} must be a multiple of {multiple} ({product}); set "
-            f"data.tokens_per_row={_nearest(tokens, multiple)}"
-        )
-    if not parallel.pad_rows:
-        problems.append(
-            f"fp8.language={recipe}: rows without their padding (parallel.pad_rows=false) have any length, and FP8 wants "
-            f"multiples of {MULTIPLE[recipe]} tokens; set parallel.pad_rows=true"
-        )
-    return problems
+    return {name: size for name, size in parts.items() if size > 1}
+
+
+def _rows(config: RunConfig) -> list[str]:
+    tokens, recipe, multiple = config.data.tokens_per_row, config.fp8.language, row_multiple(config)
+    if tokens % multiple == 0:
+        return []
+    product = " x ".join([str(MULTIPLE[recipe]), *(f"{name}={size}" for name, size in _parts(config).items())])
+    return [
+        f"fp8.language={recipe}: data.tokens_per_row={tokens} must be a multiple of {multiple} ({product}); set "
+        f"data.tokens_per_row={_nearest(tokens, multiple)}"
+    ]
 
 
 def _tiles(config: RunConfig) -> list[str]:

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
-from internvl_megatron.config.fp8_rules import fp8_problems
+from internvl_megatron.config.fp8_rules import fp8_problems, row_multiple
 from internvl_megatron.config.group_weights import parse_group_weights
 from internvl_megatron.config.kernel_rules import kernel_problems
 from internvl_megatron.config.schema import ModelConfig, RunConfig, padded_vocab_size
@@ -85,6 +85,11 @@ def vision_layout(config: RunConfig, layout: Layout) -> VisionLayout:
         return VisionLayout(layout, _unit_ranks(config), exchange_replicas=1, first_stage_only=first_stage_only)
     replicas = parallel.vision_exchange_replicas or exchange_replicas(config, layout.data_size)
     return VisionLayout(layout, _unit_ranks(config), replicas)
+
+
+def cut_multiple(config: RunConfig, layout: Layout) -> int | None:
+    """Tokens that rows without their padding have a multiple of; None where rows keep it."""
+    return None if config.parallel.pad_rows else math.lcm(layout.row_multiple, row_multiple(config))
 
 
 def exchange_replicas(config: RunConfig, data_size: int) -> int:

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from internvl_megatron.config.plan import cut_multiple
 from internvl_megatron.config.schema import RunConfig
 from internvl_megatron.data.packing import Row
 from internvl_megatron.data.row_cost import RowCost
@@ -64,8 +65,9 @@ def agree(batch: StepRows, groups: Groups, config: RunConfig) -> StepAgreement:
     except DataError as raised:  # the others must hear of it: they would wait for this rank
         error, failed = raised, {}
     rows, num_failed_images, must_stop = _agree_in_replica(batch, groups, failed, error is not None)
-    if not config.parallel.pad_rows:
-        rows = [row.cut(groups.layout.row_multiple) for row in rows]
+    multiple = cut_multiple(config, groups.layout)
+    if multiple is not None:
+        rows = [row.cut(multiple) for row in rows]
     ranks = groups.layout.replica_ranks(groups.layout.replica(groups.rank))
     tiles = [
         (

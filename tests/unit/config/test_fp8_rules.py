@@ -9,7 +9,7 @@ import pytest
 from internvl_megatron.config.fp8_rules import MULTIPLE, tile_multiple
 from internvl_megatron.config.models import INTERNVL3
 from internvl_megatron.config.overrides import apply_overrides
-from internvl_megatron.config.plan import plan
+from internvl_megatron.config.plan import cut_multiple, plan
 from internvl_megatron.config.recipes import find_recipe
 from internvl_megatron.config.schema import DataConfig, Fp8Config, ParallelConfig, RunConfig
 from internvl_megatron.errors import ConfigError
@@ -93,7 +93,6 @@ def test_what_is_proposed_is_accepted() -> None:
         (released("1B", vision="mxfp8"), "parallel.vision_chunk_tiles=16", "parallel.vision_chunk_tiles=32"),
         (released("1B", vision="blockwise"), "parallel.vision_chunk_tiles=16", "parallel.vision_chunk_tiles=128"),
         (released("78B", 8, language="mxfp8"), "data.seed=1", "parallel.tensor_size=4"),
-        (released("38B", 2, language="current"), "parallel.pad_rows=false", "parallel.pad_rows=true"),
     ]
     for config, change, proposal in cases:
         wrong = apply_overrides(config, [change])
@@ -111,6 +110,18 @@ def test_rows_divide_over_context_and_tensor_ranks() -> None:
     assert "multiple of 128 (32 x parallel.context_size=2 x parallel.tensor_size=2)" in line
     whole = replace(config, parallel=replace(config.parallel, sequence_parallel=False))
     assert problems(apply_overrides(whole, ["data.tokens_per_row=16448"])) == []
+
+
+def test_rows_without_their_padding_are_cut_to_what_both_need() -> None:
+    """38B on two tensor-parallel ranks with sequence parallelism and two context-parallel ones, a ring: 4 tokens for the layout."""
+    config = released("38B", 2, language="none")
+    changes = {"context_size": 2, "context_ring_size": 2, "pad_rows": False}
+    data = replace(config.data, sample_multiple_tokens=4)
+    config = replace(config, parallel=replace(config.parallel, **changes), data=data)
+    layout = plan(config, 8).layout
+    assert cut_multiple(config, layout) == 4
+    assert cut_multiple(replace(config, fp8=Fp8Config(language="current")), layout) == 16 * 2 * 2
+    assert cut_multiple(replace(config, parallel=replace(config.parallel, pad_rows=True)), layout) is None
 
 
 def test_tiles_are_filled_up_where_their_tokens_are_odd() -> None:
