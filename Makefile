@@ -24,6 +24,10 @@ ONEDNN_MAX_CPU_ISA ?= AVX512_CORE_BF16
 HF_HUB_OFFLINE ?= 1
 export ONEDNN_MAX_CPU_ISA HF_HUB_OFFLINE
 
+# Tests of a file share what they set up, so a file stays together. More workers are for machines with more than two cores:
+# many tests start up to four ranks of their own.
+WORKERS ?= 2
+
 # This checkout comes first even when $(VENV) was set up from another one.
 RUN = PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}" $(PY)
 
@@ -35,7 +39,7 @@ demo: $(STAMP)
 	$(RUN) -m tools.demo $(if $(filter-out 0,$(FRESH)),--fresh)
 
 test: $(STAMP)
-	$(RUN) -m pytest $(ARGS)
+	$(RUN) -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
 
 real-weights: $(WEIGHTS_STAMP)
 	$(RUN) -m pytest -m slow -rs tests/real_weights $(ARGS)

@@ -52,6 +52,7 @@ EXTRAS = {
         "av>=16,<19",
         "megatron-energon>=7,<8",
         "pytest>=9,<10",
+        "pytest-xdist>=3.8,<4",
         "ruff>=0.17,<0.18",
         "basedpyright>=1.40,<2",
         "pre-commit>=4,<5",
