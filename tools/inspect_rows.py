@@ -15,6 +15,7 @@ from internvl_megatron.data.images import ImageRef
 from internvl_megatron.data.mixture import dataset_groups
 from internvl_megatron.data.packing import Row, SampleSource
 from internvl_megatron.data.positions import UNITS_PER_POSITION
+from internvl_megatron.data.preference import Pair
 from internvl_megatron.data.records import Sample, SampleError, SampleSettings
 from internvl_megatron.data.stream import SampleStream
 from internvl_megatron.data.tokenizer import Tokenizer
@@ -82,7 +83,7 @@ class _WatchedStream(SampleStream):
         self.rows_before[source] = self.num_rows
         return source
 
-    def _make(self, source: SampleSource) -> Sample | Row:
+    def _make(self, source: SampleSource) -> Sample | Pair | Row:
         try:
             return super()._make(source)
         except SampleError as error:

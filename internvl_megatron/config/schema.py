@@ -276,12 +276,36 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LossConfig:
-    """Next-token cross entropy on text tokens, weighted per sample (InternVL3 paper, sec. 2.2)."""
+    """What is learned: next-token cross entropy on text tokens, weighted per sample (InternVL3 paper, sec. 2.2), or MPO."""
 
+    kind: Literal["next_token", "mpo"] = "next_token"
+    """`mpo`: Mixed Preference Optimization on pairs of answers, see `MpoConfig`; `weighting` is without effect then."""
     weighting: Literal["token", "square", "sample"] = "square"
     """Weight of a token in a sample with l supervised tokens: 1, 1/sqrt(l) (used by InternVL3), 1/l."""
     normalize: Literal["step", "micro_batch"] = "step"
-    """Divide by the weight of the whole global batch, or (upstream) give every micro-step the same share."""
+    """Divide by the weight of the whole global batch, or (upstream) give every micro-step the same share. In MPO this is about
+    the cross entropy of chosen answers: mean over all their tokens in the global batch, or (upstream, one pair a GPU) mean
+    over the pairs of each answer's mean."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MpoConfig:
+    """Mixed Preference Optimization (`loss.kind=mpo`; arXiv 2411.10442, InternVL3 paper sec. 2.3): see docs/mpo.md."""
+
+    preference_factor: float = 0.8
+    """Of DPO's sigmoid loss."""
+    quality_factor: float = 0.2
+    """Of BCO's loss."""
+    generation_factor: float = 1.0
+    """Of the cross entropy of the chosen answer."""
+    beta: float = 0.1
+    """DPO's beta: a reward is this times the log-probability ratio of policy and reference (trl's default)."""
+    shift: Literal["with_step", "before_step"] = "with_step"
+    """What rewards are compared with in BCO's loss: the mean over all steps so far, with this one, as upstream, which takes a
+    forward pass of the policy more; or without this one."""
+    reference_file: str | None = None
+    """Log-probabilities of the reference model, as `tools.reference_logprobs` writes them; None = the weights the run starts
+    from (`checkpoint.load`), kept in host memory, are asked in every step."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -343,6 +367,7 @@ class RunConfig:
     kernels: KernelConfig = field(default_factory=KernelConfig)
     fp8: Fp8Config = field(default_factory=Fp8Config)
     loss: LossConfig = field(default_factory=LossConfig)
+    mpo: MpoConfig = field(default_factory=MpoConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     folder: str = "runs/default"

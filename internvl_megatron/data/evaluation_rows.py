@@ -9,10 +9,11 @@ from internvl_megatron.data.dataset import Dataset, load_datasets
 from internvl_megatron.data.packer import Packer
 from internvl_megatron.data.packing import Row, SampleSource, build_row, padded_length
 from internvl_megatron.data.positions import UNITS_PER_POSITION
+from internvl_megatron.data.preference import Pair
 from internvl_megatron.data.records import Sample, SampleError, SampleSettings
 from internvl_megatron.data.row_packer import make_packer
 from internvl_megatron.data.seeds import Purpose, generator
-from internvl_megatron.data.stream import apply_policy, render_source, stored_row
+from internvl_megatron.data.stream import apply_policy, check_stores, make_source, stored_row
 from internvl_megatron.data.tokenizer import Tokenizer
 from internvl_megatron.errors import DataError
 
@@ -32,9 +33,7 @@ def eval_rows(
     datasets = load_datasets(meta_path, index_folder)
     for dataset in datasets:
         dataset.entry = replace(dataset.entry, data_augment=False)
-    for dataset in datasets:
-        if dataset.store is not None:
-            dataset.store.check(fixed, tokenizer)
+    check_stores(datasets, fixed, tokenizer)
     rows = list(islice(_rows(datasets, fixed, tokenizer), num_rows))
     if num_rows and not rows:
         raise DataError(f"{meta_path}: gives no good sample to evaluate on")
@@ -43,14 +42,14 @@ def eval_rows(
 
 def _rows(datasets: Sequence[Dataset], settings: SampleSettings, tokenizer: Tokenizer) -> Iterator[Row]:
     """Rows of all data sets, made as they are asked for."""
-    packer: Packer[tuple[SampleSource, Sample]] = make_packer(settings.data)
+    packer: Packer[tuple[SampleSource, Sample | Pair]] = make_packer(settings.data)
     skipped: dict[str, int] = {}
     for num_seen, source in enumerate(_in_turns(datasets), 1):
         try:
             if datasets[source.dataset].store is not None:
                 yield stored_row(datasets[source.dataset], source.record, settings)
                 continue
-            sample = render_source(
+            sample = make_source(
                 datasets[source.dataset],
                 source.record,
                 settings,

@@ -4,13 +4,14 @@ A row is one micro-batch. T: tokens of a row, s: samples, i: images, t: tiles.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
 
 from internvl_megatron.data.conversation import IGNORED_LABEL
 from internvl_megatron.data.images import ImageRef
+from internvl_megatron.data.preference import Pair
 from internvl_megatron.data.records import Sample, SampleSettings, num_supervised
 
 
@@ -48,6 +49,11 @@ class Row:
     """int32 [i], index in the row of each image's first context token."""
     tile_starts: np.ndarray
     """int32 [t], index in the row of each tile's first token."""
+    has_pairs: bool = False
+    """Samples 0 and 1, 2 and 3, .. are pairs: the same question with a chosen and with a rejected answer. Their images are
+    listed once, where the chosen sample has them; see `second_tile_starts`."""
+    reference_logprobs: np.ndarray = field(default_factory=lambda: np.empty(0))
+    """float64 [s], log-probability of each sample's answer under a reference model; empty if it is not known beforehand."""
 
     @property
     def num_samples(self) -> int:
@@ -69,6 +75,22 @@ class Row:
         """Tokens of samples, padding not counted."""
         return int(self.sample_bounds[-1])
 
+    @property
+    def pair_tokens(self) -> np.ndarray:
+        """int64 [s / 2, 2], tokens of both samples of every pair."""
+        assert self.has_pairs, "the row's samples are single"
+        return self.segment_lengths[: self.num_samples].astype(np.int64).reshape(-1, 2)
+
+    @property
+    def tile_samples(self) -> np.ndarray:
+        """int64 [t], the (first) sample each tile is in."""
+        return np.searchsorted(self.sample_bounds, self.tile_starts, side="right") - 1
+
+    @property
+    def second_tile_starts(self) -> np.ndarray:
+        """int64 [t], index in the row of each tile's first token in the rejected sample, where the same question comes again."""
+        return self.tile_starts + self.pair_tokens[self.tile_samples // 2, 0]
+
     def cut_length(self, multiple: int) -> int:
         """Tokens without the padding the row can do without: the next multiple of a number, and not 0."""
         return max(1, -(-self.num_tokens // multiple)) * multiple
@@ -87,14 +109,14 @@ class Row:
         )
 
     def without_samples_of_images(self, failed: set[int]) -> "Row":
-        """The row with no loss on the samples that own the given images (indices into `images`), else unchanged.
+        """The row with no loss on the samples (and pairs) that own the given images (indices into `images`), else unchanged.
 
         For images that turn out broken only when decoded, when every rank already has the row.
         """
         bounds, weights = self.sample_bounds, self.weights.copy()
         for image in failed:
             sample = int(np.searchsorted(bounds, self.image_starts[image], side="right")) - 1
-            weights[bounds[sample] : bounds[sample + 1]] = 0
+            weights[bounds[sample] : bounds[sample + (2 if self.has_pairs else 1)]] = 0
         return replace(self, weights=weights)
 
 
@@ -108,17 +130,34 @@ def token_weight(labels: np.ndarray, weighting: Literal["token", "square", "samp
     return count**-exponent if count else 0.0
 
 
-def padded_length(sample: Sample, settings: SampleSettings) -> int:
-    """Tokens of a sample in its row: up to the next multiple they are padding that belongs to it."""
+def segments_of(made: Sample | Pair, settings: SampleSettings) -> list[int]:
+    """Tokens of each of its samples in a row: up to the next multiple they are padding that belongs to the sample."""
     multiple = settings.data.sample_multiple_tokens
-    return -(-len(sample.token_ids) // multiple) * multiple
+    samples = made.samples if isinstance(made, Pair) else (made,)
+    return [-(-len(sample.token_ids) // multiple) * multiple for sample in samples]
 
 
-def build_row(samples: Sequence[tuple[SampleSource, Sample]], settings: SampleSettings, padding_id: int) -> Row:
-    """Lay samples one after the other and pad the row to `tokens_per_row` with `padding_id`.
+def padded_length(made: Sample | Pair, settings: SampleSettings) -> int:
+    """Tokens a sample or a pair takes of a row."""
+    return sum(segments_of(made, settings))
 
-    A target is the next token of the *same* sample: the last token of a sample predicts nothing.
+
+def build_row(
+    items: Sequence[tuple[SampleSource, Sample]] | Sequence[tuple[SampleSource, Sample | Pair]],
+    settings: SampleSettings,
+    padding_id: int,
+) -> Row:
+    """Lay samples, or pairs of samples, one after the other and pad the row to `tokens_per_row` with `padding_id`.
+
+    A target is the next token of the *same* sample: the last token of a sample predicts nothing. Targets of pairs all have
+    weight 1.
     """
+    pairs = [made for _, made in items if isinstance(made, Pair)]
+    assert len(pairs) in (0, len(items)), f"{len(pairs)} of {len(items)} items are pairs: a row has pairs or none"
+    samples = [
+        (source, sample) for source, made in items for sample in (made.samples if isinstance(made, Pair) else (made,))
+    ]
+    weighting = "token" if pairs else settings.weighting
     tokens_per_row = settings.data.tokens_per_row
     token_ids = np.full(tokens_per_row, padding_id, dtype=np.int32)
     targets = np.full(tokens_per_row, IGNORED_LABEL, dtype=np.int32)
@@ -134,12 +173,12 @@ def build_row(samples: Sequence[tuple[SampleSource, Sample]], settings: SampleSe
         positions[at:end] = sample.positions
         targets[at : end - 1] = sample.labels[1:]
         supervised = targets[at:end] != IGNORED_LABEL
-        weights[at:end][supervised] = token_weight(sample.labels, settings.weighting)
+        weights[at:end][supervised] = token_weight(sample.labels, weighting)
         images.extend(sample.images)
         image_starts.extend((sample.image_starts + at).tolist())
         tile_starts.extend((sample.tile_starts + at).tolist())
         at += padded_length(sample, settings)
-    segments = [padded_length(sample, settings) for _, sample in samples]
+    segments = [length for _, made in items for length in segments_of(made, settings)]
     segments += [tokens_per_row - at] if at < tokens_per_row else []
     return Row(
         token_ids=token_ids,
@@ -151,4 +190,6 @@ def build_row(samples: Sequence[tuple[SampleSource, Sample]], settings: SampleSe
         images=tuple(images),
         image_starts=np.array(image_starts, dtype=np.int32),
         tile_starts=np.array(tile_starts, dtype=np.int32),
+        has_pairs=settings.pairs,
+        reference_logprobs=np.array([value for pair in pairs for value in pair.reference or ()], dtype=np.float64),
     )

@@ -34,13 +34,22 @@ _ROLES: dict[str, Role] = {"system": "system", "human": "human", "gpt": "gpt", "
 
 ErrorKind = (
     Literal[
-        "json", "row", "record", "conversation", "placeholders", "special tokens", "tiles", "truncated image", "long"
+        "json",
+        "row",
+        "record",
+        "conversation",
+        "placeholders",
+        "special tokens",
+        "tiles",
+        "truncated image",
+        "truncated answer",
+        "long",
     ]
     | FileFault
 )
 """What is wrong with a record: its line is no JSON object; it is a packed row, and damaged; a field has a wrong type; its
 turns make no conversation; images and their places in the text do not match; a text brings image tokens of its own; it has
-too many tiles; cut to the row its images would not be whole; it has too many tokens. And what is wrong with a file of it, see
+too many tiles; cut to the row its images would not be whole, or nothing of an answer be left; it has too many tokens. And what is wrong with a file of it, see
 `FileFault`."""
 
 ImageRng = Callable[[int], np.random.Generator]
@@ -64,6 +73,13 @@ class SampleSettings:
     tile_pixels: int
     tokens_per_tile: int
     weighting: Literal["token", "square", "sample"] = LossConfig.weighting
+    pairs: bool = False
+    """Records are pairs of answers (`preference.py`)."""
+
+    @property
+    def tokens_per_sample(self) -> int:
+        """Most tokens of a sample: a row's, or half of them where a row must hold both samples of a pair."""
+        return self.data.tokens_per_row // (2 if self.pairs else 1)
 
     @classmethod
     def of_run(cls, config: RunConfig) -> "SampleSettings":
@@ -74,6 +90,7 @@ class SampleSettings:
             tile_pixels=vision.tile_pixels,
             tokens_per_tile=vision.tokens_per_tile,
             weighting=config.loss.weighting,
+            pairs=config.loss.kind == "mpo",
         )
 
 
@@ -97,6 +114,8 @@ class Record:
     augment: bool
     members: Members | None = None
     """What the names stand for, if they name members of the record's own sample; None = files below the root."""
+    text_field: str = "conversations"
+    """Where its texts come from, for messages."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,6 +221,8 @@ def _parse_clip(clip: object, where: str) -> tuple[float, float] | None:
 def _parse_turns(raw: dict[str, Any], where: str, has_images: bool) -> tuple[Turn, ...]:
     """The turns of field 'conversations'."""
     conversations = raw.get("conversations")
+    if conversations is None and "chosen" in raw:
+        raise SampleError("conversation", f"{where}: is a pair of answers; set loss.kind=mpo to train on pairs")
     if not isinstance(conversations, list) or not conversations:
         raise SampleError(
             "conversation", f"{where}: field 'conversations' must be a list of turns with 'from' and 'value'"
@@ -262,11 +283,11 @@ def render_sample(record: Record, settings: SampleSettings, tokenizer: Tokenizer
         )
     except DataError as error:
         kind = "placeholders" if isinstance(error, PlaceholderError) else "conversation"
-        raise SampleError(kind, f"{record.where}: field 'conversations': {error}") from error
+        raise SampleError(kind, f"{record.where}: field '{record.text_field}': {error}") from error
     if not len(tokens.token_ids):
-        raise SampleError("conversation", f"{record.where}: field 'conversations' has no text; drop the record")
-    tokens = _fit(tokens, context_tokens, record.where, data)
-    _check_image_tokens(tokens, context_tokens, tokenizer, record.where)
+        raise SampleError("conversation", f"{record.where}: field '{record.text_field}' has no text; drop the record")
+    tokens = _fit(tokens, context_tokens, record.where, settings)
+    _check_image_tokens(tokens, context_tokens, tokenizer, record)
     length, starts = len(tokens.token_ids), tokens.image_starts.tolist()
     positions = v2pe_numerators(length, starts, context_tokens, pictures.strides)
     tile_starts = [
@@ -357,7 +378,7 @@ def _plan_video(record: Record, settings: SampleSettings, image_rng: ImageRng) -
     try:
         turns = place_frames(record.turns, count)
     except PlaceholderError as error:
-        raise SampleError("placeholders", f"{record.where}: field 'conversations': {error}") from error
+        raise SampleError("placeholders", f"{record.where}: field '{record.text_field}': {error}") from error
     return _Pictures((ref,), turns, [1] * count, strides)
 
 
@@ -370,7 +391,7 @@ def _draw_seed(rng: np.random.Generator) -> int:
 
 
 def _check_image_tokens(
-    tokens: TokenizedConversation, context_tokens: list[int], tokenizer: Tokenizer, where: str
+    tokens: TokenizedConversation, context_tokens: list[int], tokenizer: Tokenizer, record: Record
 ) -> None:
     """The places where embeddings will be put are exactly the places of image tokens in the text.
 
@@ -383,28 +404,31 @@ def _check_image_tokens(
     if not np.array_equal(places, planned):
         raise SampleError(
             "special tokens",
-            f"{where}: field 'conversations': the text spells {IMAGE_CONTEXT}, which stands for part of an image; drop the "
+            f"{record.where}: field '{record.text_field}': the text spells {IMAGE_CONTEXT}, which stands for part of an image; drop the "
             "record, or set data.special_tokens_in_text to 'as_text'",
         )
 
 
 def _fit(
-    tokens: TokenizedConversation, context_tokens: list[int], where: str, data: DataConfig
+    tokens: TokenizedConversation, context_tokens: list[int], where: str, settings: SampleSettings
 ) -> TokenizedConversation:
-    """The conversation within `tokens_per_row`: as it is, or cut on the right if the policy says so and images allow."""
-    length, limit = len(tokens.token_ids), data.tokens_per_row
+    """The conversation within its part of a row: as it is, or cut on the right if the policy says so and images allow."""
+    length, limit = len(tokens.token_ids), settings.tokens_per_sample
     if length <= limit:
         return tokens
-    if data.on_long_sample != "truncate":
+    budget = f"tokens_per_row {limit}"
+    if settings.pairs:
+        budget = f"half of tokens_per_row {settings.data.tokens_per_row} (a row holds both answers)"
+    if settings.data.on_long_sample != "truncate":
         raise SampleError(
             "long",
-            f"{where}: {length} tokens are over tokens_per_row {limit}; raise it, or set on_long_sample to 'truncate'",
+            f"{where}: {length} tokens are over {budget}; raise it, or set on_long_sample to 'truncate'",
         )
     last_image_end = int(tokens.image_starts[-1]) + context_tokens[-1] if context_tokens else -1
     if last_image_end >= limit:
         raise SampleError(
             "truncated image",
-            f"{where}: cut to tokens_per_row {limit} of {length} tokens, its images would not be whole; "
+            f"{where}: cut to {budget} of {length} tokens, its images would not be whole; "
             "raise tokens_per_row or lower max_tiles",
         )
     return TokenizedConversation(tokens.token_ids[:limit], tokens.labels[:limit], tokens.image_starts)

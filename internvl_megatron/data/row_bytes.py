@@ -21,6 +21,7 @@ _ARRAYS = {
     "segment_lengths": "<i4",
     "image_starts": "<i4",
     "tile_starts": "<i4",
+    "reference_logprobs": "<f8",
 }
 """Arrays of a row and their type in the buffer, in its order."""
 
@@ -50,7 +51,7 @@ def rows_from_bytes(buffer: bytes) -> dict[int, Row]:
         images = tuple(ImageRef.from_fields(fields) for fields in header["images"])
         sources = tuple(SampleSource(*source) for source in header["sources"])
         assert header["slot"] not in rows, f"two rows for slot {header['slot']}"
-        rows[header["slot"]] = Row(sources=sources, images=images, **arrays)
+        rows[header["slot"]] = Row(sources=sources, images=images, has_pairs=header["has_pairs"], **arrays)
     return dict(sorted(rows.items()))
 
 
@@ -61,4 +62,5 @@ def _header(slot: int, row: Row) -> dict[str, Any]:
         "lengths": {name: len(getattr(row, name)) for name in _ARRAYS},
         "sources": [astuple(source) for source in row.sources],
         "images": [image.fields() for image in row.images],
+        "has_pairs": row.has_pairs,
     }

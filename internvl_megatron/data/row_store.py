@@ -127,7 +127,10 @@ class StoredRow:
         if len(self.ragged["tile_starts"]) != sum(image.num_tiles for image in images):
             raise ValueError(f"{len(self.ragged['tile_starts'])} places for other numbers of tiles")
         return Row(
-            **{name: self.padded[name] for name in PADDED},
+            token_ids=self.padded["token_ids"],
+            targets=self.padded["targets"],
+            weights=self.padded["weights"],
+            positions=self.padded["positions"],
             segment_lengths=np.diff(bounds).astype(np.int32),
             sources=tuple(SampleSource(*source) for source in self.ragged["sources"].tolist()),
             images=images,

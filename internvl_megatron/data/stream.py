@@ -18,7 +18,8 @@ from internvl_megatron.data.dataset import Dataset
 from internvl_megatron.data.files import FileError
 from internvl_megatron.data.mixture import Group, Mixture, dataset_groups
 from internvl_megatron.data.packer import Pack
-from internvl_megatron.data.packing import Row, SampleSource, build_row, padded_length
+from internvl_megatron.data.packing import Row, SampleSource, build_row, padded_length, segments_of
+from internvl_megatron.data.preference import Pair, parse_pair, render_pair
 from internvl_megatron.data.records import ImageRng, Sample, SampleError, SampleSettings, parse_record, render_sample
 from internvl_megatron.data.row_packer import RowPacker, make_packer
 from internvl_megatron.data.seeds import Purpose, generator
@@ -41,8 +42,8 @@ LOGGED_OF_A_KIND = 3
 ALWAYS_ALLOWED = 20
 """Bad samples a stream may leave out whatever their share."""
 
-_Item = tuple[SampleSource, Sample | Row]
-"""What is drawn: a sample, or a row that was packed before."""
+_Item = tuple[SampleSource, Sample | Pair | Row]
+"""What is drawn: a sample, a pair of them, or a row that was packed before."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,9 +85,7 @@ class SampleStream:
         self._packer: RowPacker[_Item] = RowPacker(
             make_packer(settings.data), settings.data.packing_window_rows, self._window_order, self._attention_pairs
         )
-        for dataset in datasets:
-            if dataset.store is not None:
-                dataset.store.check(settings, tokenizer)
+        check_stores(datasets, settings, tokenizer)
 
     @property
     def skipped(self) -> dict[str, int]:
@@ -197,19 +196,19 @@ class SampleStream:
 
     def _row(self, pack: Pack[_Item]) -> Row:
         """The row of a pack."""
-        samples = [(source, made) for source, made in pack.items if isinstance(made, Sample)]
+        samples = [(source, made) for source, made in pack.items if not isinstance(made, Row)]
         if samples:
             return build_row(samples, self._settings, self._tokenizer.pad_id)
         ((source, row),) = pack.items
         assert isinstance(row, Row), "rows that were packed before are alone"
         return replace(row, sources=(source,) * row.num_samples)
 
-    def _make(self, source: SampleSource) -> Sample | Row:
+    def _make(self, source: SampleSource) -> Sample | Pair | Row:
         """What a record becomes. The same source always gives the same, in whatever stream."""
         dataset, seed = self._datasets[source.dataset], self._settings.data.seed
         if dataset.store is not None:
             return stored_row(dataset, source.record, self._settings)
-        return render_source(
+        return make_source(
             dataset,
             source.record,
             self._settings,
@@ -232,7 +231,7 @@ class SampleStream:
         made = self._make(source)
         return (source, made), *self._size(made)
 
-    def _size(self, made: Sample | Row) -> tuple[int, int]:
+    def _size(self, made: Sample | Pair | Row) -> tuple[int, int]:
         """Tokens and tiles it takes of a row."""
         tokens = len(made.token_ids) if isinstance(made, Row) else padded_length(made, self._settings)
         return tokens, made.num_tiles
@@ -242,7 +241,7 @@ class SampleStream:
         made = item[1]
         if isinstance(made, Row):
             return int((made.segment_lengths[: made.num_samples].astype(np.int64) ** 2).sum())
-        return padded_length(made, self._settings) ** 2
+        return sum(length**2 for length in segments_of(made, self._settings))
 
     def _window_order(self, window: int) -> list[int]:
         """The same in all streams: see `RowPacker`."""
@@ -254,15 +253,46 @@ def render_source(
     dataset: Dataset, record: int, settings: SampleSettings, tokenizer: Tokenizer, image_rng: ImageRng
 ) -> Sample:
     """Read record number `record` of a data set and make the sample. Raises `SampleError`."""
-    where = dataset.file.where(record)
+    raw, where = _read(dataset, record)
+    parsed = parse_record(raw, where, dataset.entry, settings.data.max_tiles)
+    return render_sample(parsed, settings, tokenizer, image_rng)
+
+
+def make_source(
+    dataset: Dataset, record: int, settings: SampleSettings, tokenizer: Tokenizer, image_rng: ImageRng
+) -> Sample | Pair:
+    """Read record number `record` and make what the run trains on, a sample or a pair. Raises `SampleError`."""
+    if not settings.pairs:
+        return render_source(dataset, record, settings, tokenizer, image_rng)
+    raw, where = _read(dataset, record)
+    records = parse_pair(raw, where, dataset.entry, settings.data.max_tiles)
+    return render_pair(records, settings, tokenizer, image_rng)
+
+
+def _read(dataset: Dataset, record: int) -> tuple[dict[str, Any], str]:
+    """A record and its place."""
     try:
-        raw = dataset.file.read(record)
+        return dataset.file.read(record), dataset.file.where(record)
     except FileError as error:
         raise SampleError(error.fault, str(error)) from error
     except DataError as error:
         raise SampleError("json", str(error)) from error
-    parsed = parse_record(raw, where, dataset.entry, settings.data.max_tiles)
-    return render_sample(parsed, settings, tokenizer, image_rng)
+
+
+def check_stores(datasets: Sequence[Dataset], settings: SampleSettings, tokenizer: Tokenizer) -> None:
+    """See that stores of packed rows among the data sets were made for this run.
+
+    Raises:
+        DataError: one was not, or the run trains on pairs, which stores do not hold.
+    """
+    for dataset in datasets:
+        if dataset.store is None:
+            continue
+        if settings.pairs:
+            raise DataError(
+                f"{dataset.entry.annotation}: packed rows hold no pairs; with loss.kind=mpo give jsonl files of pairs"
+            )
+        dataset.store.check(settings, tokenizer)
 
 
 def stored_row(dataset: Dataset, index: int, settings: SampleSettings) -> Row:
