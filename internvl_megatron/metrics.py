@@ -49,13 +49,15 @@ class StepMetrics:
     eval_loss: float | None = None
     """Loss of the held-out rows after this step; None = not measured."""
     plan_seconds: float = 0.0
-    """Of the reporting rank, as the four below: agreeing on tiles and weights, planning."""
+    """Of the reporting rank, as the five below: agreeing on tiles and weights, planning."""
     encode_seconds: float = 0.0
     """Tiles to their ranks, vision encoder and projector forward, embeddings to their owners."""
     decode_seconds: float = 0.0
     """The language model's schedule, forward and backward, waiting for other stages included."""
     backprop_seconds: float = 0.0
     """Gradients back to the encoders, projector and vision encoder backward."""
+    prepare_seconds: float = 0.0
+    """Forward passes of the reference model, and of the policy beforehand (MPO)."""
     update_seconds: float = 0.0
     """Reducing gradients, clipping, both optimizers."""
     most_tiles_per_rank: int = 0

@@ -120,7 +120,7 @@ def _cross_entropy(logits: Tensor, local_targets: Tensor, tensor_group: dist.Pro
     target = logits.gather(1, columns)[:, 0] * is_here
     exponentials = logits.sub_(largest[:, None]).exp_()
     # One message a chunk: each rank's sums are relative to its own largest logit.
-    parts = _gather(torch.stack([largest, exponentials.sum(dim=1), target]), tensor_group)
+    parts = gather_parts(torch.stack([largest, exponentials.sum(dim=1), target]), tensor_group)
     largest_of_all = parts[:, 0].amax(dim=0)
     total = (parts[:, 1] * (parts[:, 0] - largest_of_all).exp()).sum(dim=0)
     losses = total.log() - (parts[:, 2].sum(dim=0) - largest_of_all)
@@ -129,7 +129,7 @@ def _cross_entropy(logits: Tensor, local_targets: Tensor, tensor_group: dist.Pro
     return losses
 
 
-def _gather(part: Tensor, group: dist.ProcessGroup) -> Tensor:
+def gather_parts(part: Tensor, group: dist.ProcessGroup) -> Tensor:
     """The parts of all ranks, [P, ...]."""
     parts = part.new_empty(group.size(), *part.shape)
     dist.all_gather(list(parts), part, group=group)

@@ -20,5 +20,9 @@ def weighted_loss(
         weights: fp32 [n].
         tensor_group: group over which the vocabulary is split.
     """
-    losses = vocab_parallel_cross_entropy(logits.float(), targets.clamp(min=0)[:, None], tp_group=tensor_group)
-    return (losses[:, 0] * weights).sum()
+    return (token_losses(logits, targets, tensor_group) * weights).sum()
+
+
+def token_losses(logits: Tensor, targets: Tensor, tensor_group: torch.distributed.ProcessGroup) -> Tensor:
+    """Cross entropy of every position, fp32 [n]; arguments as of `weighted_loss`."""
+    return vocab_parallel_cross_entropy(logits.float(), targets.clamp(min=0)[:, None], tp_group=tensor_group)[:, 0]

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from internvl_megatron.config.schema import padded_vocab_size
 from internvl_megatron.model.chunked_loss import chunked_linear_loss
-from internvl_megatron.model.loss import weighted_loss
+from internvl_megatron.model.loss import token_losses, weighted_loss
+from internvl_megatron.model.token_losses import chunked_token_losses
 
 
 @dataclass(frozen=True)
@@ -25,8 +26,8 @@ class Targets:
 
     tokens: Tensor
     """int64 [n]; anything below 0 is read as token 0 and needs weight 0."""
-    weights: Tensor
-    """fp32 [n], of their losses in the sum."""
+    weights: Tensor | None
+    """fp32 [n], of their losses in the sum; None = no sum, the loss of every position is wanted."""
 
 
 class OutputLayer(ColumnParallelLinear):
@@ -81,7 +82,8 @@ class OutputLayer(ColumnParallelLinear):
 
         Returns:
             Without targets: logits [n, 1, V'] of this rank's part of the vocabulary, padding columns at -inf.
-            With targets: sum of weight times cross entropy, an fp32 scalar.
+            With targets: sum of weight times cross entropy, an fp32 scalar; without weights the cross entropy of every
+            position, fp32 [n].
         """
         if self._gathers_sequence:
             # This layer's backward sums the gradient over the tensor-parallel ranks: each keeps its slice of it.
@@ -92,6 +94,8 @@ class OutputLayer(ColumnParallelLinear):
             hidden_states = hidden_states.index_select(0, positions)
         if targets is None:
             return self._logits(hidden_states)
+        if targets.weights is None:
+            return self._token_losses(hidden_states, targets.tokens)
         if self._loss_chunk_tokens is None:
             return weighted_loss(self._logits(hidden_states), targets.tokens, targets.weights, self._tensor_group)
         weight: Any = self.weight
@@ -100,6 +104,19 @@ class OutputLayer(ColumnParallelLinear):
             weight,
             targets.tokens,
             targets.weights,
+            self._tensor_group,
+            self._num_real_columns,
+            self._loss_chunk_tokens,
+        )
+
+    def _token_losses(self, hidden_states: Tensor, targets: Tensor) -> Tensor:
+        if self._loss_chunk_tokens is None:
+            return token_losses(self._logits(hidden_states), targets, self._tensor_group)
+        weight: Any = self.weight
+        return chunked_token_losses(
+            hidden_states.flatten(0, 1),
+            weight,
+            targets,
             self._tensor_group,
             self._num_real_columns,
             self._loss_chunk_tokens,

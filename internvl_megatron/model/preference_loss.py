@@ -47,7 +47,12 @@ def quality_losses(rewards: Rewards, shift: float) -> Tensor:
 
 @dataclass(frozen=True)
 class RunningMean:
-    """Mean of all numbers so far, each with the same weight; trl's `RunningMoments.mean`."""
+    """Mean of all numbers so far, each with the same weight; trl's `RunningMoments.mean`.
+
+    The numbers are the means of each pair's two rewards. In trl a rank's micro-batch adds one, the mean of all its rewards. A
+    packed row holds as many pairs as happen to fit, so here every pair counts as a micro-batch of one, as in InternVL3's
+    runs (256 pairs on 256 GPUs): the mean does not depend on how a global batch is packed or shared out.
+    """
 
     total: float = 0.0
     count: int = 0
@@ -60,13 +65,3 @@ class RunningMean:
     def including(self, total: float, count: int) -> "RunningMean":
         """With so many numbers more that add up to `total`."""
         return RunningMean(self.total + total, self.count + count)
-
-
-def pair_means(rewards: Rewards) -> Tensor:
-    """The number [p] that each pair adds to the mean that quality is judged against.
-
-    In trl a rank's micro-batch adds one number, the mean of its rewards. A packed row holds as many pairs as happen to fit, so
-    here every pair counts as a micro-batch of one, as in InternVL3's runs (256 pairs on 256 GPUs): the mean does not depend
-    on how a global batch is packed or shared out.
-    """
-    return (rewards.chosen + rewards.rejected) / 2

@@ -6,6 +6,8 @@ plan from the same table, so none of it is communicated.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 
@@ -31,6 +33,9 @@ class TileTable:
     """Global rank that holds the tile's pixels."""
     number: np.ndarray
     """Number of the tile in the global batch that does not depend on the layout; seeds its drop path."""
+    second: np.ndarray | None = None
+    """int64 [n, 3]: `start`, `span_start` and `span_tokens` of the other place in the row where the tile's embeddings are
+    needed too; None = each is needed once."""
 
     def __len__(self) -> int:
         """Number of tiles."""
@@ -38,7 +43,8 @@ class TileTable:
 
     def select(self, chosen: np.ndarray) -> "TileTable":
         """The tiles at these indices or where this mask is true, order kept."""
-        return TileTable(**{name: column[chosen] for name, column in vars(self).items()})
+        columns: Any = {name: None if column is None else column[chosen] for name, column in vars(self).items()}
+        return TileTable(**columns)
 
     def of_rows(self, rows: range) -> "TileTable":
         """The tiles of these micro-batches."""
@@ -68,6 +74,38 @@ class TilePlan:
             return np.empty(0, dtype=np.int64)
         mine = self.encoder == unit
         return np.flatnonzero(mine if chunk is None else mine & (self.chunk == chunk))
+
+    def encoded_places(self, unit: int | None, chunk: int) -> np.ndarray | None:
+        """For every place of the tiles a unit encodes in a pass, in the order of `places`, which of these tiles it is, int64;
+        None where every tile has one place."""
+        if self.table.second is None:
+            return None
+        mine = self.places.tile[self.places.tiles_of(unit, chunk)]
+        return np.searchsorted(self.tiles_of(unit, chunk), mine)
+
+    @cached_property
+    def places(self) -> "TilePlaces":
+        """The plan of embeddings, which are sent to every place a tile has: that of tiles, if each has one."""
+        table = self.table
+        tile = np.arange(len(table))
+        if table.second is None:
+            return TilePlaces(table, self.encoder, self.chunk, self.num_chunks, tile)
+        start, span_start, span_tokens = table.second.T
+        columns = {name: column for name, column in vars(table).items() if name != "second"}
+        other = {**columns, "start": start, "span_start": span_start, "span_tokens": span_tokens}
+        both = {name: np.concatenate([column, other[name]]) for name, column in columns.items()}
+        order = np.lexsort((both["start"], both["row"], both["replica"]))
+        tile = np.concatenate([tile, tile])[order]
+        everywhere = TileTable(**both).select(order)
+        return TilePlaces(everywhere, self.encoder[tile], self.chunk[tile], self.num_chunks, tile)
+
+
+@dataclass(frozen=True)
+class TilePlaces(TilePlan):
+    """A plan whose table lists places instead of tiles, in the same order."""
+
+    tile: np.ndarray
+    """int64 [places]: the tile at each place, by its index in the table of tiles."""
 
 
 def plan_tiles(table: TileTable, layout: VisionLayout, chunk_tiles: int) -> TilePlan:

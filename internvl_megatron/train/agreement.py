@@ -22,6 +22,7 @@ from internvl_megatron.parallel.host import gather_integers
 from internvl_megatron.parallel.tile_plan import TileTable
 
 _COLUMNS = 7  # row, row_tokens, span_start, span_tokens, start, decoder, number
+_SECOND_COLUMNS = 3  # start, span_start, span_tokens
 
 
 @dataclass(frozen=True)
@@ -77,12 +78,21 @@ def agree(batch: StepRows, groups: Groups, config: RunConfig) -> StepAgreement:
             start,
             ranks[batch.image_owner[index][image]],
             batch.slots[index] * config.data.tiles_per_row + number,
+            *second,
         )
         for index, row in enumerate(rows)
-        for number, (start, span, image) in enumerate(
-            zip(row.tile_starts.tolist(), _samples_of_tiles(row), _image_of_tiles(row), strict=True)
+        for number, (start, span, image, second) in enumerate(
+            zip(
+                row.tile_starts.tolist(),
+                _samples_of_tiles(row, row.tile_starts),
+                _image_of_tiles(row),
+                _second_places(row),
+                strict=True,
+            )
         )
     ]
+    has_pairs = config.loss.kind == "mpo"
+    assert all(row.has_pairs == has_pairs for row in rows), f"loss.kind={config.loss.kind}, and other rows than that"
     cost = RowCost.of_model(config.model.language, cut_multiple=None)  # what is to be cut is cut
     costs = [cost.of(row) for row in rows]
     weights = np.array([row.weights.sum(dtype=np.float64) for row in rows])
@@ -102,7 +112,7 @@ def agree(batch: StepRows, groups: Groups, config: RunConfig) -> StepAgreement:
         raise error or DataError("another rank has an image that cannot be decoded; its message says which")
     return StepAgreement(
         rows=rows,
-        table=_table([part[3] for part in split]),
+        table=_table([part[3] for part in split], has_pairs),
         row_weights=np.sum([np.ascontiguousarray(part[2]).view(np.float64) for part in split], axis=0),
         row_costs=np.array([part[1] for part in split]),
         num_tokens=sums[0],
@@ -154,14 +164,23 @@ def _image_of_tiles(row: Row) -> list[int]:
     return [image for image, reference in enumerate(row.images) for _ in range(reference.num_tiles)]
 
 
-def _samples_of_tiles(row: Row) -> list[tuple[int, int]]:
-    """First place and length of each tile's sample."""
+def _samples_of_tiles(row: Row, tile_starts: np.ndarray) -> list[tuple[int, int]]:
+    """First place and length of the sample that a tile starting there is in."""
     bounds = row.sample_bounds
-    sample = np.searchsorted(bounds, row.tile_starts, side="right") - 1
+    sample = np.searchsorted(bounds, tile_starts, side="right") - 1
     return list(zip(bounds[sample].tolist(), np.diff(bounds)[sample].tolist(), strict=True))
 
 
-def _table(replicas: list[np.ndarray]) -> TileTable:
-    parts = [values.reshape(-1, _COLUMNS) for values in replicas]
+def _second_places(row: Row) -> list[tuple[int, ...]]:
+    """The `TileTable.second` of each tile; empty where tiles have one place."""
+    if not row.has_pairs:
+        return [()] * row.num_tiles
+    starts = row.second_tile_starts
+    return [(start, *span) for start, span in zip(starts.tolist(), _samples_of_tiles(row, starts), strict=True)]
+
+
+def _table(replicas: list[np.ndarray], has_pairs: bool) -> TileTable:
+    parts = [values.reshape(-1, _COLUMNS + _SECOND_COLUMNS * has_pairs) for values in replicas]
     replica = np.repeat(np.arange(len(parts)), [len(part) for part in parts])
-    return TileTable(replica, *np.concatenate(parts).T)
+    columns = np.concatenate(parts)
+    return TileTable(replica, *columns[:, :_COLUMNS].T, second=columns[:, _COLUMNS:] if has_pairs else None)

@@ -30,6 +30,8 @@ class DeviceRow:
     """int64 [n]."""
     weights: Tensor
     """fp32 [n]."""
+    target_places: np.ndarray
+    """int64 [n], on the host: `target_positions` as places in the whole row."""
 
 
 def device_row(row: Row, language: LanguageConfig, device: Device, layout: Layout, rank: int) -> DeviceRow:
@@ -65,4 +67,5 @@ def device_row(row: Row, language: LanguageConfig, device: Device, layout: Layou
         target_positions=device.put(supervised),
         targets=device.put(row.targets[part][supervised].astype(np.int64)),
         weights=device.put(weights[supervised].astype(np.float32)),
+        target_places=np.arange(len(row.token_ids))[part][supervised],
     )

@@ -32,8 +32,9 @@ class BubbleEncoder(WindowEncoder):
         self._clock = clock
         self._stage, self._order = layout.stage(rank), plan.order[layout.replica(rank)].tolist()
         self._passes = ChunkPasses(encoder, exchange, plan, tiles)
-        self._store = embedding_store(encoder.config, exchange, plan)
-        self._messages = ChunkMessages(exchange, plan, encoder.config.model.language.hidden_size, self._store.dtype)
+        self._store = embedding_store(encoder.config, exchange, plan.places)
+        hidden_size = encoder.config.model.language.hidden_size
+        self._messages = ChunkMessages(exchange, plan.places, hidden_size, self._store.dtype)
         assert exchange.unit is not None, "all ranks encode"
         self._mine = [plan.runs(exchange.unit, chunk) for chunk in range(plan.num_chunks)]
         self._num_encoded = self._num_sent_back = self._num_run_back = 0

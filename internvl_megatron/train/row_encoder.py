@@ -49,12 +49,15 @@ class RowEncoder(WindowEncoder):
         mine = plan.tiles_of(self._exchange.unit, row)
         if len(mine):
             embeddings = self._encoder(self._tiles.take(mine), plan.table.number[mine], self._encoder.learns)
+            places = plan.encoded_places(self._exchange.unit, row)
+            if places is not None:
+                embeddings = embeddings.index_select(0, self._device.put(places))
         else:
             # A part of the graph: this rank takes part in the messages of backward all the same.
             embeddings = self._nothing.detach().requires_grad_(self._encoder.learns)
-        tokens = _SendEmbeddings.apply(embeddings, self._exchange, plan, row, self._device)
+        tokens = _SendEmbeddings.apply(embeddings, self._exchange, plan.places, row, self._device)
         assert isinstance(tokens, Tensor), "autograd functions return what their forward returns"
-        return tokens, self._device.put(self._exchange.owned(plan, row).position)
+        return tokens, self._device.put(self._exchange.owned(plan.places, row).position)
 
 
 class _SendEmbeddings(torch.autograd.Function):

@@ -12,7 +12,7 @@ reduced in each module's own groups, clipped by one norm, and both optimizers st
 """
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +27,6 @@ from internvl_megatron.data.step_rows import StepRows
 from internvl_megatron.device import Device
 from internvl_megatron.model.build import Model
 from internvl_megatron.model.language import ImageTokens
-from internvl_megatron.model.output_layer import Targets
 from internvl_megatron.parallel.bubble_plan import BubblePlan
 from internvl_megatron.parallel.exchange import Exchange
 from internvl_megatron.parallel.groups import Groups
@@ -35,7 +34,9 @@ from internvl_megatron.parallel.host import sum_floats
 from internvl_megatron.train.agreement import StepAgreement
 from internvl_megatron.train.batch import device_row
 from internvl_megatron.train.bubble_encoder import BubbleEncoder
+from internvl_megatron.train.frozen_copy import FrozenCopy
 from internvl_megatron.train.host_memory import keep_on_host
+from internvl_megatron.train.objective import NextToken, Objective, Outcome, PreferenceFigures, RowLoss, RowTask
 from internvl_megatron.train.optimizer import (
     JointOptimizer,
     UpdateResult,
@@ -46,6 +47,7 @@ from internvl_megatron.train.optimizer import (
 )
 from internvl_megatron.train.phases import PhaseClock, Span
 from internvl_megatron.train.pipeline_messages import PipelineMessages
+from internvl_megatron.train.preference import MixedPreference
 from internvl_megatron.train.row_encoder import RowEncoder
 from internvl_megatron.train.vision_side import vision_side
 from internvl_megatron.train.window_encoder import PhasedEncoder, TileEncoder, WindowEncoder
@@ -57,7 +59,7 @@ class StepResult:
     """One step, the same on every rank."""
 
     loss: float
-    """Weighted mean over the global batch; 0 if it has no supervised token."""
+    """Mean over the global batch, as the objective weights it; 0 if it has no supervised token."""
     grad_norm: float
     learning_rate: float
     updated: bool
@@ -71,6 +73,8 @@ class StepResult:
     """Tiles the busiest rank encoded."""
     sent_bytes: int
     """Tiles, embeddings and gradients that went from one rank to another, over all ranks."""
+    preference: PreferenceFigures | None
+    """Of pairs of answers, if that is what is trained on."""
     spans: list[Span]
     """When each phase ran on this rank; not the same on every rank."""
 
@@ -100,6 +104,8 @@ class Step:
         self._trains_vision = parts.vision.trainable or parts.projector.trainable
         self.clock = PhaseClock(device)
         self._messages = PipelineMessages(groups.language.pp, model.language[0].config)
+        is_mpo = config.loss.kind == "mpo"
+        self.objective: Objective = MixedPreference(config, groups, device) if is_mpo else NextToken(config, groups)
 
     def run(
         self,
@@ -118,26 +124,27 @@ class Step:
             num_skipped_samples: samples this replica's leader has left out so far; 0 on the other ranks.
             stop_requested: this rank was asked to stop; shared with all ranks through the result.
         """
-        phase, losses = self.clock.phase, []
+        phase, kept = self.clock.phase, dict[int, Tensor]()
         self.clock.clear()
         self.exchange.sent_bytes = 0
         self.vision.clear()
         for chunk in self.language:
             chunk.zero_grad_buffer()
-        for module in (self.vision, *self.language):
-            module.train()
         self.optimizer.zero_grad()
         with phase("plan"):
             window = self.windows.first(batch)
         agreement = window.agreement
+        self._prepare(batch, agreement, step, trains=True)
+        for module in (self.vision, *self.language):
+            module.train()
         tiles_per_unit = np.zeros(len(self.groups.vision_layout.units), dtype=np.int64)
         while True:
             tiles_per_unit += np.bincount(window.plan.encoder, minlength=len(tiles_per_unit))
             with phase("encode"):
-                images = self._images(window, step, training=True)
+                images = self._images(window, step, training=True, drop_path=True)
             self.windows.prepare_after(window, following)
             with phase("decode"):
-                losses += self._decode(window, images, training=True)
+                kept |= self._decode(window, images, self.objective.row, training=True)
             with phase("backprop"):
                 if images is not None:
                     images.backprop()
@@ -156,11 +163,13 @@ class Step:
             self.vision.gather_in_next_forward()
             for chunk in self.language:
                 gather_in_next_forward(chunk)
-        totals = [self._own_loss(losses), self.exchange.sent_bytes, num_skipped_samples, float(stop_requested)]
-        loss, sent_bytes, num_skipped, num_stopping = sum_floats(totals, self.groups.host_world)
+        totals = [self.exchange.sent_bytes, num_skipped_samples, float(stop_requested)]
+        totals += self.objective.sums(agreement, kept)
+        sent_bytes, num_skipped, num_stopping, *sums = sum_floats(totals, self.groups.host_world)
+        outcome = self.objective.outcome(sums)
         self.windows.wait()
         return StepResult(
-            loss=loss,
+            loss=outcome.loss,
             grad_norm=update.grad_norm,
             learning_rate=rate,
             updated=update.updated,
@@ -169,31 +178,53 @@ class Step:
             stop_requested=num_stopping > 0,
             most_tiles_per_rank=int(tiles_per_unit.max()),
             sent_bytes=int(sent_bytes),
+            preference=outcome.preference,
             spans=self.clock.spans(),
         )
 
-    @torch.no_grad()
     def evaluate(self, batch: StepRows) -> float:
         """Loss of held-out rows, without drop path; collective over all ranks."""
+        return self.judge(batch).loss
+
+    def judge(self, batch: StepRows) -> Outcome:
+        """All figures of held-out rows, without drop path; collective over all ranks."""
+        window = self.windows.first_of_evaluation(batch)
+        self._prepare(batch, window.agreement, step=0, trains=False)
+        kept = self._forward(window, self.objective.row, step=0, drop_path=False)
+        sums = self.objective.sums(window.agreement, kept)
+        return self.objective.outcome(sum_floats(sums, self.groups.host_world))
+
+    def _prepare(self, batch: StepRows, agreement: StepAgreement, step: int, trains: bool) -> None:
+        """Let the objective find out what it must know before the passes."""
+
+        def forward(task: RowTask, *, drop_path: bool) -> dict[int, Tensor]:
+            with self.clock.phase("prepare"):
+                window = self.windows.first_of_evaluation(batch, agreement)
+                return self._forward(window, task, step, drop_path)
+
+        self.objective.prepare(agreement, forward, trains)
+
+    @torch.no_grad()
+    def _forward(self, window: Window, task: RowTask, step: int, drop_path: bool) -> dict[int, Tensor]:
+        """A whole batch from its first window on, forward alone; what is kept of its rows."""
         for module in (self.vision, *self.language):
             module.eval()
-        window, losses = self.windows.first_of_evaluation(batch), []
+        kept = dict[int, Tensor]()
         while True:
-            images = self._images(window, step=0, training=False)
-            losses += self._decode(window, images, training=False)
+            images = self._images(window, step, training=False, drop_path=drop_path)
+            kept |= self._decode(window, images, task, training=False)
             del images
             if window.is_last:
-                break
+                return kept
             window = self.windows.after(window)
-        return sum_floats([self._own_loss(losses)], self.groups.host_world)[0]
 
-    def _images(self, window: Window, step: int, training: bool) -> WindowEncoder | None:
+    def _images(self, window: Window, step: int, training: bool, drop_path: bool) -> WindowEncoder | None:
         """The window's images, encoded as far as the pipeline waits for them; None without images, which costs nothing."""
         if window.tiles is None:
             return None
         exchange, plan = self.exchange, window.plan
         tiles = exchange.receive_tiles(window.take_tiles())
-        encoder = TileEncoder(self.config, self.vision, self.device, step, training)
+        encoder = TileEncoder(self.config, self.vision, self.device, step, training, drop_path)
         if self.groups.vision_layout.first_stage_only:
             images: WindowEncoder = RowEncoder(encoder, exchange, plan, tiles)
         elif isinstance(plan, BubblePlan):
@@ -203,8 +234,10 @@ class Step:
         images.encode()
         return images
 
-    def _decode(self, window: Window, encoder: WindowEncoder | None, training: bool) -> list[Tensor]:
-        """Run the language model over the window; losses of its rows on the last stage, nothing elsewhere."""
+    def _decode(
+        self, window: Window, encoder: WindowEncoder | None, task: RowTask, training: bool
+    ) -> dict[int, Tensor]:
+        """Run the language model over the window; what is kept of its rows on the last stage, nothing elsewhere."""
         agreement, layout = window.agreement, self.groups.layout
         rows = window.order(layout.replica(self.groups.rank))
         self._messages.fill(encoder.while_waiting if isinstance(encoder, BubbleEncoder) else None)
@@ -212,22 +245,20 @@ class Step:
         chunks = list[torch.nn.Module](self.language)
         schedule = get_forward_backward_func(layout.pipeline_size, layout.virtual_size if interleaved else None)
 
-        def forward_step(
-            numbers: Iterator[int], language: DistributedDataParallel
-        ) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]]:
+        def forward_step(numbers: Iterator[int], language: DistributedDataParallel) -> tuple[Tensor, RowLoss]:
             number = next(numbers)
             images = None
             if encoder is not None and language.module.pre_process:
                 images = encoder.row(number)
             language_model, rank = self.config.model.language, self.groups.rank
             row = device_row(agreement.rows[number], language_model, self.device, layout, rank)
-            targets = Targets(row.targets, row.weights * self._loss_scale(agreement, number))
+            targets, row_loss = task(agreement, number, row)
             with keep_on_host(self.device, self.config.parallel.language_offload):
                 output = language(row.token_ids, row.packed, self._image_tokens(images), row.target_positions, targets)
-            return output, _row_loss
+            return output, row_loss
 
         with self._reducing_at_the_end(window.is_last):
-            return schedule(
+            kept: list[Tensor] = schedule(
                 forward_step_func=forward_step,
                 data_iterator=[iter(rows) for _ in self.language] if interleaved else iter(rows),
                 model=chunks if interleaved else chunks[0],
@@ -238,6 +269,7 @@ class Step:
                 p2p_communicator=self._messages,
                 pg_collection=self.groups.language,
             )
+        return dict(zip(rows, kept, strict=True)) if kept else {}
 
     @contextlib.contextmanager
     def _reducing_at_the_end(self, is_last_window: bool) -> Iterator[None]:
@@ -258,14 +290,6 @@ class Step:
     def _image_tokens(images: tuple[Tensor, Tensor] | None) -> ImageTokens | None:
         return None if images is None else ImageTokens(*images)
 
-    def _loss_scale(self, agreement: StepAgreement, row: int) -> float:
-        """1 / (weight the row's loss is divided by), or 0 where there is nothing to learn from."""
-        if self.config.loss.normalize == "step":
-            weight = float(agreement.row_weights.sum())
-        else:
-            weight = float(agreement.row_weights[row]) * len(agreement.rows)
-        return 1.0 / weight if weight > 0 else 0.0
-
     def _reduce(self, agreement: StepAgreement) -> None:
         """Sum gradients over the copies of each module; both are already divided by the global weight."""
         if self.config.optimizer.language.trainable:
@@ -273,18 +297,13 @@ class Step:
         if len(agreement.table) and self._trains_vision:
             self.vision.reduce()
 
+    def keep_as_reference(self) -> None:
+        """Let the model as it is now be the reference that pairs are judged against; collective."""
+        assert isinstance(self.objective, MixedPreference), "only preference training has a reference"
+        self.objective.reference = FrozenCopy(self.model, self.device, self.gather_parameters).in_place
+
     def gather_parameters(self) -> None:
         """Have all parameters up to date on this rank, as whoever reads them outside of a forward pass needs; collective."""
         self.vision.gather_parameters()
         for chunk in self.language:
             gather_parameters(chunk)
-
-    def _own_loss(self, losses: list[Tensor]) -> float:
-        """What this rank adds to the loss, which is the sum of all rows' shares."""
-        counts = self.groups.is_last_stage and self.groups.layout.tensor_index(self.groups.rank) == 0
-        return float(torch.stack(losses).double().sum()) if counts and losses else 0.0
-
-
-def _row_loss(loss: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """What Megatron Core's schedule asks for a row's share of the loss; its token count is not used by anything."""
-    return loss, torch.zeros((), dtype=torch.int), loss.detach()

@@ -53,7 +53,8 @@ class TileEncoder:
     step: int
     """Its number seeds drop path."""
     training: bool
-    """Drop path, and gradients where something of the vision side is trained."""
+    """Gradients, where something of the vision side is trained."""
+    drop_path: bool
 
     @property
     def learns(self) -> bool:
@@ -64,7 +65,7 @@ class TileEncoder:
     def __call__(self, pixels: Tensor, numbers: np.ndarray, keeps_graph: bool) -> Tensor:
         """Embeddings [t, K, D] of uint8 [t, 3, H, W] tiles with these numbers in the global batch, int64 [t]."""
         vision = self.config.model.vision
-        rate = vision.drop_path_rate if self.training else 0.0
+        rate = vision.drop_path_rate if self.drop_path else 0.0
         scale = residual_scale(rate, vision.num_layers, numbers, self.config.seed, self.step)
         offload = keep_on_host(self.device, self.config.parallel.vision_offload)
         with torch.set_grad_enabled(keeps_graph), offload:
@@ -82,29 +83,44 @@ class ChunkPasses:
         self._outputs: dict[int, Tensor] = {}
 
     def forward(self, chunk: int) -> Tensor:
-        """Embeddings [t, K, D] of this rank's tiles in a chunk, without their graph; a rank without tiles runs a dummy."""
+        """Embeddings [m, K, D] for all places of this rank's tiles in a chunk, without their graph.
+
+        A rank without tiles runs a dummy.
+        """
         keeps_graph = self._encoder.learns and self._encoder.config.parallel.vision_recompute != "full"
         output = self._encode(chunk, keeps_graph)
         if keeps_graph:
             self._outputs[chunk] = output
-        return output.detach()[: len(self._plan.tiles_of(self._unit, chunk))]
+        places = self._places(chunk)
+        if places is None:
+            return output.detach()[: len(self._plan.tiles_of(self._unit, chunk))]
+        return output.detach()[places]
 
     def backward(self, chunk: int, gradient: Callable[[], Tensor], is_last: bool) -> None:
         """Run a chunk backward, each once, and forward again before if nothing was kept.
 
         Args:
             chunk: has run forward.
-            gradient: gives that of its embeddings, [t, K, D].
+            gradient: gives that of its embeddings, [m, K, D].
             is_last: no other backward pass of the vision side follows in this step.
         """
         output = self._outputs.pop(chunk, None)
         if output is None:
             output = self._encode(chunk, keeps_graph=True)
-        values = gradient()
-        if len(values) == 0:
-            values = torch.zeros_like(output)
+        values = gradient().to(output.dtype)
+        places = self._places(chunk)
+        if places is not None or len(values) == 0:
+            # A tile with several places gets the sum of their gradients.
+            found, values = values, torch.zeros_like(output)
+            if places is not None:
+                values.index_add_(0, places, found)
         with self._encoder.vision.backward_pass(is_last):
-            output.backward(values.to(output.dtype))
+            output.backward(values)
+
+    def _places(self, chunk: int) -> Tensor | None:
+        device = self._encoder.device
+        places = self._plan.encoded_places(self._unit, chunk)
+        return None if places is None else device.put(places)
 
     def _encode(self, chunk: int, keeps_graph: bool) -> Tensor:
         mine = self._plan.tiles_of(self._unit, chunk)
@@ -133,13 +149,13 @@ class PhasedEncoder(WindowEncoder):
         self._plan = plan
         self._last_with_images = last_with_images
         self._passes = ChunkPasses(encoder, exchange, plan, tiles)
-        self._store = embedding_store(encoder.config, exchange, plan)
+        self._store = embedding_store(encoder.config, exchange, plan.places)
 
     def encode(self) -> None:
         """Chunk by chunk, and every chunk to the owners of its tokens."""
         for chunk in range(self._plan.num_chunks):
             embeddings = self._passes.forward(chunk)
-            self._store.put(*self._exchange.send_embeddings(self._plan, chunk, embeddings))
+            self._store.put(*self._exchange.send_embeddings(self._plan.places, chunk, embeddings))
 
     def row(self, row: int) -> tuple[Tensor, Tensor] | None:
         """From the store."""
@@ -150,6 +166,6 @@ class PhasedEncoder(WindowEncoder):
         if not self._encoder.learns:
             return
         for chunk in range(self._plan.num_chunks):
-            gradient = partial(self._exchange.send_gradients, self._plan, chunk, self._store.gradients)
+            gradient = partial(self._exchange.send_gradients, self._plan.places, chunk, self._store.gradients)
             is_last = self._last_with_images and chunk == self._plan.num_chunks - 1
             self._passes.backward(chunk, gradient, is_last)

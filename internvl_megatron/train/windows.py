@@ -78,9 +78,9 @@ class WindowMaker:
         """The first window of a step."""
         return self._take(batch, None, 0)
 
-    def first_of_evaluation(self, batch: StepRows) -> Window:
-        """The first window of a batch that has no backward passes."""
-        return self._make(batch, None, 0, evaluates=True)
+    def first_of_evaluation(self, batch: StepRows, agreement: StepAgreement | None = None) -> Window:
+        """The first window of a batch for a pass without backward; the agreement on the batch, if there is one already."""
+        return self._make(batch, agreement, 0, evaluates=True)
 
     def after(self, window: Window) -> Window:
         """The next window of the same step."""

@@ -14,6 +14,7 @@ from internvl_megatron.config.schema import (
 from internvl_megatron.data.step_rows import ImageKey
 from internvl_megatron.parallel.layout import Layout, VisionLayout
 from tests.support.models import small_model
+from tests.support.pair_rows import random_pair_step
 from tests.support.rows import RowKind, StepData, random_step, without_targets
 
 
@@ -151,6 +152,9 @@ class Scenario:
 
     def data(self, config: RunConfig, step: int) -> StepData:
         """Rows of a step over all replicas."""
+        if config.loss.kind == "mpo":
+            tokens, multiple = config.data.tokens_per_row, config.data.sample_multiple_tokens
+            return random_pair_step(config.model, config.rows_per_step, self.seed + step, tokens, multiple)
         data = random_step(
             config.model,
             config.rows_per_step,

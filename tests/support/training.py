@@ -75,7 +75,10 @@ def make_step(
     if weights is not None:
         for name, parameter in model.named_parameters():
             model.load_full(name, parameter, torch.from_numpy(weights[name]))
-    return Step(config, model, groups, device), model
+    step = Step(config, model, groups, device)
+    if config.loss.kind == "mpo":
+        step.keep_as_reference()
+    return step, model
 
 
 def replica_rows(scenario: Scenario, config: RunConfig, step: int, layout: Layout, rank: int) -> MemoryRows:
