@@ -71,6 +71,24 @@ class StepMetrics:
     their rows, and do not tell each other what they cost."""
     row_cost_imbalance_before: float | None = None
     """The same before replicas traded rows (`data.balance_rows`)."""
+    chosen_reward: float | None = None
+    """Of preference training, as the seven below: mean reward of the chosen answers."""
+    rejected_reward: float | None = None
+    reward_margin: float | None = None
+    """How much higher the chosen answers' rewards are."""
+    preference_accuracy: float | None = None
+    """Share of the pairs, 0 to 1, whose chosen answer has the higher reward."""
+    preference_loss: float | None = None
+    """DPO's; these three without their factors."""
+    quality_loss: float | None = None
+    """BCO's."""
+    generation_loss: float | None = None
+    """Cross entropy of the chosen answers."""
+    reward_shift: float | None = None
+    """What rewards are compared with in the quality loss."""
+    eval_preference_accuracy: float | None = None
+    """Of the held-out pairs after this step."""
+    eval_reward_margin: float | None = None
 
 
 @dataclass(frozen=True)
@@ -124,7 +142,7 @@ class MetricsWriter:
         self._file.flush()
         for key, value in row.items():
             if key != "step" and value is not None:
-                tag = "eval/loss" if key == "eval_loss" else f"train/{key}"
+                tag = f"eval/{key.removeprefix('eval_')}" if key.startswith("eval_") else f"train/{key}"
                 self._tensorboard.add_scalar(tag, float(value), metrics.step)
 
     def close(self) -> None:

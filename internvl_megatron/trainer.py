@@ -36,8 +36,10 @@ from internvl_megatron.metrics import MetricsWriter, RunSummary, StepMetrics
 from internvl_megatron.model.build import build_model, check_copies_agree, torch_dtype
 from internvl_megatron.parallel.groups import make_groups
 from internvl_megatron.parallel.host import broadcast_bytes, exchange_bytes, sum_floats
+from internvl_megatron.preference_run import PreferenceRun, preference_metrics
 from internvl_megatron.ranks import RankInfo, joined
 from internvl_megatron.scaling.counts import parameter_counts, step_flops
+from internvl_megatron.train.objective import Outcome
 from internvl_megatron.train.phases import total_seconds
 from internvl_megatron.train.step import Step, StepResult
 
@@ -48,7 +50,7 @@ MAX_INDEX_THREADS = 8
 
 FIXED_SETTINGS = (
     "rows_per_step", "seed", "data.seed", "data.group_weights", "optimizer.name", "dtype", "optimizer.vision.trainable",
-    "optimizer.projector.trainable", "optimizer.language.trainable",
+    "optimizer.projector.trainable", "optimizer.language.trainable", "loss.kind", "mpo.beta",
 )  # fmt: skip
 """Settings besides the model's that a run keeps for life: its data order and its optimizer state depend on them."""
 
@@ -99,6 +101,7 @@ class Trainer:
         self.is_leader = info.rank == self.replica_ranks[0]
         self.index_folder = Path(config.data.index_folder or self.root / "index")
         self._check_data()
+        self.preference = PreferenceRun(config, self.trainer_step)
         self.loader = self._loader()
         self.eval_batch = self._eval_batch()
         self.step = 0
@@ -114,7 +117,7 @@ class Trainer:
 
     def run(self) -> RunSummary:
         """Train until the last step, or until some rank is asked to stop; a checkpoint ends both."""
-        config, loss, eval_loss, interrupted = self.config, None, None, False
+        config, loss, held_out, interrupted = self.config, None, None, False
         progress = tqdm(
             total=config.num_steps,
             initial=self.step,
@@ -133,14 +136,14 @@ class Trainer:
             self.num_tokens += result.agreement.num_tokens
             self.num_samples += result.agreement.num_samples
             loss, interrupted = result.loss, result.stop_requested
-            eval_loss = self._evaluate() if self._due(config.eval_every_steps) else None
-            self._report(result, seconds, eval_loss)
+            held_out = self._evaluate() if self._due(config.eval_every_steps) else None
+            self._report(result, seconds, held_out)
             progress.set_postfix(loss=f"{loss:.3f}", refresh=False)
             progress.update()
             if interrupted or self._due(config.checkpoint.save_every_steps) or self.step == config.num_steps:
                 self._save()
         progress.close()
-        return RunSummary(self.step, loss, eval_loss, interrupted)
+        return RunSummary(self.step, loss, None if held_out is None else held_out.loss, interrupted)
 
     def close(self) -> None:
         """End the loader's threads and close the metrics files."""
@@ -178,7 +181,9 @@ class Trainer:
             datasets = load_datasets(config.data.meta, self.index_folder)
             numbers = range(self.replica, config.rows_per_step, layout.data_size)
             streams = [
-                SampleStream(datasets, self.settings, self.tokenizer, number, config.rows_per_step)
+                SampleStream(
+                    datasets, self.settings, self.tokenizer, number, config.rows_per_step, self.preference.file
+                )
                 for number in numbers
             ]
 
@@ -204,7 +209,14 @@ class Trainer:
         config = self.config
         if config.data.eval_meta is None or config.eval_every_steps is None:
             return None
-        rows = eval_rows(config.data.eval_meta, self.settings, self.tokenizer, config.eval_rows, self.index_folder)
+        rows = eval_rows(
+            config.data.eval_meta,
+            self.settings,
+            self.tokenizer,
+            config.eval_rows,
+            self.index_folder,
+            self.preference.file,
+        )
         slots = range(self.replica, config.eval_rows, self.plan.layout.data_size)
         mine, place = [rows[slot] for slot in slots], self.replica_ranks.index(self.groups.rank)
         return StepRows(mine, slots, self.settings, place, len(self.replica_ranks))
@@ -212,24 +224,35 @@ class Trainer:
     def _due(self, every: int | None) -> bool:
         return every is not None and (self.step % every == 0 or self.step == self.config.num_steps)
 
-    def _evaluate(self) -> float | None:
-        return None if self.eval_batch is None else self.trainer_step.evaluate(self.eval_batch)
+    def _evaluate(self) -> Outcome | None:
+        return None if self.eval_batch is None else self.trainer_step.judge(self.eval_batch)
 
     def _resume(self, checkpoints: list[Path]) -> None:
         """Continue from the newest checkpoint of this run, or start from the weights the configuration names."""
         if checkpoints:
             self._check_same_run()
+            if self.preference.needs_first_weights:
+                self._load_weights()
+                self.preference.set_reference()
             info, positions = save_load.load(checkpoints[-1], self.model, self.trainer_step.optimizer, self.groups)
             self.loader.load_state_dict(positions)
             self.step, self.num_tokens, self.num_samples = info.step, info.num_tokens, info.num_samples
+            self.preference.continue_from(info)
             log.info("continuing from %s (step %d, written as %s)", checkpoints[-1], info.step, info.layout)
-        elif self.config.checkpoint.load is not None:
-            source = Path(self.config.checkpoint.load)
-            save_load.load_weights(source, self.config.model, self.model, self.groups)
-            self.trainer_step.optimizer.reload_parameters()
+            return
+        if self.config.checkpoint.load is not None:
+            self._load_weights()
             if self.is_main:
-                weights.copy_companions(source, self.root)
+                weights.copy_companions(Path(self.config.checkpoint.load), self.root)
             log.info("starting from the weights of %s", self.config.checkpoint.load)
+        self.preference.set_reference()
+
+    def _load_weights(self) -> None:
+        """Take the weights the configuration says the run starts from."""
+        source = self.config.checkpoint.load
+        assert source is not None, "the configuration names no weights to start from"
+        save_load.load_weights(Path(source), self.config.model, self.model, self.groups)
+        self.trainer_step.optimizer.reload_parameters()
 
     def _check_same_run(self) -> None:
         """A run can change its layout and its length, but not its model or its data."""
@@ -258,6 +281,7 @@ class Trainer:
             num_samples=self.num_samples,
             layout=str(self.plan.layout),
             optimizer_state=config.optimizer.name == "adamw",
+            **self.preference.checkpoint_fields(),
         )
         self.trainer_step.gather_parameters()
         state: dict[str, Any] | None = self.loader.state_dict() if self.is_leader else None
@@ -272,12 +296,12 @@ class Trainer:
         )
         log.info("saved %s", path)
 
-    def _report(self, result: StepResult, seconds: float, eval_loss: float | None) -> None:
+    def _report(self, result: StepResult, seconds: float, held_out: Outcome | None) -> None:
         """Write the step's metrics (rank 0)."""
-        if self.metrics is None or not (self._due(self.config.log_every_steps) or eval_loss is not None):
+        if self.metrics is None or not (self._due(self.config.log_every_steps) or held_out is not None):
             return
-        if eval_loss is not None:
-            log.info("step %d: loss %.4f, held-out loss %.4f", self.step, result.loss, eval_loss)
+        if held_out is not None:
+            log.info("step %d: loss %.4f, held-out loss %.4f", self.step, result.loss, held_out.loss)
         agreement, balance = result.agreement, self.loader.balance
         num_tiles = len(agreement.table)
         flops = step_flops(
@@ -305,13 +329,14 @@ class Trainer:
                 peak_memory_bytes=self.device.peak_memory_bytes(),
                 num_skipped_samples=result.num_skipped_samples,
                 num_failed_images=agreement.num_failed_images,
-                eval_loss=eval_loss,
+                eval_loss=None if held_out is None else held_out.loss,
                 most_tiles_per_rank=result.most_tiles_per_rank,
                 sent_bytes=result.sent_bytes,
                 row_fill=agreement.num_tokens / (self.config.rows_per_step * self.config.data.tokens_per_row),
                 row_cost_imbalance=balance.after if balance is not None else None,
                 row_cost_imbalance_before=balance.before if balance is not None else None,
                 **{f"{name}_seconds": value for name, value in total_seconds(result.spans).items()},
+                **preference_metrics(result.preference, held_out),
             )
         )
 

@@ -34,6 +34,11 @@ class CheckpointInfo:
     """Layout it was written under, for people."""
     optimizer_state: bool
     """Whether the optimizer's state is in it."""
+    reference_weights: str | None = None
+    """Preference training: `weights_id` of the reference model."""
+    reward_total: float = 0.0
+    """Preference training: sum of all pairs' mean rewards so far."""
+    num_rewarded_pairs: int = 0
 
 
 def path_of(root: Path, step: int) -> Path:

@@ -7,6 +7,7 @@ from typing import Any
 from internvl_megatron.config.fp8_rules import fp8_problems, row_multiple
 from internvl_megatron.config.group_weights import parse_group_weights
 from internvl_megatron.config.kernel_rules import kernel_problems
+from internvl_megatron.config.mpo_rules import mpo_problems
 from internvl_megatron.config.schema import ModelConfig, RunConfig, padded_vocab_size
 from internvl_megatron.errors import ConfigError
 from internvl_megatron.parallel.layout import Layout, VisionLayout
@@ -15,7 +16,7 @@ from internvl_megatron.scaling.counts import forward_flops
 MAY_BE_ZERO = {
     "drop_path_rate", "learning_rate", "min_learning_rate", "warmup_ratio", "weight_decay", "beta1", "beta2",
     "num_workers", "seed", "learning_rate_scale", "min_tiles", "layer_scale_init", "max_skipped_share",
-    "first_bf16_layers", "last_bf16_layers",
+    "first_bf16_layers", "last_bf16_layers", "preference_factor", "quality_factor", "generation_factor",
 }  # fmt: skip
 
 
@@ -54,6 +55,7 @@ def plan(config: RunConfig, world_size: int) -> RunPlan:
         *_data(config),
         *_layout(config, world_size),
         *kernel_problems(config),
+        *mpo_problems(config),
     ]
     if problems:
         raise ConfigError("\n".join(f"config: {problem}" for problem in problems))

@@ -21,6 +21,7 @@ from internvl_megatron.data.packer import Pack
 from internvl_megatron.data.packing import Row, SampleSource, build_row, padded_length, segments_of
 from internvl_megatron.data.preference import Pair, parse_pair, render_pair
 from internvl_megatron.data.records import ImageRng, Sample, SampleError, SampleSettings, parse_record, render_sample
+from internvl_megatron.data.reference_file import ReferenceFile
 from internvl_megatron.data.row_packer import RowPacker, make_packer
 from internvl_megatron.data.seeds import Purpose, generator
 from internvl_megatron.data.tokenizer import Tokenizer
@@ -62,9 +63,17 @@ class SampleStream:
     """
 
     def __init__(
-        self, datasets: Sequence[Dataset], settings: SampleSettings, tokenizer: Tokenizer, index: int, num_streams: int
+        self,
+        datasets: Sequence[Dataset],
+        settings: SampleSettings,
+        tokenizer: Tokenizer,
+        index: int,
+        num_streams: int,
+        reference: ReferenceFile | None = None,
     ) -> None:
         """Start at the beginning; `load_state_dict` moves elsewhere. Data sets may be shared between streams.
+
+        With `reference` every pair has its log-probabilities.
 
         Raises:
             DataError: data sets and group weights do not go together, or there are too few samples for so many streams.
@@ -75,6 +84,7 @@ class SampleStream:
         self._datasets = datasets
         self._settings = settings
         self._tokenizer = tokenizer
+        self._reference = reference
         groups = dataset_groups([dataset.entry for dataset in datasets], settings.data.group_weights)
         lengths = [dataset.length for dataset in datasets]
         self._mixture = Mixture(lengths, groups, settings.data.seed, index, num_streams)
@@ -208,13 +218,14 @@ class SampleStream:
         dataset, seed = self._datasets[source.dataset], self._settings.data.seed
         if dataset.store is not None:
             return stored_row(dataset, source.record, self._settings)
-        return make_source(
+        made = make_source(
             dataset,
             source.record,
             self._settings,
             self._tokenizer,
             lambda image: generator(seed, Purpose.IMAGE, dataset.key, source.record, source.pass_number, image),
         )
+        return with_reference(made, self._reference, dataset, source.record)
 
     def _check_any_is_good(self, last: _LeftOut) -> None:
         """Raise `DataError` if all samples of a group are bad: there would never be a row."""
@@ -267,6 +278,15 @@ def make_source(
     raw, where = _read(dataset, record)
     records = parse_pair(raw, where, dataset.entry, settings.data.max_tiles)
     return render_pair(records, settings, tokenizer, image_rng)
+
+
+def with_reference(
+    made: Sample | Pair, reference: ReferenceFile | None, dataset: Dataset, record: int
+) -> Sample | Pair:
+    """A pair with its log-probabilities, if there is a file of them. Raises `DataError`."""
+    if reference is None or not isinstance(made, Pair):
+        return made
+    return reference.added_to(made, dataset.entry.name, record, dataset.where(record))
 
 
 def _read(dataset: Dataset, record: int) -> tuple[dict[str, Any], str]:

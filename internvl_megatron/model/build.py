@@ -170,9 +170,9 @@ def check_copies_agree(model: Model, groups: Groups) -> None:
             gathered = gathered[holders_of_copies(model.vision_mesh)]
         copies, places = gathered[:, :-1], gathered[:, -1]
         # Whole parameters have a copy on every rank of the group, split ones where the tensor-parallel place is the same.
-        is_split = [_is_split(parameter) for _, parameter in named]
+        split = [is_split(parameter) for _, parameter in named]
         first_at_place = [int(np.flatnonzero(places == other)[0]) for other in places]
-        differing = np.flatnonzero((copies != np.where(is_split, copies[first_at_place], copies[0])).any(axis=0))
+        differing = np.flatnonzero((copies != np.where(split, copies[first_at_place], copies[0])).any(axis=0))
         if len(differing):
             raise RuntimeError(
                 f"{named[int(differing[0])][0]} and {len(differing) - 1} more parameters differ between ranks that "
@@ -190,7 +190,7 @@ def _initialize(model: Model, config: RunConfig) -> None:
 def _full_shape(parameter: torch.nn.Parameter, tensor_size: int) -> tuple[int, ...]:
     """Shape of a parameter over all ranks it is split over, without padded heads."""
     shape = list(parameter.shape)
-    if _is_split(parameter) and tensor_size > 1:
+    if is_split(parameter) and tensor_size > 1:
         axis = _axis(parameter)
         shape[axis] = real_size(parameter) or shape[axis] * tensor_size
     return tuple(shape)
@@ -206,7 +206,7 @@ def _part(
     where the heads do not divide over the ranks.
     """
     rank, size = tensor_group.rank(), tensor_group.size()
-    if size == 1 or not _is_split(parameter):
+    if size == 1 or not is_split(parameter):
         return full
     axis = _axis(parameter)
     if real_size(parameter) is not None:
@@ -216,7 +216,7 @@ def _part(
     return full.chunk(size, dim=axis)[rank]
 
 
-def _is_split(parameter: torch.nn.Parameter) -> bool:
+def is_split(parameter: torch.nn.Parameter) -> bool:
     """Whether tensor-parallel ranks hold different parts of it (or would, if there were several)."""
     return getattr(parameter, "tensor_model_parallel", False)
 

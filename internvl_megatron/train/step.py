@@ -47,7 +47,7 @@ from internvl_megatron.train.optimizer import (
 )
 from internvl_megatron.train.phases import PhaseClock, Span
 from internvl_megatron.train.pipeline_messages import PipelineMessages
-from internvl_megatron.train.preference import MixedPreference
+from internvl_megatron.train.preference import AnswerScores, MixedPreference
 from internvl_megatron.train.row_encoder import RowEncoder
 from internvl_megatron.train.vision_side import vision_side
 from internvl_megatron.train.window_encoder import PhasedEncoder, TileEncoder, WindowEncoder
@@ -301,6 +301,11 @@ class Step:
         """Let the model as it is now be the reference that pairs are judged against; collective."""
         assert isinstance(self.objective, MixedPreference), "only preference training has a reference"
         self.objective.reference = FrozenCopy(self.model, self.device, self.gather_parameters).in_place
+
+    def answer_logprobs(self, batch: StepRows) -> dict[int, Tensor]:
+        """Log-probabilities of all answers of a batch of pairs, fp64 [s] by row, on ranks of the last stage; collective."""
+        window = self.windows.first_of_evaluation(batch)
+        return self._forward(window, AnswerScores(self.groups, self.device), step=0, drop_path=False)
 
     def gather_parameters(self) -> None:
         """Have all parameters up to date on this rank, as whoever reads them outside of a forward pass needs; collective."""
