@@ -69,11 +69,12 @@ def plan(config: RunConfig, world_size: int) -> RunPlan:
         parallel.virtual_size,
         parallel.context_ring_size,
     )
+    rows_meet = config.loss.kind == "next_token" and config.loss.normalize == "micro_batch"
     return RunPlan(
         layout=layout,
         vision_layout=vision_layout(config, layout),
         rows_per_replica=config.rows_per_step // data_size,
-        balance_rows=config.data.balance_rows and config.loss.normalize == "step" and data_size > 1,
+        balance_rows=config.data.balance_rows and not rows_meet and data_size > 1,
         stage_layers=stage_layers(config),
         padded_vocab_size=padded_vocab_size(config.model.language.vocab_size),
     )

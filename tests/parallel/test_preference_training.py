@@ -5,14 +5,24 @@ from dataclasses import replace
 from functools import cache
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 from internvl_megatron.config.schema import DataConfig, KernelConfig, LossConfig, MpoConfig
+from internvl_megatron.device import open_device
+from internvl_megatron.model.vision_shards import local_shard
+from internvl_megatron.model.weights_id import weights_id
+from internvl_megatron.parallel.groups import make_groups
+from internvl_megatron.ranks import RankInfo, joined
+from internvl_megatron.train.preference import MixedPreference
 from tests.parallel.conftest import TrainedBy
 from tests.support.comparison import expect_same_training
-from tests.support.layouts import LAYOUTS, Scenario
+from tests.support.layouts import ADAMW, LAYOUTS, Ranks, Scenario
+from tests.support.pair_rows import random_pairs, rows_of
 from tests.support.preference_reference import train_preference_reference
-from tests.support.training import Tensors, Trained, train_scenarios
+from tests.support.rows import MemoryRows
+from tests.support.training import Tensors, Trained, make_step, train_scenarios
 
 pytestmark = pytest.mark.parallel
 
@@ -32,6 +42,11 @@ SCENARIOS = {
     "sharded": Scenario(changes=PAIRS, parallel_changes={"vision_sharding": "sharded"}),
     "short": Scenario(changes=PAIRS, parallel_changes={"pad_rows": False}),
     "ring": Scenario(changes={**PAIRS, "data": replace(ROWS, sample_multiple_tokens=4)}),
+    # Parameters are gathered when the next forward pass needs them: the reference's must not be overwritten.
+    "adamw": Scenario(drop_path_rate=0.5, changes={**PAIRS, "optimizer": ADAMW}),
+    "adamw_sharded": Scenario(
+        drop_path_rate=0.5, changes={**PAIRS, "optimizer": ADAMW}, parallel_changes={"vision_sharding": "sharded"}
+    ),
 }
 LAYOUTS_OF = {
     "pairs": ["1", "TP2", "PP2", "DP2", "CP2", "TP2+SPxPP2", "TP2+SPxCP2", "PP2xVPP2", "TP2xPP2 first stage"],
@@ -45,7 +60,13 @@ LAYOUTS_OF = {
     "short": ["PP2"],
     "ring": ["CP2 ring"],
 }
-CASES = [(layout, scenario) for scenario, layouts in LAYOUTS_OF.items() for layout in layouts]
+COMPARED_WITH_ONE_RANK = {"adamw": ["1", "DP2", "TP2+SPxPP2"], "adamw_sharded": ["DP2"]}
+SLOW = {"TP2+SPxCP2", "PP2xVPP2", "CP2 ring", "TP2xPP2 first stage"}
+CASES = [
+    pytest.param(layout, scenario, marks=[pytest.mark.slow] if layout in SLOW else [])
+    for scenario, layouts in LAYOUTS_OF.items()
+    for layout in layouts
+]
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +74,8 @@ def trained_on_pairs(run_ranks: Callable[..., list[Any]], weights: dict[str, Ten
     @cache
     def train_layout(layout: str) -> list[dict[str, Trained]]:
         ranks = LAYOUTS[layout]
-        wanted = {name: SCENARIOS[name] for name, layouts in LAYOUTS_OF.items() if layout in layouts}
+        every = LAYOUTS_OF | COMPARED_WITH_ONE_RANK
+        wanted = {name: SCENARIOS[name] for name, layouts in every.items() if layout in layouts}
         return run_ranks(train_scenarios, ranks.num_ranks, ranks, wanted, weights)
 
     return lambda layout, scenario: [results[scenario] for results in train_layout(layout)]
@@ -76,6 +98,14 @@ def test_training_equals_plain_pytorch(
     expect_same_training(found, wanted, weights["300m"], LAYOUTS[layout].layout)
 
 
+@pytest.mark.parametrize(("layout", "scenario"), [("DP2", "adamw"), ("TP2+SPxPP2", "adamw"), ("DP2", "adamw_sharded")])
+def test_training_with_adamw_and_drop_path_equals_one_rank(
+    trained_on_pairs: TrainedBy, weights: dict[str, Tensors], layout: str, scenario: str
+) -> None:
+    one = trained_on_pairs("1", "adamw")
+    expect_same_training(trained_on_pairs(layout, scenario), one[0], weights["300m"], LAYOUTS[layout].layout)
+
+
 def test_the_shift_matters(plain: Callable[[str], Trained]) -> None:
     """The first step is the same: policy and reference agree, all rewards are 0."""
     with_step, before = plain("pairs"), plain("before_step")
@@ -95,3 +125,79 @@ def test_images_are_encoded_once_a_pass(trained_on_pairs: TrainedBy) -> None:
     tiles = [sum(row.num_tiles for row in scenario.data(config, step).rows) for step in range(config.num_steps)]
     assert min(tiles) > 0, "there are images"
     assert [sum(calls) for calls in found] == [3 * count for count in tiles]
+
+
+def losses_of_splits(info: RankInfo, num_replicas: int, weights: Tensors) -> list[list[float]]:
+    """Losses and gradient norms of two steps over the same twelve pairs, packed in several ways."""
+    torch.set_num_threads(1)
+    device = open_device("cpu")
+    config = SCENARIOS["pairs"].config(Ranks(num_replicas))
+    config = replace(config, data=replace(config.data, tokens_per_row=256, tiles_per_row=32))
+    steps = [random_pairs(config.model, 6, seed) for seed in (1, 2)]
+    found = []
+    with joined(info, device, 60):
+        groups = make_groups(Ranks(num_replicas).layout, device, 60)
+        for sizes in SPLITS:
+            step, _ = make_step(config, weights, groups, device)
+            figures = []
+            for number, pairs in enumerate(steps):
+                left = iter(pairs)
+                data = rows_of([[next(left) for _ in range(size)] for size in sizes], config.model, 256)
+                own = range(info.rank, len(sizes), num_replicas)
+                batch: Any = MemoryRows(data, own, 0, 1)
+                result = step.run(batch, number)
+                assert result.preference is not None, "it trains on pairs"
+                figures += [result.loss, result.grad_norm, result.preference.shift, result.preference.margin]
+            found.append(figures)
+    return found
+
+
+SPLITS = ((2, 2, 1, 1), (3, 0, 2, 1), (1, 1, 1, 3))
+
+
+def test_how_pairs_are_packed_and_shared_out_does_not_matter(
+    run_ranks: Callable[..., list[Any]], weights: dict[str, Tensors]
+) -> None:
+    by_replicas = [run_ranks(losses_of_splits, count, count, weights["300m"]) for count in (1, 2)]
+    wanted = by_replicas[0][0][0]
+    assert abs(wanted[-2]) > 1e-4, "the shift of the second step is not 0"
+    for ranks in by_replicas:
+        for splits in ranks:
+            for figures in splits:
+                np.testing.assert_allclose(figures, wanted, rtol=1e-4, atol=1e-7)
+                np.testing.assert_allclose(figures[0::4], wanted[0::4], rtol=1e-6, err_msg="losses")
+
+
+def ids_of_weights(info: RankInfo, ranks: Ranks, sharded: bool, family: str, weights: Tensors) -> list[str]:
+    """Of a model, of the same with one value changed, and of its first weights again, which a copy has kept."""
+    torch.set_num_threads(1)
+    device = open_device("cpu")
+    changes = {"vision_sharding": "sharded"} if sharded else {}
+    config = Scenario(family=family, changes=PAIRS, parallel_changes=changes).config(ranks)
+    with joined(info, device, 60):
+        groups = make_groups(ranks.layout, device, 60, ranks.vision_layout)
+        step, model = make_step(config, weights, groups, device)
+        found = [weights_id(model, groups)]
+        for name, parameter in model.named_parameters():
+            if name == "vision.encoder.layers.0.mlp.linear_fc1.weight":
+                local_shard(parameter.detach()).mul_(2)
+        found.append(weights_id(model, groups))
+        assert isinstance(step.objective, MixedPreference)
+        assert step.objective.reference is not None
+        with step.objective.reference():
+            found.append(weights_id(model, groups))
+        return [*found, weights_id(model, groups)]
+
+
+@pytest.mark.parametrize("family", ["300m", "6b"])
+def test_weights_have_the_same_number_under_every_layout(
+    run_ranks: Callable[..., list[Any]], weights: dict[str, Tensors], family: str
+) -> None:
+    wanted = run_ranks(ids_of_weights, 1, Ranks(1), False, family, weights[family])[0]
+    assert wanted[0] == wanted[2], "in the block the model has the copied weights"
+    assert wanted[1] == wanted[3], "and after it its own"
+    assert wanted[0] != wanted[1]
+    cases = [(LAYOUTS["TP2+SPxPP2"], False), (LAYOUTS["CP2xDP2"], True), (Ranks(2, vision_tensor_size=2), False)]
+    for ranks, sharded in cases:
+        for found in run_ranks(ids_of_weights, ranks.num_ranks, ranks, sharded, family, weights[family]):
+            assert found == wanted, ranks
