@@ -140,3 +140,16 @@ def test_show_refuses(capsys: pytest.CaptureFixture[str], arguments: list[str], 
 def test_all_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["recipes"]) == 0
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == list(RECIPES)
+
+
+@pytest.mark.parametrize(("num_ranks", "tensor_size"), [(6, 4), (60, 4), (68, 8)])
+def test_training_takes_the_layout_of_its_ranks(
+    capsys: pytest.CaptureFixture[str], num_ranks: int, tensor_size: int
+) -> None:
+    """Of 14B; nothing starts, for the ranks do not go around."""
+    assert main(["train", "internvl3_14b_sft", *GIVEN, "--nproc", str(num_ranks)]) == 2
+    message = capsys.readouterr().err
+    if num_ranks % tensor_size:
+        assert f"parallel.tensor_size={tensor_size} x parallel.pipeline_size=1 = {tensor_size} ranks" in message
+    else:
+        assert f"rows_per_step=512 must be a multiple of the {num_ranks // tensor_size} replicas" in message
