@@ -76,10 +76,10 @@ def tile_activation_bytes(vision: VisionConfig) -> int:
 
 
 def _layer_parameters(language: LanguageConfig, tensor_size: int) -> int:
-    """Of a layer on one of the ranks it is split over; they share key and value heads where there are fewer."""
-    width, local_heads = language.hidden_size, language.num_heads // tensor_size
-    qkv = (local_heads + 2 * max(1, language.num_kv_heads // tensor_size)) * language.head_size
-    attention = qkv * (width + language.qkv_bias) + local_heads * language.head_size * width
+    """Of a layer on one of the ranks it is split over; key and value weights are divided too where there are fewer heads."""
+    width, heads = language.hidden_size, language.num_heads * language.head_size
+    qkv = heads + 2 * language.num_kv_heads * language.head_size
+    attention = (qkv * (width + language.qkv_bias) + heads * width) // tensor_size
     return attention + 3 * width * (language.ffn_hidden_size // tensor_size) + 2 * width
 
 
@@ -105,8 +105,13 @@ def _state_of_vision(config: RunConfig, plan: RunPlan) -> tuple[float, float, fl
     sides = ((counts.vision, parts.vision.trainable), (counts.projector, parts.projector.trainable))
     if config.parallel.vision_sharding == "sharded":
         ranks = config.parallel.vision_shard_ranks or world_size
-        weights = sum(4 * parameters / ranks for parameters, _ in sides)
-        gradients = sum(4 * parameters / ranks for parameters, trainable in sides if trainable)
+        vision = config.model.vision
+        # Class token and position table are of one row, which the first rank has.
+        of_one_row = (2 + vision.patches_per_side**2) * vision.hidden_size
+        undivided = of_one_row * (ranks - 1) / ranks
+        shards = ((counts.vision / ranks + undivided, sides[0][1]), (counts.projector / ranks, sides[1][1]))
+        weights = sum(4 * shard for shard, _ in shards)
+        gradients = sum(4 * shard for shard, trainable in shards if trainable)
         return weights, gradients, 2 * gradients
     states = [_state(config, parameters, world_size, trainable) for parameters, trainable in sides]
     weights, gradients, optimizer = (sum(values) for values in zip(*states, strict=True))
