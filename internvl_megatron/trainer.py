@@ -16,6 +16,7 @@ from tqdm import tqdm
 from internvl_megatron.checkpoint import folders, save_load, weights
 from internvl_megatron.config.overrides import CONFIG_FILE, changed_fields, from_json, to_json
 from internvl_megatron.config.plan import cut_multiple, plan
+from internvl_megatron.config.ramp import rows_of_step
 from internvl_megatron.config.schema import RunConfig
 from internvl_megatron.data.dataset import load_datasets, prepare_records
 from internvl_megatron.data.evaluation_rows import eval_rows
@@ -47,8 +48,9 @@ MAX_INDEX_THREADS = 8
 """Annotation files indexed at the same time by the rank that does so for all."""
 
 FIXED_SETTINGS = (
-    "rows_per_step", "seed", "data.seed", "data.group_weights", "optimizer.name", "dtype", "optimizer.vision.trainable",
-    "optimizer.projector.trainable", "optimizer.language.trainable",
+    "rows_per_step", "ramp.start_rows", "ramp.increment_rows", "ramp.ramp_steps", "seed", "data.seed",
+    "data.group_weights", "optimizer.name", "dtype", "optimizer.vision.trainable", "optimizer.projector.trainable",
+    "optimizer.language.trainable",
 )  # fmt: skip
 """Settings besides the model's that a run keeps for life: its data order and its optimizer state depend on them."""
 
@@ -170,8 +172,8 @@ class Trainer:
         one_rank_first(work, self.is_main, broadcast, self.config.parallel.collective_timeout_seconds / 4)
 
     def _loader(self) -> ReplicaLoader:
-        """Row slot m * replicas + r of every step comes from the stream of that number, which the leader of replica r
-        reads, so the data of a step do not depend on the layout."""
+        """Row g of the run comes from stream g modulo `rows_per_step`, which the leader of replica g modulo replicas reads, so
+        the data of a step do not depend on the layout."""
         config, layout = self.config, self.plan.layout
         streams = None
         if self.is_leader:
@@ -185,8 +187,11 @@ class Trainer:
         def broadcast(payload: bytes | None) -> bytes:
             return broadcast_bytes(payload, self.replica_ranks[0], self.groups.host_replica)
 
-        place = self.replica_ranks.index(self.groups.rank)
-        return ReplicaLoader(streams, broadcast, self.settings, place, len(self.replica_ranks), self._row_exchange())
+        def rows(step: int) -> range:
+            return rows_of_step(config, step)
+
+        place, size = self.replica_ranks.index(self.groups.rank), len(self.replica_ranks)
+        return ReplicaLoader(streams, broadcast, self.settings, place, size, self._row_exchange(), rows)
 
     def _row_exchange(self) -> RowExchange | None:
         """This leader's trade of rows with those of the other replicas, if there is one."""
@@ -220,7 +225,7 @@ class Trainer:
         if checkpoints:
             self._check_same_run()
             info, positions = save_load.load(checkpoints[-1], self.model, self.trainer_step.optimizer, self.groups)
-            self.loader.load_state_dict(positions)
+            self.loader.load_state_dict(positions, info.step)
             self.step, self.num_tokens, self.num_samples = info.step, info.num_tokens, info.num_samples
             log.info("continuing from %s (step %d, written as %s)", checkpoints[-1], info.step, info.layout)
         elif self.config.checkpoint.load is not None:
@@ -279,7 +284,7 @@ class Trainer:
         if eval_loss is not None:
             log.info("step %d: loss %.4f, held-out loss %.4f", self.step, result.loss, eval_loss)
         agreement, balance = result.agreement, self.loader.balance
-        num_tiles = len(agreement.table)
+        num_tiles, num_rows = len(agreement.table), agreement.row_costs.size
         flops = step_flops(
             self.config.model,
             num_tokens=agreement.num_tokens,
@@ -294,6 +299,7 @@ class Trainer:
                 grad_norm=result.grad_norm,
                 learning_rate=result.learning_rate,
                 updated=result.updated,
+                num_rows=num_rows,
                 num_tiles=num_tiles,
                 num_samples=agreement.num_samples,
                 num_supervised_tokens=agreement.num_supervised_tokens,
@@ -308,7 +314,7 @@ class Trainer:
                 eval_loss=eval_loss,
                 most_tiles_per_rank=result.most_tiles_per_rank,
                 sent_bytes=result.sent_bytes,
-                row_fill=agreement.num_tokens / (self.config.rows_per_step * self.config.data.tokens_per_row),
+                row_fill=agreement.num_tokens / (num_rows * self.config.data.tokens_per_row),
                 row_cost_imbalance=balance.after if balance is not None else None,
                 row_cost_imbalance_before=balance.before if balance is not None else None,
                 **{f"{name}_seconds": value for name, value in total_seconds(result.spans).items()},
