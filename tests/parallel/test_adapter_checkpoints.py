@@ -38,6 +38,8 @@ from tests.support.training import Tensors, replica_rows
 pytestmark = pytest.mark.parallel
 
 SAVED_AT, STEPS = 2, 4
+MODEL = small_model(vocab_size=300)
+"""With room for a tokenizer."""
 LORA = LoraConfig(language_rank=4, vision_rank=3)
 SCENARIO = Scenario(changes={"lora": LORA, "optimizer": ADAMW, "num_steps": STEPS})
 SHARDED = Scenario(
@@ -52,10 +54,14 @@ History = list[tuple[float, float]]
 """(loss, gradient norm) by step."""
 
 
+def _config(ranks: Ranks, scenario: Scenario = SCENARIO) -> RunConfig:
+    return replace(scenario.config(ranks), model=MODEL)
+
+
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tokenizer")
-    train_small_tokenizer(["a digit"], 140).save_pretrained(str(folder))
+    train_small_tokenizer(["a digit"], MODEL.language.vocab_size).save_pretrained(str(folder))
     return folder
 
 
@@ -66,7 +72,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _converted(root: Path, seed: int) -> Path:
-    huggingface_model(small_model(), seed).save_pretrained(root / "hf")
+    huggingface_model(MODEL, seed).save_pretrained(root / "hf")
     assert main(["hf-to-megatron", str(root / "hf"), str(root / "weights")]) == 0
     assert is_weights_folder(root / "weights")
     return root / "weights"
@@ -77,7 +83,7 @@ def _train(
 ) -> History:
     """Steps `first` to `last`, adapters from the checkpoint in `root` if first > 0; saves at the end of a first part."""
     torch.set_num_threads(1)
-    device, config = open_device("cpu"), scenario.config(ranks)
+    device, config = open_device("cpu"), _config(ranks, scenario)
     with joined(info, device, 60):
         groups = make_groups(ranks.layout, device, 60, ranks.vision_layout)
         model = build_model(config, groups, device, initialize=False)
@@ -111,7 +117,7 @@ def interrupted(
 
 def test_a_checkpoint_holds_what_is_trained(interrupted: tuple[Path, History]) -> None:
     folder = folders.finished(interrupted[0])[-1]
-    adapters = random_adapters(small_model(), LORA)
+    adapters = random_adapters(MODEL, LORA)
     names = DistributedCheckpoint(folder).names
     projector = {name for name in names if name.startswith("vision.projector.")}
     assert {*names} == adapters.keys() | projector
@@ -201,9 +207,9 @@ def test_sums_see_every_bit_and_no_division() -> None:
 def run(run_ranks: Callable[..., list[Any]], base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run in fp32, saved under TP2 x PP2, whose adapters are far from zero."""
     folder, ranks = tmp_path_factory.mktemp("run"), LAYOUTS["TP2xPP2"]
-    config = replace(SCENARIO.config(ranks), folder=str(folder))
+    config = replace(_config(ranks), folder=str(folder))
     (folder / CONFIG_FILE).write_text(to_json(config))
-    adapters = random_adapters(small_model(), LORA)
+    adapters = random_adapters(MODEL, LORA)
     run_ranks(_save, 4, config, ranks, base, adapters)
     return folder
 
@@ -237,7 +243,7 @@ def test_exports_are_merged_and_answer_as_the_run(
 ) -> None:
     from transformers import InternVLForConditionalGeneration
 
-    config = SCENARIO.config(LAYOUTS["1"])
+    config = _config(LAYOUTS["1"])
     (unmerged,) = run_ranks(_logits, 1, config, run)
     plain = replace(config, lora=LoraConfig())
     (untrained,) = run_ranks(_logits, 1, plain, base)
@@ -282,7 +288,7 @@ def test_an_export_checks_and_finds_what_is_below(run: Path, base: Path, tmp_pat
 
 
 def test_a_model_without_adapters_refuses_them(run_ranks: Callable[..., list[Any]], run: Path) -> None:
-    config = replace(SCENARIO.config(LAYOUTS["1"]), lora=LoraConfig())
+    config = replace(_config(LAYOUTS["1"]), lora=LoraConfig())
     with pytest.raises(RankFailedError) as failed:
         run_ranks(_logits, 1, config, run)
     assert failed.value.failures[0].is_user_error
