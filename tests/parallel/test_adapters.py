@@ -25,6 +25,7 @@ from tests.support.layouts import ADAMW, LAYOUTS, SGD, Ranks, Scenario
 from tests.support.lora_reference import random_adapters, train_lora_reference
 from tests.support.models import small_model
 from tests.support.training import Tensors, _train, make_step, merge, replica_rows
+from tests.support.vision_shards import whole_vision
 
 pytestmark = pytest.mark.parallel
 
@@ -49,11 +50,14 @@ SCENARIOS = {
         parallel_changes={"vision_sharding": "sharded"},
     ),
 }
+COLOCATED = "TP2 colocated"
+RANKS = LAYOUTS | {COLOCATED: Ranks(2, tensor_size=2, vision_placement="colocated")}
+"""The encoder has five heads: on two ranks six, the last of zeros."""
 LAYOUTS_OF = {
-    "all": ["1", "TP2", "TP2+SP", "DP2", "CP2", "PP2xVPP2", "TP2+SPxPP2"],
+    "all": ["1", "TP2", "TP2+SP", "DP2", "CP2", "PP2xVPP2", "TP2+SPxPP2", COLOCATED],
     "adapters_alone": ["1", "TP2+SP", "PP2"],
     "language_mlp": ["DP2"],
-    "6b": ["TP2+SP"],
+    "6b": ["TP2+SP", COLOCATED],
     "sharded": ["DP2"],
 }
 
@@ -77,7 +81,7 @@ def trained(run_ranks: Callable[..., list[Any]], start: Callable[[str], Tensors]
     @cache
     def train(layout: str) -> list[dict[str, Any]]:
         names = [name for name, layouts in LAYOUTS_OF.items() if layout in layouts]
-        ranks = LAYOUTS[layout]
+        ranks = RANKS[layout]
         # Every scenario has its own starting parameters: they go by its name.
         scenarios = {name: SCENARIOS[name] for name in names}
         return run_ranks(_train_each, ranks.num_ranks, ranks, scenarios, {name: start(name) for name in names})
@@ -100,9 +104,15 @@ def _train_each(info: RankInfo, ranks: Ranks, scenarios: dict[str, Scenario], st
 def test_training_equals_plain_pytorch(
     trained: Callable[[str, str], list[Any]], start: Callable[[str], Tensors], name: str, layout: str
 ) -> None:
-    ranks, scenario = LAYOUTS[layout], SCENARIOS[name]
+    ranks, scenario = RANKS[layout], SCENARIOS[name]
     wanted = train_lora_reference(scenario, ranks, start(name))
     found = trained(name, layout)
+    if layout == COLOCATED:
+        vision = small_model(scenario.family).vision
+        for tensors in ([rank.gradients for rank in found], [rank.parameters for rank in found]):
+            whole = whole_vision(tensors, ranks.vision_layout, vision)
+            for shards in tensors:
+                shards |= whole
     expect_same_training(found, wanted, start(name), ranks.layout)
     after = merge([rank.parameters for rank in found], ranks.layout)
     trains_projector = scenario.changes["optimizer"].projector.trainable
