@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from internvl_megatron.checkpoint import folders, save_load, weights
+from internvl_megatron.checkpoint import adapter_base, folders, save_load, weights
 from internvl_megatron.config.overrides import CONFIG_FILE, changed_fields, from_json, to_json
 from internvl_megatron.config.plan import cut_multiple, plan
 from internvl_megatron.config.ramp import rows_of_step
@@ -50,7 +50,7 @@ MAX_INDEX_THREADS = 8
 FIXED_SETTINGS = (
     "rows_per_step", "ramp.start_rows", "ramp.increment_rows", "ramp.ramp_steps", "seed", "data.seed",
     "data.group_weights", "optimizer.name", "dtype", "optimizer.vision.trainable", "optimizer.projector.trainable",
-    "optimizer.language.trainable",
+    "optimizer.language.trainable", "lora.language_rank", "lora.vision_rank", "lora.scale", "lora.layers",
 )  # fmt: skip
 """Settings besides the model's that a run keeps for life: its data order and its optimizer state depend on them."""
 
@@ -106,6 +106,7 @@ class Trainer:
         self.step = 0
         self.num_tokens = 0
         self.num_samples = 0
+        self._base: adapter_base.Base | None = None
         self._resume(checkpoints)
         check_copies_agree(self.model, self.groups)
         self._write_config()
@@ -224,17 +225,28 @@ class Trainer:
         """Continue from the newest checkpoint of this run, or start from the weights the configuration names."""
         if checkpoints:
             self._check_same_run()
-            info, positions = save_load.load(checkpoints[-1], self.model, self.trainer_step.optimizer, self.groups)
+        if self.config.checkpoint.load is not None and (self.model.has_adapters or not checkpoints):
+            self._load_weights(Path(self.config.checkpoint.load))
+        if checkpoints:
+            info, positions = save_load.load(
+                checkpoints[-1], self.model, self.trainer_step.optimizer, self.groups, self._base
+            )
             self.loader.load_state_dict(positions, info.step)
             self.step, self.num_tokens, self.num_samples = info.step, info.num_tokens, info.num_samples
             log.info("continuing from %s (step %d, written as %s)", checkpoints[-1], info.step, info.layout)
         elif self.config.checkpoint.load is not None:
-            source = Path(self.config.checkpoint.load)
-            save_load.load_weights(source, self.config.model, self.model, self.groups)
             self.trainer_step.optimizer.reload_parameters()
             if self.is_main:
-                weights.copy_companions(source, self.root)
+                weights.copy_companions(Path(self.config.checkpoint.load), self.root)
             log.info("starting from the weights of %s", self.config.checkpoint.load)
+
+    def _load_weights(self, source: Path) -> None:
+        """Load the weights to start from, or that adapters belong to."""
+        if self.model.has_adapters:
+            adapter_base.refuse_adapters(source)
+        found = save_load.load_weights(source, self.config.model, self.model, self.groups)
+        if self.model.has_adapters:
+            self._base = save_load.base_of(found, self.config.dtype, self.model, self.groups)
 
     def _check_same_run(self) -> None:
         """A run can change its layout and its length, but not its model or its data."""
@@ -274,6 +286,7 @@ class Trainer:
             self.groups,
             state,
             config.checkpoint.keep_last,
+            self._base,
         )
         log.info("saved %s", path)
 

@@ -7,6 +7,7 @@ from typing import Any
 from internvl_megatron.config.fp8_rules import fp8_problems, row_multiple
 from internvl_megatron.config.group_weights import parse_group_weights
 from internvl_megatron.config.kernel_rules import kernel_problems
+from internvl_megatron.config.lora_rules import lora_problems
 from internvl_megatron.config.optimizer_rules import schedule_problems
 from internvl_megatron.config.ramp import ramp_problems
 from internvl_megatron.config.schema import ModelConfig, RunConfig, padded_vocab_size
@@ -57,6 +58,7 @@ def plan(config: RunConfig, world_size: int) -> RunPlan:
         *_layout(config, world_size),
         *kernel_problems(config),
         *schedule_problems(config.optimizer, config.num_steps),
+        *lora_problems(config),
     ]
     if problems:
         raise ConfigError("\n".join(f"config: {problem}" for problem in problems))

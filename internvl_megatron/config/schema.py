@@ -180,6 +180,25 @@ class Fp8Config:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    """Low-rank adapters beside the linear layers of transformer layers (LoRA, arXiv 2106.09685); off by default.
+
+    A part with adapters is frozen but for them; its `optimizer` section (rate, decay) is theirs. The projector has none and is
+    trained, or not, as `optimizer.projector` says.
+    """
+
+    language_rank: int | None = None
+    """Rank of the adapters in the language model; None = none. InternVL's fine-tuning scripts have 16."""
+    vision_rank: int | None = None
+    """Rank of the adapters in the vision encoder; None = none."""
+    scale: float = 2.0
+    """Factor on what an adapter adds: alpha / rank. InternVL has alpha = 2 x rank."""
+    layers: Literal["all", "attention", "mlp"] = "all"
+    """Linear layers that get one: q, k, v and the output projection (`attention`), both of the MLP (`mlp`), or all, as in
+    InternVL."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class KernelConfig:
     """What computes the layers. Results are the same up to rounding."""
 
@@ -361,6 +380,7 @@ class RunConfig:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     kernels: KernelConfig = field(default_factory=KernelConfig)
     fp8: Fp8Config = field(default_factory=Fp8Config)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
