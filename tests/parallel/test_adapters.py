@@ -60,6 +60,7 @@ LAYOUTS_OF = {
     "6b": ["TP2+SP", COLOCATED],
     "sharded": ["DP2"],
 }
+SLOW = {("all", "TP2+SPxPP2"), ("adapters_alone", "PP2")}
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +101,14 @@ def _train_each(info: RankInfo, ranks: Ranks, scenarios: dict[str, Scenario], st
         }
 
 
-@pytest.mark.parametrize(("name", "layout"), [(name, layout) for name in LAYOUTS_OF for layout in LAYOUTS_OF[name]])
+CASES = [
+    pytest.param(name, layout, marks=[pytest.mark.slow] if (name, layout) in SLOW else [])
+    for name, layouts in LAYOUTS_OF.items()
+    for layout in layouts
+]
+
+
+@pytest.mark.parametrize(("name", "layout"), CASES)
 def test_training_equals_plain_pytorch(
     trained: Callable[[str, str], list[Any]], start: Callable[[str], Tensors], name: str, layout: str
 ) -> None:
