@@ -104,13 +104,14 @@ def test_without_transformer_engine_a_gpu_says_how_to_get_it(monkeypatch: pytest
         "torch", "torch", "torch_varlen", "sdpa", "transformer_engine", fuse_swiglu=True, fuse_rotary=False
     )
     assert gpu.kernels(BASE) == wanted
-    for asked in (
+    refused: list[dict[str, Any]] = [
         {"kernels": {"layers": "transformer_engine"}},
         {"kernels": {"attention": "transformer_engine"}},
         {"kernels": {"fuse_rotary": "on"}},
         {"optimizer": BF16_MOMENTS},
         {"fp8": {"language": "current"}},
-    ):
+    ]
+    for asked in refused:
         with pytest.raises(ConfigError, match=r"pip install 'internvl_megatron\[gpu\]'"):
             gpu.kernels(config(**asked))
     emulated = gpu.kernels(config(fp8={"language": "current", "backend": "emulated"}))
