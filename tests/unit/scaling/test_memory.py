@@ -10,25 +10,13 @@ from internvl_megatron.config.overrides import apply_overrides
 from internvl_megatron.config.plan import plan
 from internvl_megatron.config.recipes import find_recipe
 from internvl_megatron.config.schema import RunConfig
-from internvl_megatron.device import Device
 from internvl_megatron.ranks import RankInfo
 from internvl_megatron.scaling.memory import rank_bytes
+from tests.support.fake_world import FakeWorldDevice
 from tools.gpu_cases import Case, Way
 
 LAYERS = 2
 """Of every stage and of the encoder; widths are the released ones."""
-
-
-class FakeWorldDevice(Device):
-    """A CPU whose messages go nowhere: one process is any rank of a world of any size."""
-
-    @property
-    def backend(self) -> str:
-        return "fake"
-
-    @property
-    def host_backend(self) -> str:
-        return "fake"
 
 
 def _cut(name: str, num_ranks: int) -> RunConfig:
