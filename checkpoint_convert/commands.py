@@ -90,8 +90,8 @@ def to_huggingface(
 
 def _whole(source: ParameterSource, entry: Entry) -> Group:
     """A parameter as it is."""
-    spec = TensorSpec(entry.name, source.dtype(entry.name), entry.shape)
-    return Group((spec,), lambda: [source.read(entry.name)])
+    dtype = source.dtype(entry.name)
+    return Group((TensorSpec(entry.name, dtype, entry.shape),), lambda: [source.read(entry.name).to(dtype)])
 
 
 def _parts(source: ParameterSource, entry: Entry, dtype: torch.dtype | None) -> Group:

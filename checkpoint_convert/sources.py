@@ -4,6 +4,7 @@ A source gives whole parameters under our names, one at a time, as they are stor
 """
 
 import hashlib
+import math
 from abc import ABC, abstractmethod
 from pathlib import Path
 
@@ -14,12 +15,15 @@ from checkpoint_convert.conversion import JOB_FILE, PARTIAL_END
 from checkpoint_convert.hf_config import CONFIG_FILE, Fields, layout_of, read_json, read_model
 from checkpoint_convert.mapping import Entry, Layout, check_fit, mapping, on_disk_name
 from checkpoint_convert.transforms import Same
-from internvl_megatron.checkpoint import folders, weights
+from internvl_megatron.checkpoint import adapter_base, folders, weights
 from internvl_megatron.checkpoint.safetensors_folder import DTYPES, SafetensorsFolder
 from internvl_megatron.config.overrides import CONFIG_FILE as RUN_CONFIG_FILE
 from internvl_megatron.config.overrides import from_json
 from internvl_megatron.config.schema import ModelConfig
 from internvl_megatron.errors import CheckpointError, ConfigError
+
+ADAPTER_ENDS = (".lora_a", ".lora_b")
+"""What the names of an adapter's two matrices end with (`model.adapter`, which costs seconds to import)."""
 
 
 class ParameterSource(ABC):
@@ -146,8 +150,11 @@ class TrainingSource(ParameterSource):
         if self.companions is None and Path(self.run_config.data.tokenizer).is_dir():
             self.companions = Path(self.run_config.data.tokenizer)
         self.stored = DistributedCheckpoint(path)
-        shapes = {name: shape for name in self.stored.names if (shape := self.stored.shape(name))}
-        check_fit(own_entries(self.model), shapes, str(path))
+        self._check_fit({name: shape for name in self.stored.names if (shape := self.stored.shape(name))})
+
+    def _check_fit(self, shapes: dict[str, tuple[int, ...]]) -> None:
+        """Compare what the checkpoint has with the model's parameters."""
+        check_fit(own_entries(self.model), shapes, str(self.path))
 
     @property
     def title(self) -> str:
@@ -167,6 +174,52 @@ class TrainingSource(ParameterSource):
         return [self.path / folders.MARKER, *sorted(self.path.glob("*.distcp"))]
 
 
+class AdapterSource(TrainingSource):
+    """A checkpoint of a run with adapters, merged with the weights they belong to: W + scale * B A."""
+
+    def _check_fit(self, shapes: dict[str, tuple[int, ...]]) -> None:
+        """Open the weights below, and compare both together with the model's parameters."""
+        note = adapter_base.read_base(self.path)
+        self.base = open_source(adapter_base.base_folder(self.path, note))
+        if not weights.same_weights(self.base.model, self.model):
+            raise CheckpointError(f"{self.path}: its adapters belong to {self.base.path}, which holds another model")
+        self.base_dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[note.dtype]
+        self.sums = note.sums
+        entries = own_entries(self.model)
+        trained = {name: shape for name, shape in shapes.items() if not name.endswith(ADAPTER_ENDS)}
+        below = {entry.name: entry.shape for entry in entries if entry.name in note.sums}
+        check_fit(entries, trained | below, str(self.path))
+        self.adapted = {
+            f"{name.removesuffix(ADAPTER_ENDS[0])}.weight" for name in shapes if name.endswith(ADAPTER_ENDS[0])
+        }
+        ours = {entry.name: entry.shape for entry in entries}
+        for name in self.adapted:
+            matrices = [shapes.get(name.removesuffix(".weight") + end, ()) for end in ADAPTER_ENDS]
+            outputs = math.prod(matrices[1][:-1])
+            if name not in ours or ours[name] != (outputs, *matrices[0][1:]) or matrices[0][:1] != matrices[1][-1:]:
+                raise CheckpointError(f"{self.path}: the adapter of {name} has shapes {matrices}, which do not fit it")
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Number format of a parameter: the run's."""
+        return self.base_dtype
+
+    def read(self, name: str) -> Tensor:
+        """A parameter over all ranks; with an adapter merged it is fp32, for whoever wants it in that."""
+        if name not in self.sums:
+            return self.stored.read(name)
+        below = self.base.read(name).to(self.base_dtype)
+        found = {name: adapter_base.bit_sum(below, self.base_dtype)}
+        adapter_base.check_sums(self.path, {name: self.sums[name]}, found, str(self.base.path))
+        if name not in self.adapted:
+            return below
+        a, b = (self.stored.read(name.removesuffix(".weight") + end).float() for end in ADAPTER_ENDS)
+        return below.float() + self.run_config.lora.scale * (b.flatten(0, -2) @ a)
+
+    def files(self) -> list[Path]:
+        """Of the checkpoint and of what is below."""
+        return [*super().files(), self.path / adapter_base.BASE_FILE, *self.base.files()]
+
+
 def open_source(path: Path) -> ParameterSource:
     """Open whatever a folder holds; a run stands for its newest checkpoint.
 
@@ -181,10 +234,9 @@ def open_source(path: Path) -> ParameterSource:
     if weights.is_weights_folder(path):
         return WeightsSource(path)
     checkpoints = folders.finished(path / folders.CHECKPOINTS)
-    if checkpoints:
-        return TrainingSource(checkpoints[-1])
-    if (path / folders.MARKER).is_file():
-        return TrainingSource(path)
+    checkpoint = checkpoints[-1] if checkpoints else path
+    if (checkpoint / folders.MARKER).is_file():
+        return (AdapterSource if adapter_base.is_adapter_checkpoint(checkpoint) else TrainingSource)(checkpoint)
     if (path / CONFIG_FILE).is_file() and not (path / folders.CHECKPOINTS).is_dir():
         return HuggingFaceSource(path)
     raise CheckpointError(

@@ -11,7 +11,7 @@ from typing import get_args
 from internvl_megatron.checkpoint.weights import check_start
 from internvl_megatron.config.overrides import apply_overrides
 from internvl_megatron.config.plan import plan
-from internvl_megatron.config.recipes import RECIPES, find_recipe
+from internvl_megatron.config.recipes import RECIPES, find_recipe, summary
 from internvl_megatron.config.schema import RunConfig
 from internvl_megatron.device import DeviceName
 from internvl_megatron.errors import UserError
@@ -48,7 +48,11 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="internvl-megatron", description="Train InternVL3 with 3D parallelism.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    recipes = commands.add_parser("recipes", help="list the recipes")
+    recipes = commands.add_parser("recipes", help="list the recipes, or show one with the source of every value")
+    recipes.add_argument(
+        "--show", metavar="NAME", help="every setting of this recipe, where it comes from, and memory"
+    )
+    recipes.add_argument("--ranks", type=int, help="with --show: for so many GPUs (default: the fewest)")
     recipes.set_defaults(run=_recipes)
 
     train = commands.add_parser("train", help="train a recipe; run it again to continue")
@@ -76,10 +80,16 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _recipes(_options: argparse.Namespace) -> int:
-    for name, recipe in RECIPES.items():
-        summary = (recipe.__doc__ or "").strip().splitlines()[0]
-        print(f"{name:24s} {summary}")
+def _recipes(options: argparse.Namespace) -> int:
+    if options.show is None:
+        for name in RECIPES:
+            print(f"{name:24s} {summary(name)}")
+        return 0
+    from internvl_megatron.recipe_report import report
+
+    if options.ranks is not None and options.ranks < 1:
+        raise UserError(f"--ranks {options.ranks}: at least one")
+    print(report(options.show, options.ranks))
     return 0
 
 
@@ -87,9 +97,10 @@ def _train(options: argparse.Namespace) -> int:
     from internvl_megatron.launcher import launch
     from internvl_megatron.ranks import rank_from_environment
 
-    config = apply_overrides(find_recipe(options.recipe), options.overrides)
-    check_start(config)
     info = rank_from_environment()
+    num_ranks = info.world_size if info is not None else 1 if options.nproc is None else options.nproc
+    config = apply_overrides(find_recipe(options.recipe, num_ranks), options.overrides)
+    check_start(config)
     if info is not None:
         if options.nproc is not None:
             raise UserError("--nproc starts ranks itself; under torchrun or srun leave it out")
@@ -100,7 +111,6 @@ def _train(options: argparse.Namespace) -> int:
         if info.rank != 0:
             return 0
     else:
-        num_ranks = 1 if options.nproc is None else options.nproc
         if num_ranks < 1:
             raise UserError(f"--nproc {num_ranks}: start at least one rank")
         plan(config, num_ranks)  # a wrong layout is said at once, not by every rank

@@ -40,6 +40,8 @@ class StepMetrics:
     """10^12 model FLOPs per second and rank."""
     peak_memory_bytes: int
     """Highest so far on the reporting rank."""
+    num_rows: int = 0
+    """Packed rows of the step's global batch, which may grow at the beginning of a run (`RampConfig`)."""
     num_skipped_samples: int = 0
     """Samples left out because they were bad, since the run began."""
     num_failed_images: int = 0

@@ -3,11 +3,11 @@
 from typing import Any
 
 from internvl_megatron.checkpoint.folders import CheckpointInfo
+from internvl_megatron.checkpoint.weight_sums import weights_id
 from internvl_megatron.config.schema import RunConfig
 from internvl_megatron.data.reference_file import ReferenceFile
 from internvl_megatron.errors import ConfigError
 from internvl_megatron.model.preference_loss import RunningMean
-from internvl_megatron.model.weights_id import weights_id
 from internvl_megatron.train.objective import Outcome, PreferenceFigures
 from internvl_megatron.train.preference import MixedPreference
 from internvl_megatron.train.step import Step

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from internvl_megatron.checkpoint import save_load
+from internvl_megatron.checkpoint.weight_sums import weights_id
 from internvl_megatron.config.plan import plan
 from internvl_megatron.config.schema import RunConfig
 from internvl_megatron.data.dataset import Dataset, load_datasets
@@ -29,7 +30,6 @@ from internvl_megatron.device import Device, open_device
 from internvl_megatron.errors import DataError
 from internvl_megatron.logs import configure_logging
 from internvl_megatron.model.build import build_model
-from internvl_megatron.model.weights_id import weights_id
 from internvl_megatron.parallel.groups import Groups, make_groups
 from internvl_megatron.parallel.host import broadcast_bytes, gather_integers
 from internvl_megatron.ranks import RankInfo, joined

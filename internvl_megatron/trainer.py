@@ -13,9 +13,10 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from internvl_megatron.checkpoint import folders, save_load, weights
+from internvl_megatron.checkpoint import adapter_base, folders, save_load, weights
 from internvl_megatron.config.overrides import CONFIG_FILE, changed_fields, from_json, to_json
 from internvl_megatron.config.plan import cut_multiple, plan
+from internvl_megatron.config.ramp import rows_of_step
 from internvl_megatron.config.schema import RunConfig
 from internvl_megatron.data.dataset import load_datasets, prepare_records
 from internvl_megatron.data.evaluation_rows import eval_rows
@@ -49,8 +50,10 @@ MAX_INDEX_THREADS = 8
 """Annotation files indexed at the same time by the rank that does so for all."""
 
 FIXED_SETTINGS = (
-    "rows_per_step", "seed", "data.seed", "data.group_weights", "optimizer.name", "dtype", "optimizer.vision.trainable",
-    "optimizer.projector.trainable", "optimizer.language.trainable", "loss.kind", "mpo.beta",
+    "rows_per_step", "ramp.start_rows", "ramp.increment_rows", "ramp.ramp_steps", "seed", "data.seed",
+    "data.group_weights", "optimizer.name", "dtype", "optimizer.vision.trainable", "optimizer.projector.trainable",
+    "optimizer.language.trainable", "lora.language_rank", "lora.vision_rank", "lora.scale", "lora.layers", "loss.kind",
+    "mpo.beta",
 )  # fmt: skip
 """Settings besides the model's that a run keeps for life: its data order and its optimizer state depend on them."""
 
@@ -107,6 +110,7 @@ class Trainer:
         self.step = 0
         self.num_tokens = 0
         self.num_samples = 0
+        self._base: adapter_base.Base | None = None
         self._resume(checkpoints)
         check_copies_agree(self.model, self.groups)
         self._write_config()
@@ -173,8 +177,8 @@ class Trainer:
         one_rank_first(work, self.is_main, broadcast, self.config.parallel.collective_timeout_seconds / 4)
 
     def _loader(self) -> ReplicaLoader:
-        """Row slot m * replicas + r of every step comes from the stream of that number, which the leader of replica r
-        reads, so the data of a step do not depend on the layout."""
+        """Row g of the run comes from stream g modulo `rows_per_step`, which the leader of replica g modulo replicas reads, so
+        the data of a step do not depend on the layout."""
         config, layout = self.config, self.plan.layout
         streams = None
         if self.is_leader:
@@ -190,8 +194,11 @@ class Trainer:
         def broadcast(payload: bytes | None) -> bytes:
             return broadcast_bytes(payload, self.replica_ranks[0], self.groups.host_replica)
 
-        place = self.replica_ranks.index(self.groups.rank)
-        return ReplicaLoader(streams, broadcast, self.settings, place, len(self.replica_ranks), self._row_exchange())
+        def rows(step: int) -> range:
+            return rows_of_step(config, step)
+
+        place, size = self.replica_ranks.index(self.groups.rank), len(self.replica_ranks)
+        return ReplicaLoader(streams, broadcast, self.settings, place, size, self._row_exchange(), rows)
 
     def _row_exchange(self) -> RowExchange | None:
         """This leader's trade of rows with those of the other replicas, if there is one."""
@@ -231,28 +238,32 @@ class Trainer:
         """Continue from the newest checkpoint of this run, or start from the weights the configuration names."""
         if checkpoints:
             self._check_same_run()
-            if self.preference.needs_first_weights:
-                self._load_weights()
-                self.preference.set_reference()
-            info, positions = save_load.load(checkpoints[-1], self.model, self.trainer_step.optimizer, self.groups)
-            self.loader.load_state_dict(positions)
+        needs_first_weights = self.model.has_adapters or self.preference.needs_first_weights
+        if self.config.checkpoint.load is not None and (needs_first_weights or not checkpoints):
+            self._load_weights(Path(self.config.checkpoint.load))
+        if needs_first_weights or not checkpoints:
+            self.preference.set_reference()
+        if checkpoints:
+            info, positions = save_load.load(
+                checkpoints[-1], self.model, self.trainer_step.optimizer, self.groups, self._base
+            )
+            self.loader.load_state_dict(positions, info.step)
             self.step, self.num_tokens, self.num_samples = info.step, info.num_tokens, info.num_samples
             self.preference.continue_from(info)
             log.info("continuing from %s (step %d, written as %s)", checkpoints[-1], info.step, info.layout)
-            return
-        if self.config.checkpoint.load is not None:
-            self._load_weights()
+        elif self.config.checkpoint.load is not None:
             if self.is_main:
                 weights.copy_companions(Path(self.config.checkpoint.load), self.root)
             log.info("starting from the weights of %s", self.config.checkpoint.load)
-        self.preference.set_reference()
 
-    def _load_weights(self) -> None:
-        """Take the weights the configuration says the run starts from."""
-        source = self.config.checkpoint.load
-        assert source is not None, "the configuration names no weights to start from"
-        save_load.load_weights(Path(source), self.config.model, self.model, self.groups)
+    def _load_weights(self, source: Path) -> None:
+        """Load the weights to start from, or that adapters or rewards of pairs belong to."""
+        if self.model.has_adapters:
+            adapter_base.refuse_adapters(source)
+        found = save_load.load_weights(source, self.config.model, self.model, self.groups)
         self.trainer_step.optimizer.reload_parameters()
+        if self.model.has_adapters:
+            self._base = save_load.base_of(found, self.config.dtype, self.model, self.groups)
 
     def _check_same_run(self) -> None:
         """A run can change its layout and its length, but not its model or its data."""
@@ -293,6 +304,7 @@ class Trainer:
             self.groups,
             state,
             config.checkpoint.keep_last,
+            self._base,
         )
         log.info("saved %s", path)
 
@@ -303,7 +315,7 @@ class Trainer:
         if held_out is not None:
             log.info("step %d: loss %.4f, held-out loss %.4f", self.step, result.loss, held_out.loss)
         agreement, balance = result.agreement, self.loader.balance
-        num_tiles = len(agreement.table)
+        num_tiles, num_rows = len(agreement.table), agreement.row_costs.size
         flops = step_flops(
             self.config.model,
             num_tokens=agreement.num_tokens,
@@ -318,6 +330,7 @@ class Trainer:
                 grad_norm=result.grad_norm,
                 learning_rate=result.learning_rate,
                 updated=result.updated,
+                num_rows=num_rows,
                 num_tiles=num_tiles,
                 num_samples=agreement.num_samples,
                 num_supervised_tokens=agreement.num_supervised_tokens,
@@ -332,7 +345,7 @@ class Trainer:
                 eval_loss=None if held_out is None else held_out.loss,
                 most_tiles_per_rank=result.most_tiles_per_rank,
                 sent_bytes=result.sent_bytes,
-                row_fill=agreement.num_tokens / (self.config.rows_per_step * self.config.data.tokens_per_row),
+                row_fill=agreement.num_tokens / (num_rows * self.config.data.tokens_per_row),
                 row_cost_imbalance=balance.after if balance is not None else None,
                 row_cost_imbalance_before=balance.before if balance is not None else None,
                 **{f"{name}_seconds": value for name, value in total_seconds(result.spans).items()},

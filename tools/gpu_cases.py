@@ -30,6 +30,12 @@ from internvl_megatron.data.packing import Row
 from internvl_megatron.data.positions import STRIDES, UNITS_PER_POSITION, v2pe_numerators
 from internvl_megatron.device import DeviceName
 from internvl_megatron.scaling.counts import parameter_counts
+from internvl_megatron.scaling.memory import (
+    OTHER_BYTES,
+    USED_SHARE,
+    layer_activation_bytes,
+    tile_activation_bytes,
+)
 from tools.image_text_rows import TILE_TOKENS, PackedRow, draw_rows, small_row
 
 Size = Literal["1B", "2B", "8B"]
@@ -74,10 +80,6 @@ WAYS = (Way("fp32", "none", 32), Way("fp32", "full", 32), Way("fp32", "full", 24
 """The first that the whole model fits with is taken, else the last."""
 FP8_BYTES = 2
 """Of a parameter of a layer, in FP8: two copies of weights that are products' operands, one of them transposed."""
-FIXED_BYTES = 6e9
-"""Taken for the driver's own memory, work space of the libraries, logits of one chunk of the loss and its gradient."""
-USED_SHARE = 0.95
-"""Of the device's memory; the rest is lost between allocations."""
 
 
 @dataclass(frozen=True)
@@ -197,17 +199,14 @@ def layers_that_fit(model: ModelConfig, tokens_per_row: int, memory_bytes: float
     An estimate of state and of activations: the language model's of one row, and those of tiles, which exist beside them, or,
     where they are computed again, when the others are gone. Who runs the case takes fewer where it was too high.
     """
-    language, vision = model.language, model.vision
+    language = model.language
 
     def parameters(num_layers: int) -> int:
         cut = replace(model, language=replace(language, num_layers=num_layers))
         return parameter_counts(cut, padded_vocab=True).total
 
-    heads = language.num_heads * language.head_size
-    # Both norms' inputs and outputs; queries, keys, values and what attention makes of them; gate, up and their product.
-    layer_bytes = 2 * tokens_per_row * (4 * language.hidden_size + 3 * heads + 3 * language.ffn_hidden_size)
-    tile_values = (vision.patches_per_side**2 + 1) * (10 * vision.hidden_size + 2 * vision.ffn_hidden_size)
-    tile_bytes = 2 * vision.num_layers * tile_values
+    layer_bytes = layer_activation_bytes(language, tokens_per_row)
+    tile_bytes = tile_activation_bytes(model.vision)
 
     def needed(num_layers: int) -> float:
         state = way.state_bytes * parameters(num_layers) + FP8_BYTES * (parameters(num_layers) - parameters(0))
@@ -216,7 +215,7 @@ def layers_that_fit(model: ModelConfig, tokens_per_row: int, memory_bytes: float
             activations = num_layers * layer_bytes + tiles * tile_bytes
         else:
             activations = max(num_layers * layer_bytes, way.chunk_tiles * tile_bytes)
-        return state + activations + FIXED_BYTES
+        return state + activations + OTHER_BYTES
 
     fitting = [count for count in range(1, language.num_layers + 1) if needed(count) <= USED_SHARE * memory_bytes]
     return max(fitting, default=1)

@@ -134,20 +134,13 @@ def _batch(pieces: Sequence[_Piece], row: Row | None) -> MicroBatch:
     )
 
 
-def build(model: ModelConfig, setting: Setting, dtype: torch.dtype, device: Device) -> Any:
-    """transformers' `InternVLForConditionalGeneration` of these sizes with random weights, in training mode."""
-    from transformers import (
-        AttentionInterface,
-        InternVLConfig,
-        InternVLForConditionalGeneration,
-        InternVLVisionConfig,
-        Qwen2Config,
-    )
+def transformers_config(model: ModelConfig, image_token_id: int) -> Any:
+    """transformers' `InternVLConfig` of these sizes."""
+    from transformers import InternVLConfig, InternVLVisionConfig, LlamaConfig, Qwen2Config
 
-    assert model.language.family == "qwen2", f"the baseline is a Qwen2 model, not {model.language.family}"
-    AttentionInterface.register("torch_varlen", varlen_attention)
     vision, language = model.vision, model.language
-    config = InternVLConfig(
+    llama = {"head_dim": language.head_size, "attention_bias": language.qkv_bias}
+    return InternVLConfig(
         vision_config=InternVLVisionConfig(
             hidden_size=vision.hidden_size,
             num_hidden_layers=vision.num_layers,
@@ -162,7 +155,7 @@ def build(model: ModelConfig, setting: Setting, dtype: torch.dtype, device: Devi
             layer_scale_init_value=vision.layer_scale_init,
             use_absolute_position_embeddings=True,
         ),
-        text_config=Qwen2Config(
+        text_config=(Qwen2Config if language.family == "qwen2" else LlamaConfig)(
             vocab_size=language.vocab_size,
             hidden_size=language.hidden_size,
             num_hidden_layers=language.num_layers,
@@ -173,12 +166,21 @@ def build(model: ModelConfig, setting: Setting, dtype: torch.dtype, device: Devi
             rope_parameters={"rope_type": "default", "rope_theta": language.rope_theta},
             tie_word_embeddings=False,
             use_cache=False,
+            **(llama if language.family == "internlm" else {}),
         ),
-        image_token_id=image_token(model),
+        image_token_id=image_token_id,
         image_seq_length=vision.tokens_per_tile,
         downsample_ratio=1 / vision.shuffle_factor,
         tie_word_embeddings=False,
     )
+
+
+def build(model: ModelConfig, setting: Setting, dtype: torch.dtype, device: Device) -> Any:
+    """transformers' `InternVLForConditionalGeneration` of these sizes with random weights, in training mode."""
+    from transformers import AttentionInterface, InternVLForConditionalGeneration
+
+    AttentionInterface.register("torch_varlen", varlen_attention)
+    config = transformers_config(model, image_token(model))
     with torch.device(device.torch_device):
         built: Any = InternVLForConditionalGeneration(config)
     # Tiles are all of one length; their encoder's flash attention is torch's.

@@ -3,6 +3,8 @@
 The two sides of the model live in different process groups, so each describes its shards with its own groups, and the
 two optimizers' keys carry different prefixes. Optimizer state is saved in the layout-free format
 (`fully_reshardable`): any layout can continue from it.
+
+Of a model with adapters, what is trained is saved, and a note on where the rest is (`adapter_base`).
 """
 
 import json
@@ -29,12 +31,14 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.state_dict_saver import save as save_with_torch
 
-from internvl_megatron.checkpoint import folders, fp8_state, vision_state, weights
+from internvl_megatron.checkpoint import adapter_base, folders, fp8_state, vision_state, weights
+from internvl_megatron.checkpoint.adapter_base import Base
 from internvl_megatron.checkpoint.metadata_guard import check_metadata, plain_data_only
-from internvl_megatron.checkpoint.module_state import load_parameters, parameters_only
+from internvl_megatron.checkpoint.module_state import Part, load_parameters, parameters_only
+from internvl_megatron.checkpoint.weight_sums import frozen_sums
 from internvl_megatron.config.schema import ModelConfig
 from internvl_megatron.errors import CheckpointError
-from internvl_megatron.model.build import Model
+from internvl_megatron.model.build import Model, torch_dtype
 from internvl_megatron.parallel.groups import Groups
 from internvl_megatron.train.optimizer import JointOptimizer
 from internvl_megatron.train.sharded_optimizer import ShardedOptimizer
@@ -76,6 +80,7 @@ def save(
     groups: Groups,
     loader_state: dict[str, Any] | None,
     keep_last: int,
+    base: Base | None = None,
 ) -> Path:
     """Write a checkpoint; collective over all ranks. Until it is finished the previous one stays untouched.
 
@@ -87,16 +92,20 @@ def save(
         groups: process groups.
         loader_state: position of this replica's data streams, on its leader; None elsewhere.
         keep_last: finished checkpoints to keep.
+        base: of a model with adapters, what they belong to.
 
     Returns:
         The finished checkpoint's folder.
     """
+    assert (base is not None) == model.has_adapters, (
+        "adapters are saved with a note on their base, and nothing else is"
+    )
     folder = folders.writing_path(root, info.step)
     if groups.rank == 0:
         shutil.rmtree(folder, ignore_errors=True)
         (folder / "loader").mkdir(parents=True)
     _wait_for_all(groups)
-    state = _model_state(model, groups)
+    state = _model_state(model, groups, _saved(model))
     state["fp8"] = fp8_state.histories_state(model.amax_histories, groups)
     if info.optimizer_state:
         assert optimizer is not None, "the marker promises optimizer state, and there is no optimizer"
@@ -107,32 +116,60 @@ def save(
         (folder / "loader" / f"replica-{replica:05d}.json").write_text(json.dumps(loader_state))
     _wait_for_all(groups)
     if groups.rank == 0:
+        if base is not None:
+            adapter_base.write_base(folder, base)
         folders.finish(root, info)
         folders.clean(root, keep_last)
     _wait_for_all(groups)
     return folders.path_of(root, info.step)
 
 
-def load_weights(folder: Path, config: ModelConfig, model: Model, groups: Groups) -> None:
+def load_weights(folder: Path, config: ModelConfig, model: Model, groups: Groups) -> Path:
     """Load the weights alone, from a run, one of its checkpoints or a weights folder, under any layout; collective.
+
+    Adapters stay as they are, unless the folder has some: then what they belong to is loaded as well.
+
+    Returns:
+        The folder the weights are in: of a run, its newest checkpoint.
 
     Raises:
         CheckpointError: the folder is neither, or does not fit the model.
     """
     if weights.is_weights_folder(folder):
         weights.load_into(folder, model, config)
-        return
+        return folder
     found = [folder] if (folder / folders.MARKER).is_file() else folders.finished(folder / folders.CHECKPOINTS)
     if not found:
         raise CheckpointError(weights.why_not(folder))
     folders.read_info(found[-1])
-    _apply_model(_load(found[-1], _model_state(model, groups)), model)
+    part: Part = "base" if model.has_adapters else "whole"
+    if adapter_base.is_adapter_checkpoint(found[-1]):
+        if not model.has_adapters:
+            adapter_base.refuse_adapters(found[-1])
+        base, part = adapter_base.read_base(found[-1]), "trained"
+        below = load_weights(adapter_base.base_folder(found[-1], base), config, model, groups)
+        sums = frozen_sums(model, groups, torch_dtype(base.dtype))
+        adapter_base.check_sums(found[-1], base.sums, sums, str(below))
+    _apply_model(_load(found[-1], _model_state(model, groups, part)), model, part)
+    return found[-1]
+
+
+def base_of(folder: Path, dtype: str, model: Model, groups: Groups) -> Base:
+    """A note on the weights that have been loaded from a folder into a model with adapters, in a run's number format; collective."""
+    return Base(str(folder.resolve()), dtype, frozen_sums(model, groups, torch_dtype(dtype)))
 
 
 def load(
-    folder: Path, model: Model, optimizer: JointOptimizer, groups: Groups
+    folder: Path, model: Model, optimizer: JointOptimizer, groups: Groups, base: Base | None = None
 ) -> tuple[folders.CheckpointInfo, dict[str, Any]]:
     """Load weights and optimizer state, under any layout; collective.
+
+    Args:
+        folder: of the checkpoint.
+        model: to be filled; one with adapters has the weights they belong to already.
+        optimizer: to be filled.
+        groups: process groups.
+        base: of a model with adapters, what has been loaded into it.
 
     Returns:
         The marker, and the positions of all data streams by stream number.
@@ -140,8 +177,10 @@ def load(
     Raises:
         CheckpointError: the folder is no finished checkpoint, or does not fit the model.
     """
-    info = folders.read_info(folder)
-    state = _model_state(model, groups)
+    info, part = folders.read_info(folder), _saved(model)
+    if base is not None:
+        adapter_base.check_sums(folder, adapter_base.read_base(folder).sums, base.sums, base.path)
+    state = _model_state(model, groups, part)
     state["fp8"] = fp8_state.histories_to_load(folder, model.amax_histories, groups)
     if info.optimizer_state:
         for side in _sides(optimizer).values():
@@ -149,7 +188,7 @@ def load(
                 _create_state(side)
         state |= _optimizer_state(optimizer, state, is_loading=True)
     loaded = _load(folder, state)
-    _apply_model(loaded, model)
+    _apply_model(loaded, model, part)
     fp8_state.apply_histories(model.amax_histories, loaded.get("fp8", {}))
     if info.optimizer_state:
         with torch.no_grad():
@@ -165,13 +204,19 @@ def _sides(optimizer: JointOptimizer) -> dict[str, MegatronOptimizer | ShardedOp
     return {name: side for name, side in named.items() if side is not None}
 
 
-def _model_state(model: Model, groups: Groups) -> dict[str, Any]:
+def _saved(model: Model) -> Part:
+    """What of the model's parameters a checkpoint holds."""
+    return "trained" if model.has_adapters else "whole"
+
+
+def _model_state(model: Model, groups: Groups, part: Part = "whole") -> dict[str, Any]:
     return {
-        "vision": vision_state.model_state(model, groups),
+        "vision": vision_state.model_state(model, groups, part),
         # Chunks number their layers from 0 each, so they need places of their own; in the file layers are counted through.
         "language": {
             str(place): parameters_only(
-                chunk.sharded_state_dict(prefix="language.", metadata={"dp_cp_group": groups.language.dp_cp})
+                chunk.sharded_state_dict(prefix="language.", metadata={"dp_cp_group": groups.language.dp_cp}),
+                part,
             )
             for place, chunk in enumerate(model.language)
         },
@@ -205,11 +250,11 @@ def _load(folder: Path, state: dict[str, Any]) -> dict[str, Any]:
     return loaded
 
 
-def _apply_model(loaded: dict[str, Any], model: Model) -> None:
-    vision_state.apply_model_state(model, loaded["vision"])
+def _apply_model(loaded: dict[str, Any], model: Model, part: Part) -> None:
+    vision_state.apply_model_state(model, loaded["vision"], part)
     for place, chunk in enumerate(model.language):
         values = loaded["language"][str(place)]
-        load_parameters(chunk, {key.removeprefix("language."): value for key, value in values.items()})
+        load_parameters(chunk, {key.removeprefix("language."): value for key, value in values.items()}, part)
 
 
 def _apply_optimizer(optimizer: MegatronOptimizer | ShardedOptimizer, loaded: dict[str, Any]) -> None:

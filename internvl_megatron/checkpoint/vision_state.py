@@ -12,7 +12,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from internvl_megatron.checkpoint.module_state import load_parameters, parameters_only
+from internvl_megatron.checkpoint.module_state import Part, load_parameters, parameters_only
 from internvl_megatron.model.build import Model
 from internvl_megatron.model.vision_shards import local_shard, own_rows
 from internvl_megatron.parallel.groups import Groups
@@ -20,10 +20,10 @@ from internvl_megatron.parallel.vision_mesh import COPIES
 from internvl_megatron.train.sharded_optimizer import ShardedOptimizer
 
 
-def model_state(model: Model, groups: Groups) -> dict[str, Any]:
+def model_state(model: Model, groups: Groups, part: Part = "whole") -> dict[str, Any]:
     """This rank's part of the vision side's weights, by layout-free name, to be saved or loaded into."""
     metadata = {"dp_cp_group": groups.vision.dp_cp, "non_homogeneous_layers": True}
-    state = parameters_only(model.vision.sharded_state_dict(prefix="vision.", metadata=metadata))
+    state = parameters_only(model.vision.sharded_state_dict(prefix="vision.", metadata=metadata), part)
     if model.vision_mesh is None:
         return state
     dtype = model.vision.config.params_dtype
@@ -34,10 +34,10 @@ def model_state(model: Model, groups: Groups) -> dict[str, Any]:
     return {name: value for name, value in parts.items() if value is not None}
 
 
-def apply_model_state(model: Model, loaded: dict[str, Any]) -> None:
+def apply_model_state(model: Model, loaded: dict[str, Any], part: Part = "whole") -> None:
     """Take over loaded weights."""
     if model.vision_mesh is None:
-        load_parameters(model.vision, {name.removeprefix("vision."): value for name, value in loaded.items()})
+        load_parameters(model.vision, {name.removeprefix("vision."): value for name, value in loaded.items()}, part)
         return
     for name, parameter in model.named_parameters():
         if name in loaded:

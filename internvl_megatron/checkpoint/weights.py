@@ -93,15 +93,19 @@ def read_model(folder: Path) -> ModelConfig:
 
 
 def load_into(folder: Path, model: "Model", config: ModelConfig) -> None:
-    """Fill this rank's parameters from a weights folder, under any layout; no communication.
+    """Fill this rank's parameters, but for adapters, from a weights folder, under any layout; no communication.
 
     Raises:
         CheckpointError: the weights are of another model (names the settings), or the folder is damaged.
     """
+    from internvl_megatron.model.adapter import is_adapter  # it imports Megatron Core, which costs seconds
+
     check_same_model(folder, read_model(folder), config)
     tensors = SafetensorsFolder.open(folder)
     try:
         for name, parameter in model.named_parameters():
+            if is_adapter(name):
+                continue
             if name not in tensors or tensors[name].dtype not in DTYPES:
                 what = tensors[name].dtype if name in tensors else "missing"
                 raise CheckpointError(f"{folder}: {name} is {what}; convert the checkpoint again")

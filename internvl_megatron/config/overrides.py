@@ -4,7 +4,7 @@ import dataclasses
 import difflib
 import json
 import types
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeGuard, Union, get_args, get_origin, get_type_hints
 
@@ -27,6 +27,20 @@ def apply_overrides(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
             raise ConfigError(f"override {override!r}: write it as section.field=value")
         config = _replaced(config, path.split("."), text, path)
     return config
+
+
+def with_values(config: Any, values: Mapping[str, Any]) -> Any:
+    """Replace fields of a configuration, or of a section of it, named by their path from there."""
+    sections: dict[str, dict[str, Any]] = {}
+    own: dict[str, Any] = {}
+    for path, value in values.items():
+        name, _, rest = path.partition(".")
+        if rest:
+            sections.setdefault(name, {})[rest] = value
+        else:
+            own[name] = value
+    own |= {name: with_values(getattr(config, name), inner) for name, inner in sections.items()}
+    return dataclasses.replace(config, **own)
 
 
 def to_json(config: RunConfig) -> str:

@@ -7,7 +7,10 @@ from typing import Any
 from internvl_megatron.config.fp8_rules import fp8_problems, row_multiple
 from internvl_megatron.config.group_weights import parse_group_weights
 from internvl_megatron.config.kernel_rules import kernel_problems
+from internvl_megatron.config.lora_rules import lora_problems
 from internvl_megatron.config.mpo_rules import mpo_problems
+from internvl_megatron.config.optimizer_rules import schedule_problems
+from internvl_megatron.config.ramp import ramp_problems
 from internvl_megatron.config.schema import ModelConfig, RunConfig, padded_vocab_size
 from internvl_megatron.errors import ConfigError
 from internvl_megatron.parallel.layout import Layout, VisionLayout
@@ -16,11 +19,11 @@ from internvl_megatron.scaling.counts import forward_flops
 MAY_BE_ZERO = {
     "drop_path_rate", "learning_rate", "min_learning_rate", "warmup_ratio", "weight_decay", "beta1", "beta2",
     "num_workers", "seed", "learning_rate_scale", "min_tiles", "layer_scale_init", "max_skipped_share",
-    "first_bf16_layers", "last_bf16_layers", "preference_factor", "quality_factor", "generation_factor",
+    "first_bf16_layers", "last_bf16_layers", "warmup_steps", "preference_factor", "quality_factor", "generation_factor",
 }  # fmt: skip
 
 
-SHARES = {"drop_path_rate", "warmup_ratio", "max_skipped_share", "beta1", "beta2"}
+SHARES = {"drop_path_rate", "warmup_ratio", "final_decay_ratio", "max_skipped_share", "beta1", "beta2"}
 ACCEPTED_IMBALANCE = 0.03
 """Of the tiles a rank encodes: how far the busiest exchange group may be above the mean, as predicted."""
 LARGEST_SEED = 2**32 - 1
@@ -35,7 +38,7 @@ class RunPlan:
     layout: Layout
     vision_layout: VisionLayout
     rows_per_replica: int
-    """Micro-batches of one replica in a step."""
+    """Micro-batches of one replica in a step, when the global batch has its full size."""
     balance_rows: bool
     """Replicas trade rows; False where that would change the loss, or where there is nobody to trade with."""
     stage_layers: tuple[int, ...]
@@ -55,6 +58,8 @@ def plan(config: RunConfig, world_size: int) -> RunPlan:
         *_data(config),
         *_layout(config, world_size),
         *kernel_problems(config),
+        *schedule_problems(config.optimizer, config.num_steps),
+        *lora_problems(config),
         *mpo_problems(config),
     ]
     if problems:
@@ -230,6 +235,7 @@ def _layout(config: RunConfig, world_size: int) -> list[str]:
         for name, rows in shared.items()
         if rows % data_size
     ]
+    problems += ramp_problems(config, data_size)
     problems += _stages(config, data_size)
     problems += _vision(config, data_size)
     for what, value in (

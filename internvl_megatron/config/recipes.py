@@ -2,9 +2,11 @@
 
 import difflib
 from collections.abc import Callable
-from dataclasses import replace
+from functools import partial
 
 from internvl_megatron.config.models import INTERNVL3
+from internvl_megatron.config.overrides import field_paths, with_values
+from internvl_megatron.config.recipe_settings import LAYOUTS, MODEL_SOURCE, STAGES, Stage, recipe_settings
 from internvl_megatron.config.schema import (
     CheckpointConfig,
     DataConfig,
@@ -54,94 +56,70 @@ def demo_digits() -> RunConfig:
     )
 
 
-def internvl3_1b_sft() -> RunConfig:
-    """InternVL3-1B, supervised fine-tuning on packed 16K rows."""
-    return _sft("1B")
+def released(stage: Stage, size: str, num_ranks: int | None = None) -> RunConfig:
+    """A stage of InternVL3's training at a released size; `recipe_settings.py` has its values and their sources.
 
-
-def internvl3_2b_sft() -> RunConfig:
-    """InternVL3-2B, supervised fine-tuning."""
-    return _sft("2B")
-
-
-def internvl3_8b_sft() -> RunConfig:
-    """InternVL3-8B, supervised fine-tuning, TP2."""
-    return _sft("8B", drop_path_rate=0.1, tensor_size=2)
-
-
-def internvl3_9b_sft() -> RunConfig:
-    """InternVL3-9B (InternLM3), supervised fine-tuning, TP2; set model.language.vocab_size to the checkpoint's."""
-    return _sft("9B", drop_path_rate=0.1, tensor_size=2)
-
-
-def internvl3_14b_sft() -> RunConfig:
-    """InternVL3-14B, supervised fine-tuning, TP4."""
-    return _sft("14B", drop_path_rate=0.1, tensor_size=4)
-
-
-def internvl3_38b_sft() -> RunConfig:
-    """InternVL3-38B, supervised fine-tuning, TP8 x PP2."""
-    return _sft("38B", drop_path_rate=0.4, tensor_size=8, pipeline_size=2)
-
-
-def internvl3_78b_sft() -> RunConfig:
-    """InternVL3-78B, supervised fine-tuning, TP8 x PP4."""
-    return _sft("78B", drop_path_rate=0.4, tensor_size=8, pipeline_size=4)
-
-
-def _sft(size: str, drop_path_rate: float = 0.0, tensor_size: int = 1, pipeline_size: int = 1) -> RunConfig:
-    """Supervised fine-tuning of a released size on packed 16K rows.
-
-    InternVL3's own hyper-parameters were never published. These are of InternVL3.5's SFT script (learning rate,
-    schedule, weight decay, clipping, drop path) with InternVL2.5's 16K rows and 48 tiles: proxies, not the original. The
-    layouts are starting points that were not measured.
+    Args:
+        stage: native pre-training, supervised fine-tuning, or preference optimization.
+        size: `1B` to `78B`.
+        num_ranks: GPUs, which choose a layout; None = the fewest it is made for.
     """
-    model = INTERNVL3[size]
-    name = f"internvl3_{size.lower()}_sft"
-    return RunConfig(
-        name=name,
-        model=replace(model, vision=replace(model.vision, drop_path_rate=drop_path_rate)),
-        data=DataConfig(tokens_per_row=16384, tiles_per_row=48),
-        # A tile's activations in InternViT-300M are about 1 GB: they are computed again in backward, as upstream does,
-        # and only a few rows' images are encoded at a time.
-        parallel=ParallelConfig(
-            tensor_size=tensor_size,
-            pipeline_size=pipeline_size,
-            sequence_parallel=tensor_size > 1,
-            # The 6B encoder's parameters, gradients and Adam state are 16 bytes for each of 5.5 billion on every rank otherwise.
-            vision_sharding="sharded" if model.vision.hidden_size > 1024 else "replicated",
-            vision_recompute="full",
-            vision_window_rows=4,
-        ),
-        optimizer=OptimizerConfig(learning_rate=8e-5),
-        checkpoint=CheckpointConfig(save_every_steps=500),
-        folder=f"runs/{name}",
-        num_steps=8000,
-        rows_per_step=512,
+    name = f"internvl3_{size.lower()}_{stage}"
+    config = RunConfig(name=name, model=INTERNVL3[size], data=DataConfig(), folder=f"runs/{name}")
+    return with_values(
+        config, {path: setting.value for path, setting in recipe_settings(stage, size, num_ranks).items()}
     )
 
+
+RELEASED: dict[str, tuple[Stage, str]] = {
+    f"internvl3_{size.lower()}_{stage}": (stage, size) for stage in STAGES for size in INTERNVL3
+}
+"""Names of the recipes that are made of a stage and a size."""
 
 RECIPES: dict[str, Callable[[], RunConfig]] = {
-    recipe.__name__: recipe
-    for recipe in (
-        demo_digits,
-        internvl3_1b_sft,
-        internvl3_2b_sft,
-        internvl3_8b_sft,
-        internvl3_9b_sft,
-        internvl3_14b_sft,
-        internvl3_38b_sft,
-        internvl3_78b_sft,
-    )
+    **{recipe.__name__: recipe for recipe in (demo_digits,)},
+    **{name: partial(released, *of) for name, of in RELEASED.items()},
 }
 
 
-def find_recipe(name: str) -> RunConfig:
-    """The configuration of a recipe.
+def summary(name: str) -> str:
+    """A recipe in one line."""
+    if name not in RELEASED:
+        return (RECIPES[name].__doc__ or "").strip().splitlines()[0]
+    stage, size = RELEASED[name]
+    what = {
+        "pretrain": "native pre-training from bare parts",
+        "sft": "supervised fine-tuning",
+        "mpo": "mixed preference optimization",
+    }[stage]
+    return f"InternVL3-{size}, {what}, from {min(LAYOUTS[size])} GPUs of 80 GB"
+
+
+def sources(name: str, num_ranks: int | None = None) -> dict[str, str]:
+    """Where a recipe's values come from, by the field's path; of recipes that are functions of their own, nothing."""
+    if name not in RELEASED:
+        return {}
+    stage, size = RELEASED[name]
+    of_model = {path: MODEL_SOURCE for path in field_paths() if path.startswith("model.")}
+    return of_model | {path: setting.source for path, setting in recipe_settings(stage, size, num_ranks).items()}
+
+
+def fewest_ranks(name: str) -> int:
+    """Ranks that a recipe starts from: those it is made for, or those of one copy of the language model."""
+    if name in RELEASED:
+        return min(LAYOUTS[RELEASED[name][1]])
+    parallel = find_recipe(name).parallel
+    return parallel.tensor_size * parallel.pipeline_size * parallel.context_size
+
+
+def find_recipe(name: str, num_ranks: int | None = None) -> RunConfig:
+    """The configuration of a recipe, in its layout for so many ranks if it has several.
 
     Raises:
         ConfigError: there is no such recipe; names the nearest.
     """
+    if name in RELEASED:
+        return released(*RELEASED[name], num_ranks)
     if name not in RECIPES:
         near = difflib.get_close_matches(name, RECIPES, n=1, cutoff=0.0)[0]
         raise ConfigError(f"there is no recipe {name!r}; did you mean {near!r}? `recipes` lists all")

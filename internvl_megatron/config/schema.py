@@ -180,6 +180,25 @@ class Fp8Config:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    """Low-rank adapters beside the linear layers of transformer layers (LoRA, arXiv 2106.09685); off by default.
+
+    A part with adapters is frozen but for them; its `optimizer` section (rate, decay) is theirs. The projector has none and is
+    trained, or not, as `optimizer.projector` says.
+    """
+
+    language_rank: int | None = None
+    """Rank of the adapters in the language model; None = none. InternVL's fine-tuning scripts have 16."""
+    vision_rank: int | None = None
+    """Rank of the adapters in the vision encoder; None = none."""
+    scale: float = 2.0
+    """Factor on what an adapter adds: alpha / rank. InternVL has alpha = 2 x rank."""
+    layers: Literal["all", "attention", "mlp"] = "all"
+    """Linear layers that get one: q, k, v and the output projection (`attention`), both of the MLP (`mlp`), or all, as in
+    InternVL."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class KernelConfig:
     """What computes the layers. Results are the same up to rounding."""
 
@@ -328,9 +347,15 @@ class OptimizerConfig:
     name: Literal["adamw", "sgd"] = "adamw"
     learning_rate: float = 2e-5
     min_learning_rate: float = 0.0
-    warmup_ratio: float = 0.03
-    """Share of the run's steps over which the learning rate rises linearly."""
-    schedule: Literal["cosine", "constant"] = "cosine"
+    warmup_ratio: float | None = 0.03
+    """Share of the run's steps over which the learning rate rises linearly; or say it in steps."""
+    warmup_steps: int | None = None
+    """Steps over which the learning rate rises linearly, instead of `warmup_ratio`, which is then null."""
+    schedule: Literal["cosine", "constant", "wsd"] = "cosine"
+    """After warm-up: `cosine` falls to the minimum over all that is left of the run; `constant` stays; `wsd` (warm-up, stable,
+    decay) stays and falls linearly over the last `final_decay_ratio` of the run."""
+    final_decay_ratio: float = 0.1
+    """Share of the run's steps over which the learning rate falls at the end (wsd)."""
     weight_decay: float = 0.05
     beta1: float = 0.9
     beta2: float = 0.999
@@ -357,6 +382,19 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RampConfig:
+    """A global batch that grows at the beginning of a run; off by default. What each step has follows from its number alone
+    (`config/ramp.py`)."""
+
+    start_rows: int | None = None
+    """Rows of the first step; None = `rows_per_step` from the start."""
+    increment_rows: int | None = None
+    """Rows by which a step grows at a time, at equal distances. `rows_per_step` - `start_rows` is a multiple of it."""
+    ramp_steps: int | None = None
+    """Steps with fewer than `rows_per_step` rows."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """One training run: the root of the configuration."""
 
@@ -366,6 +404,7 @@ class RunConfig:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     kernels: KernelConfig = field(default_factory=KernelConfig)
     fp8: Fp8Config = field(default_factory=Fp8Config)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     mpo: MpoConfig = field(default_factory=MpoConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -374,7 +413,8 @@ class RunConfig:
     """Everything the run writes: resolved config, metrics, checkpoints."""
     num_steps: int = 1000
     rows_per_step: int = 8
-    """Packed rows of one optimizer step over all replicas (the global batch)."""
+    """Packed rows of one optimizer step over all replicas (the global batch), at the end of `ramp` if there is one."""
+    ramp: RampConfig = field(default_factory=RampConfig)
     dtype: Literal["fp32", "bf16"] = "bf16"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     seed: int = 42

@@ -23,6 +23,9 @@ from internvl_megatron.errors import DataError
 Broadcast = Callable[[bytes | None], bytes]
 """Sends the leader's bytes to all ranks of the replica: the leader passes them, the others None; all get them back."""
 
+RowsOfStep = Callable[[int], range]
+"""Numbers of a step's rows in the order of all rows of the run; row g is the next of stream g modulo the streams of the run."""
+
 _State = dict[str, Any]
 
 
@@ -72,6 +75,7 @@ class ReplicaLoader:
         rank_in_replica: int,
         replica_size: int,
         row_exchange: RowExchange | None = None,
+        rows_of_step: RowsOfStep | None = None,
     ) -> None:
         """Nothing is read before the first `next_step`.
 
@@ -83,6 +87,7 @@ class ReplicaLoader:
             replica_size: ranks that share the decoding.
             row_exchange: on the leader, its trade with the leaders of other replicas, in the same thread as `broadcast`;
                 None elsewhere, and if all replicas keep their rows.
+            rows_of_step: which rows a step takes, by its number from 0; None = one of each stream. No more than one.
         """
         self._streams = None if streams is None else list(streams)
         self._broadcast = broadcast
@@ -90,6 +95,9 @@ class ReplicaLoader:
         self._rank = rank_in_replica
         self._size = replica_size
         self._row_exchange = row_exchange
+        self._rows_of_step = rows_of_step
+        self._next_made = 0
+        """The step that is made next."""
         self.balance: RowBalance | None = None
         self._ahead: deque[_Ahead] = deque()
         self._made: deque[Future[_Made]] = deque()
@@ -129,10 +137,10 @@ class ReplicaLoader:
         assert self._state is not None, "only the leader of a replica knows the position"
         return self._state
 
-    def load_state_dict(self, state: _State) -> None:
+    def load_state_dict(self, state: _State, step: int = 0) -> None:
         """Go to a saved position, before the first `next_step`; on ranks that are not the leader nothing happens.
 
-        `state` may hold more streams than this replica has (those of the whole run).
+        `step` is the number of the step that comes next, for `rows_of_step`. `state` may hold more streams than this replica has (those of the whole run).
 
         Raises:
             DataError: a stream is missing, or was saved with other data.
@@ -143,6 +151,7 @@ class ReplicaLoader:
                 raise DataError(f"the saved data position has no stream {stream.index}; rows_per_step must not change")
             stream.load_state_dict(state[str(stream.index)])
         self._state = self._streams_state()
+        self._next_made = step
 
     def skipped(self) -> dict[str, int]:
         """On the leader: samples left out up to the last step returned, by kind of error."""
@@ -190,15 +199,25 @@ class ReplicaLoader:
     def _make(self) -> _Made:
         """Make one step's rows (background thread, one at a time)."""
         assert self._streams is not None, "only the leader of a replica makes rows"
-        rows = [self._make_row(stream) for stream in self._streams]
+        rows = [self._make_row(slot, stream) for slot, stream in self._taken(self._next_made)]
+        self._next_made += 1
         state = self._streams_state()
         assert state is not None, "the leader knows where its streams stand"
         return _Made(rows, state)
 
-    def _make_row(self, stream: SampleStream) -> MadeRow:
+    def _taken(self, step: int) -> list[tuple[int, SampleStream]]:
+        """The streams whose next row is in a step, with its slot there, by ascending slot."""
+        assert self._streams is not None, "only the leader of a replica makes rows"
+        if self._rows_of_step is None:
+            return [(stream.index, stream) for stream in self._streams]
+        rows = self._rows_of_step(step)
+        slots = [((stream.index - rows.start) % stream.num_streams, stream) for stream in self._streams]
+        return sorted((pair for pair in slots if pair[0] < len(rows)), key=lambda pair: pair[0])
+
+    def _make_row(self, slot: int, stream: SampleStream) -> MadeRow:
         row = stream.next_row()
         cost = 0 if self._row_exchange is None else self._row_exchange.cost.of(row)
-        return MadeRow(stream.index, row_to_bytes(stream.index, row), cost)
+        return MadeRow(slot, row_to_bytes(slot, row), cost)
 
     def _receive(self) -> _Ahead:
         """Get one step on all ranks and start to decode this rank's share of its images."""

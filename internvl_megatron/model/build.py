@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 from internvl_megatron.config.schema import OptimizerConfig, PartConfig, RunConfig
 from internvl_megatron.device import Device, Kernels
 from internvl_megatron.errors import CheckpointError
+from internvl_megatron.model.adapter import adapter_rank, is_adapter
 from internvl_megatron.model.fp8_history import AmaxHistories
 from internvl_megatron.model.fp8_layers import language_linears, vision_kernels, with_histories
 from internvl_megatron.model.fp8_settings import fp8_of_recipe
@@ -54,6 +55,11 @@ class Model:
                     parts[2] = str(int(parts[2]) + offset)
                 yield plain_name(".".join(["language", *parts])), parameter
 
+    @property
+    def has_adapters(self) -> bool:
+        """Whether some part of it has low-rank adapters; the same on every rank."""
+        return any(is_adapter(name) for name, _ in self.named_parameters())
+
     def tensor_group(self, name: str) -> torch.distributed.ProcessGroup:
         """The group a parameter is split over; the two sides of the model have their own."""
         side = self.vision.encoder if name.startswith("vision.") else self.language[0]
@@ -85,7 +91,8 @@ def torch_dtype(name: str) -> torch.dtype:
 def build_model(config: RunConfig, groups: Groups, device: Device, initialize: bool = True) -> Model:
     """Create this rank's modules with freshly initialised parameters.
 
-    Without `initialize` their values are undefined: for parameters that are about to be loaded, which is much faster.
+    Without `initialize` their values are undefined, but for adapters': for parameters that are about to be loaded, which is
+    much faster.
     Collective over all ranks where the vision side is sharded.
 
     Raises:
@@ -115,9 +122,11 @@ def build_model(config: RunConfig, groups: Groups, device: Device, initialize: b
     for chunk in model.language:
         chunk.to(device.torch_device)  # torch's norms are made on the CPU; Megatron Core's layers are there already
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(part_of(name, config.optimizer).trainable)
-    if initialize:
-        _initialize(model, config)
+        parameter.requires_grad_(is_trained(name, config))
+        if initialize or is_adapter(name):
+            # From (seed, name) alone, so that all layouts start from the same weights.
+            shape = _full_shape(parameter, model.tensor_group(name).size())
+            model.load_full(name, parameter, fresh_parameter(name, shape, config.model, config.seed))
     return model
 
 
@@ -152,6 +161,12 @@ def part_of(name: str, optimizer: OptimizerConfig) -> PartConfig:
     return optimizer.vision if name.startswith("vision.") else optimizer.language
 
 
+def is_trained(name: str, config: RunConfig) -> bool:
+    """Whether a parameter is trained: its part is, and of a part with adapters they are alone."""
+    has_adapters = adapter_rank(name, config.lora) is not None
+    return part_of(name, config.optimizer).trainable and (is_adapter(name) or not has_adapters)
+
+
 def check_copies_agree(model: Model, groups: Groups) -> None:
     """Compare checksums of every parameter's copies; collective over all ranks.
 
@@ -170,21 +185,14 @@ def check_copies_agree(model: Model, groups: Groups) -> None:
             gathered = gathered[holders_of_copies(model.vision_mesh)]
         copies, places = gathered[:, :-1], gathered[:, -1]
         # Whole parameters have a copy on every rank of the group, split ones where the tensor-parallel place is the same.
-        split = [is_split(parameter) for _, parameter in named]
+        splits = [is_split(parameter) for _, parameter in named]
         first_at_place = [int(np.flatnonzero(places == other)[0]) for other in places]
-        differing = np.flatnonzero((copies != np.where(split, copies[first_at_place], copies[0])).any(axis=0))
+        differing = np.flatnonzero((copies != np.where(splits, copies[first_at_place], copies[0])).any(axis=0))
         if len(differing):
             raise RuntimeError(
                 f"{named[int(differing[0])][0]} and {len(differing) - 1} more parameters differ between ranks that "
                 "should hold copies of them"
             )
-
-
-def _initialize(model: Model, config: RunConfig) -> None:
-    """Fill every parameter from (seed, name) alone, so that all layouts start from the same weights."""
-    for name, parameter in model.named_parameters():
-        shape = _full_shape(parameter, model.tensor_group(name).size())
-        model.load_full(name, parameter, fresh_parameter(name, shape, config.model, config.seed))
 
 
 def _full_shape(parameter: torch.nn.Parameter, tensor_size: int) -> tuple[int, ...]:

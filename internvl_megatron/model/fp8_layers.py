@@ -1,6 +1,7 @@
 """Which linear layers round to FP8: by part of the model, by layer, and by who computes it."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import islice
 from typing import Any, Literal
@@ -11,6 +12,7 @@ from internvl_megatron.config.fp8_rules import tile_multiple
 from internvl_megatron.config.plan import stage_layers
 from internvl_megatron.config.schema import RunConfig
 from internvl_megatron.device import Device, Kernels
+from internvl_megatron.model.adapter import Adapter, adapter_rank
 from internvl_megatron.model.fp8_format import Recipe
 from internvl_megatron.model.fp8_history import AmaxHistories
 from internvl_megatron.model.fp8_linear import Fp8ColumnParallelLinear, Fp8Linear, Fp8RowParallelLinear
@@ -46,9 +48,12 @@ def layer_linears(config: RunConfig, part: Part, layer: int, kernels: Kernels) -
         kernels: what computes the layers. Transformer Engine's are told by a context around them what to round; emulated
             ones are others.
     """
-    recipe = fp8_recipe(config, part, layer)
+    recipe, rank = fp8_recipe(config, part, layer), adapter_rank(f"{part}.", config.lora)
     if recipe is None or kernels.fp8 == "transformer_engine":
-        return linears_of(kernels.language if part == "language" else kernels.vision)
+        linears = linears_of(kernels.language if part == "language" else kernels.vision)
+        if rank is None:
+            return linears
+        return replace(linears, norm_and_column=None, adapter=Adapter(rank, config.lora.scale, config.lora.layers))
     return Linears(
         column=partial(Fp8ColumnParallelLinear, recipe=recipe), row=partial(Fp8RowParallelLinear, recipe=recipe)
     )

@@ -18,6 +18,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
 from internvl_megatron.device import AttentionKernel, LayerKernel
+from internvl_megatron.model.adapter import Adapter, Block, SplitInputs, SplitOutputs
 from internvl_megatron.model.attention import PackedAttention
 
 
@@ -114,16 +115,25 @@ class Linears:
     """Before attention and before the MLP, and the last one of a block."""
     norm_and_column: Any = None
     """A norm and the linear layer behind it as one module, where there is such a thing."""
+    adapter: Adapter | None = None
+    """Low-rank adapters beside linear layers. They take what a norm gives, which a norm that is fused with a linear layer keeps
+    for itself: they do not go together."""
+
+    def first(self, block: Block) -> Any:
+        """What fills the slot of a block's linear layer behind its norm."""
+        if self.adapter is None:
+            return self.norm_and_column or self.column
+        assert self.norm_and_column is None, "an adapter needs its input, which this layer's norm keeps"
+        return self.adapter.beside(self.column, SplitOutputs, block)
+
+    def last(self, block: Block) -> Any:
+        """What fills the slot of a block's linear layer in front of its residual."""
+        return self.row if self.adapter is None else self.adapter.beside(self.row, SplitInputs, block)
 
     @property
     def own_norm(self) -> Any:
         """What fills a layer's slots for norms."""
         return IdentityOp if self.norm_and_column else self.norm
-
-    @property
-    def behind_norm(self) -> Any:
-        """What fills the slots of linear layers behind a norm."""
-        return self.norm_and_column or self.column
 
     @property
     def plain_names(self) -> dict[str, str]:
@@ -168,7 +178,9 @@ def transformer_engine_linear(
 
 def feed_forward(linears: Linears) -> Any:
     """Builder of the MLP slot; gating and activation come from the config."""
-    submodules = MLPSubmodules(linear_fc1=adding_bias(linears.behind_norm), linear_fc2=adding_bias(linears.row))
+    submodules = MLPSubmodules(
+        linear_fc1=adding_bias(linears.first("mlp")), linear_fc2=adding_bias(linears.last("mlp"))
+    )
     return partial(MLP.as_mlp_submodule, submodules)
 
 
@@ -193,9 +205,9 @@ def _language_layer(linears: Linears, kernel: AttentionKernel) -> ModuleSpec:
                 module=SelfAttention,
                 params={"attn_mask_type": AttnMaskType.causal},
                 submodules=SelfAttentionSubmodules(
-                    linear_qkv=linears.behind_norm,
+                    linear_qkv=linears.first("attention"),
                     core_attention=partial(PackedAttention, kernel=kernel),
-                    linear_proj=linears.row,
+                    linear_proj=linears.last("attention"),
                 ),
             ),
             self_attn_bda=get_bias_dropout_add,  # pyright: ignore[reportArgumentType] - as Megatron's own specs do

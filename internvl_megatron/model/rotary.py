@@ -4,7 +4,6 @@ V2PE (InternVL3 paper, sec. 2.1, eq. 1-4) moves the position by delta in {1, 1/2
 travel as int32 numerators, because bf16 cannot hold 1000 + 1/256 and fp32 stops being exact at 65536 + 1/256.
 """
 
-from dataclasses import dataclass
 from functools import cache, cached_property
 
 import torch
@@ -14,27 +13,32 @@ POSITION_UNITS = 256
 """Numerators per position: a token at position 49 has numerator 49 * 256."""
 
 
-@dataclass(frozen=True)
 class RotaryTables:
-    """Angles of one packed row and what is computed from them once for all layers."""
+    """Angles of one packed row, in the form that the kernel of its layers takes: made for the first layer, kept for the others.
 
-    angles: Tensor
-    """fp32 [S, 1, 1, head_size / 2], radians."""
+    The angles themselves go when that is done: several rows are under way in a pipeline, each with its tables.
+    """
+
+    def __init__(self, angles: Tensor) -> None:
+        """Take the angles, fp32 [S, 1, 1, head_size / 2], radians."""
+        self._angles: Tensor | None = angles
 
     @cached_property
-    def cos(self) -> Tensor:
-        """Like the angles."""
-        return self.angles.cos()
-
-    @cached_property
-    def sin(self) -> Tensor:
-        """Like the angles."""
-        return self.angles.sin()
+    def cos_and_sin(self) -> tuple[Tensor, Tensor]:
+        """Cosines and sines, like the angles."""
+        angles = self._take()
+        return angles.cos(), angles.sin()
 
     @cached_property
     def of_both_halves(self) -> Tensor:
         """The angles of a whole head, fp32 [S, 1, 1, head_size], as fused kernels want them."""
-        return torch.cat([self.angles, self.angles], dim=-1)
+        angles = self._take()
+        return torch.cat([angles, angles], dim=-1)
+
+    def _take(self) -> Tensor:
+        assert self._angles is not None, "all layers of a row are rotated by the same kernel"
+        angles, self._angles = self._angles, None
+        return angles
 
 
 def rotary_tables(numerators: Tensor, head_size: int, theta: float) -> RotaryTables:
@@ -79,5 +83,6 @@ def rotate(x: Tensor, tables: RotaryTables, fused: bool = False) -> Tensor:
 
         return apply_rotary_pos_emb(x, tables.of_both_halves, tensor_format="sbhd", fused=True)
     first, second = x.float().chunk(2, dim=-1)
-    rotated = (first * tables.cos - second * tables.sin, second * tables.cos + first * tables.sin)
+    cos, sin = tables.cos_and_sin
+    rotated = (first * cos - second * sin, second * cos + first * sin)
     return torch.cat(rotated, dim=-1).to(x.dtype)

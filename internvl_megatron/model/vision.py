@@ -112,12 +112,14 @@ class InternViTAttention(SelfAttention):
             set_tensor_model_parallel_attributes(weight, True, 0, 1)
         if self.query_projection_size == real_width:
             return
-        for parameter in self.linear_qkv.parameters():
-            if getattr(parameter, "tensor_model_parallel", False):  # the norm in front is whole, fused or not
-                mark_padded(parameter, 3 * real_width)
-        projection: Any = self.linear_proj
-        for weight in (*norms, projection.weight):
-            mark_padded(weight, real_width)
+        for width, parameters in (
+            (3 * real_width, self.linear_qkv.parameters()),
+            (real_width, (*norms, *self.linear_proj.parameters())),
+        ):
+            for parameter in parameters:
+                # A norm in front, a bias behind, and one half of an adapter are whole.
+                if getattr(parameter, "tensor_model_parallel", False):
+                    mark_padded(parameter, width)
 
     def get_query_key_value_tensors(self, *args: Any, **kwargs: Any) -> Any:
         """Query, key, value, each [N, T, local heads, head size]."""
@@ -213,6 +215,7 @@ class InternViTLayer(TransformerLayer):
 def _vision_block(
     vision: VisionConfig, linears: Linears, attention: TileKernel, recompute_layers: bool
 ) -> TransformerBlockSubmodules:
+    qkv = linears.first("attention")
     layer = ModuleSpec(
         module=InternViTLayer,
         params={"layer_scale_init": vision.layer_scale_init, "recompute": recompute_layers},
@@ -222,9 +225,9 @@ def _vision_block(
                 module=InternViTAttention,
                 params={"attn_mask_type": AttnMaskType.no_mask, "qk_norm": vision.qk_norm},
                 submodules=SelfAttentionSubmodules(
-                    linear_qkv=linears.behind_norm if vision.qkv_bias else without_bias(linears.behind_norm),
+                    linear_qkv=qkv if vision.qkv_bias else without_bias(qkv),
                     core_attention=partial(TileAttention, kernel=attention),
-                    linear_proj=adding_bias(linears.row),
+                    linear_proj=adding_bias(linears.last("attention")),
                 ),
             ),
             pre_mlp_layernorm=linears.own_norm,
@@ -306,8 +309,11 @@ class VisionTower(MegatronModule):
         num_tiles = len(tiles)
         if num_tiles % self.tile_multiple:
             tiles, residual_scale = self._filled_up(tiles, residual_scale)
-        trains = torch.is_grad_enabled() and self.class_embedding.requires_grad
-        with torch.set_grad_enabled(trains):  # a frozen encoder keeps no activations for backward
+        # The class embedding stands for all of the encoder, unless adapters are all that is trained.
+        trains = self.class_embedding.requires_grad or any(
+            weight.requires_grad for weight in self.encoder.parameters()
+        )
+        with torch.set_grad_enabled(torch.is_grad_enabled() and trains):  # a frozen encoder keeps no activations
             features = self._encode(tiles, residual_scale)
         embeddings = self.projector(pixel_shuffle(features, self.vision.shuffle_factor))
         return embeddings if len(embeddings) == num_tiles else embeddings[:num_tiles].clone()

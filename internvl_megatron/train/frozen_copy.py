@@ -15,7 +15,7 @@ from internvl_megatron.model.vision_shards import local_shard
 
 
 class FrozenCopy:
-    """This rank's part of all parameters, as they are when it is made.
+    """This rank's part of all parameters that are trained, as they are when it is made; the others stay the same anyway.
 
     One set of host memory holds whichever of the two is not in the modules.
     """
@@ -30,7 +30,8 @@ class FrozenCopy:
         """
         self._gather_parameters = gather_parameters
         gather_parameters()
-        self._parameters = [local_shard(parameter.detach()) for _, parameter in model.named_parameters()]
+        trained = [parameter for _, parameter in model.named_parameters() if parameter.requires_grad]
+        self._parameters = [local_shard(parameter.detach()) for parameter in trained]
         self._kept = [device.copy_to_host(parameter) for parameter in self._parameters]
 
     @contextmanager

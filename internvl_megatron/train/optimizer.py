@@ -18,21 +18,29 @@ from megatron.core.optimizer.optimizer_config import ParamKey, ParamWithNamePred
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import MegatronModule
 
+from internvl_megatron.config.optimizer_rules import num_decay_steps, num_warmup_steps
 from internvl_megatron.config.schema import OptimizerConfig, PartConfig, RunConfig
 from internvl_megatron.model.build import torch_dtype
 from internvl_megatron.train.sharded_optimizer import ShardedOptimizer
 
 
 def learning_rate(config: OptimizerConfig, step: int, num_steps: int) -> float:
-    """Learning rate of a step counted from 0: linear warm-up, then cosine to the minimum (or constant)."""
-    warmup_steps = math.ceil(config.warmup_ratio * num_steps)
+    """Learning rate of a step counted from 0: linear warm-up, then as `schedule` says.
+
+    `wsd` is "warm-up, stable, decay" (MiniCPM, arXiv 2404.06395) with a linear decay. Warm-up begins at the first step's share,
+    not at 0, so that no step is lost. Steps count the same whatever number of rows they have.
+    """
+    warmup_steps = num_warmup_steps(config, num_steps)
     if step < warmup_steps:
         return config.learning_rate * (step + 1) / warmup_steps
     if config.schedule == "constant":
         return config.learning_rate
-    progress = (step - warmup_steps) / max(1, num_steps - warmup_steps)
-    cosine = 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))
-    return config.min_learning_rate + cosine * (config.learning_rate - config.min_learning_rate)
+    if config.schedule == "wsd":
+        share = min(1.0, (num_steps - step) / num_decay_steps(config, num_steps))
+    else:
+        progress = (step - warmup_steps) / max(1, num_steps - warmup_steps)
+        share = 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))
+    return config.min_learning_rate + share * (config.learning_rate - config.min_learning_rate)
 
 
 BUCKET_PARAMETERS: int | None = None

@@ -138,3 +138,37 @@ def test_weights_of_another_model_are_refused(data: Path, weights: Path, tmp_pat
     assert done.returncode == 2
     assert "model.json" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_train_adapters_continue_elsewhere_and_export(data: Path, weights: Path, tmp_path: Path) -> None:
+    run, whole = tmp_path / "lora", tmp_path / "whole"
+    lora = ("lora.language_rank=4", "lora.vision_rank=4", "optimizer.learning_rate=0.01", "optimizer.schedule=constant",
+            "optimizer.warmup_ratio=0", "num_steps=3")  # fmt: skip
+    single = (*lora, "parallel.tensor_size=1", "parallel.pipeline_size=1")
+    done = _train(data, weights, whole, 1, *single)
+    assert done.returncode == 0, done.stderr
+    done = _train(data, weights, run, 4, *lora, "num_steps=1")
+    assert done.returncode == 0, done.stderr
+    done = _train(data, weights, run, 1, *single)
+    assert "continuing from" in done.stderr, done.stderr
+    assert _losses(run) == pytest.approx(_losses(whole), rel=1e-5)
+    base = sum(path.stat().st_size for path in weights.glob("*.safetensors"))
+    step = run / "checkpoints" / "step-00000003"
+    assert sum(path.stat().st_size for path in step.glob("*.distcp")) < base, "with Adam's state for everything: > 4 x"
+
+    done = _run("checkpoint_convert", "megatron-to-hf", run, tmp_path / "native", "--layout", "transformers")
+    assert done.returncode == 0, done.stderr
+    same = _run("checkpoint_convert", "check", run, tmp_path / "native", "--prompt", "Read it.")
+    assert same.returncode == 0, same.stdout + same.stderr
+    assert _run("checkpoint_convert", "check", run, weights).returncode == 1, "it was trained"
+    answer = _run("internvl_megatron", "generate", run, "Read the number.", "--max-new-tokens", 2)
+    assert answer.returncode == 0, answer.stderr
+    assert _run("checkpoint_convert", "inspect", run).returncode == 0
+
+    again = _train(data, weights, tmp_path / "again", 1, *single, f"checkpoint.load={run}")
+    assert again.returncode == 2
+    assert "merge them first" in again.stderr
+    changed = _train(data, weights, run, 1, *single, "lora.scale=1.0")
+    assert changed.returncode == 2
+    assert "other settings of lora.scale" in changed.stderr

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 
+from internvl_megatron.checkpoint.weight_sums import weights_id
 from internvl_megatron.config.schema import DataConfig, KernelConfig, LossConfig, MpoConfig
 from internvl_megatron.device import open_device
 from internvl_megatron.model.vision_shards import local_shard
-from internvl_megatron.model.weights_id import weights_id
 from internvl_megatron.parallel.groups import make_groups
 from internvl_megatron.ranks import RankInfo, joined
 from internvl_megatron.train.preference import MixedPreference

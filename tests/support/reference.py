@@ -158,7 +158,7 @@ def _optimizer(reference: torch.nn.Module, config: OptimizerConfig) -> torch.opt
 
 
 def _rate(config: OptimizerConfig, step: int, num_steps: int) -> float:
-    warmup = math.ceil(config.warmup_ratio * num_steps)
+    warmup = math.ceil((config.warmup_ratio or 0.0) * num_steps)
     if step < warmup:
         return config.learning_rate * (step + 1) / warmup
     if config.schedule == "constant":

@@ -174,7 +174,12 @@ def merge(shards: list[Tensors], layout: Layout) -> Tensors:
 
 def join(name: str, parts: list[np.ndarray]) -> np.ndarray:
     """Shards of a tensor, joined along the axis its name says (independent of the code under test)."""
-    if name.startswith("language.") and len(parts) > 1:
+    if "lora" in name:
+        axes = {"linear_qkv.lora_b": 0, "linear_fc1.lora_b": 1, "linear_proj.lora_a": 1, "linear_fc2.lora_a": 1}
+        axis = axes.get(".".join(name.split(".")[-2:])) if name.startswith("language.") else None
+        if axis is not None:
+            return np.concatenate(parts, axis=axis)
+    elif name.startswith("language.") and len(parts) > 1:
         if name.endswith("linear_fc1.weight"):
             halves = [np.split(part, 2) for part in parts]
             return np.concatenate([*(half[0] for half in halves), *(half[1] for half in halves)])

@@ -30,6 +30,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from internvl_megatron import cpu_shim
 from internvl_megatron.config.schema import Fp8Config, ParallelConfig, RunConfig
 from internvl_megatron.device import Device, Kernels, LayerKernel
+from tests.support.fake_world import FakeWorldDevice
 from tests.support.layouts import run_config
 from tests.support.models import small_model
 from tests.support.rows import random_step
@@ -48,16 +49,8 @@ class AsAsked(Device):
         return Kernels(layers, layers, "sdpa", "sdpa", "transformer_engine", fuse_swiglu=False, fuse_rotary=False)
 
 
-class OfFakeWorld(AsAsked):
+class OfFakeWorld(AsAsked, FakeWorldDevice):
     """The same, and its messages go nowhere."""
-
-    @property
-    def backend(self) -> str:
-        return "fake"
-
-    @property
-    def host_backend(self) -> str:
-        return "fake"
 
 
 CPU = AsAsked(kind="cpu", index=0, attention="sdpa")

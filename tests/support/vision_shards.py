@@ -22,17 +22,21 @@ def join(name: str, parts: list[np.ndarray], vision: VisionConfig) -> np.ndarray
     """A whole tensor from the shards of a unit, by its name alone; padding must be zero, copies equal to the last bit."""
     head, per_rank = vision.hidden_size // vision.num_heads, -(-vision.num_heads // len(parts))
     heads = [min(max(vision.num_heads - place * per_rank, 0), per_rank) for place in range(len(parts))]
-    if ".linear_qkv." in name:
+    if name.endswith(("qkv.lora_a", "fc1.lora_a", "proj.lora_b", "fc2.lora_b")):  # the whole half of an adapter
+        ends, axis = [], 0
+    elif ".linear_qkv." in name:
         ends, axis = [3 * head * number for number in heads], 0
     elif name.endswith(("q_norm.weight", "k_norm.weight")):
         ends, axis = [head * number for number in heads], 0
-    elif name.endswith("linear_proj.weight"):
+    elif name.endswith(("linear_proj.weight", "linear_proj.lora_a")):
         ends, axis = [head * number for number in heads], 1
     elif ".linear_fc1." in name:
         ends, axis = [part.shape[0] for part in parts], 0
-    elif name.endswith("linear_fc2.weight"):
+    elif name.endswith(("linear_fc2.weight", "linear_fc2.lora_a")):
         ends, axis = [part.shape[1] for part in parts], 1
     else:
+        ends, axis = [], 0
+    if not ends:
         for part in parts:
             np.testing.assert_array_equal(part, parts[0], err_msg=f"{name} differs between the ranks of a unit")
         return parts[0]

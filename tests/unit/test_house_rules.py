@@ -49,7 +49,7 @@ UNITS = (
     "replicas",
 )
 FACTORS = ("size", "share", "ratio", "rate", "scale", "factor", "std", "eps", "theta", "init", "decay", "numerator")
-UNITLESS = {"seed", "beta", "beta1", "beta2", "clip_grad_norm", "keep_last"}
+UNITLESS = {"seed", "beta", "beta1", "beta2", "clip_grad_norm", "keep_last", "language_rank", "vision_rank"}
 
 
 def sources(*rooms: str) -> list[Path]:

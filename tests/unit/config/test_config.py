@@ -268,6 +268,15 @@ def test_vocabulary_padding_does_not_depend_on_the_layout() -> None:
             "leave kernels.loss_chunk_tokens out",
         ),
         (["model.vision.hidden_size=126"], 4, "must be a multiple of model.vision.num_heads"),
+        (["optimizer.warmup_steps=5"], 4, "optimizer.warmup_steps=5 and optimizer.warmup_ratio=0.03 both say"),
+        (["optimizer.warmup_steps=700", "optimizer.warmup_ratio=null"], 4, "must be below num_steps=700"),
+        (["optimizer.min_learning_rate=0.1"], 4, "min_learning_rate=0.1 is above optimizer.learning_rate=0.001"),
+        (["optimizer.final_decay_ratio=1"], 4, "optimizer.final_decay_ratio=1.0 must be below 1"),
+        (
+            ["optimizer.schedule=wsd", "optimizer.final_decay_ratio=0.98"],
+            4,
+            "optimizer.schedule=wsd: 21 steps of warm-up and 686 of decay .* are more than num_steps=700",
+        ),
     ],
 )
 def test_plan_refuses_what_cannot_work(overrides: list[str], world_size: int, message: str) -> None:

@@ -16,6 +16,7 @@ from tests.support.models import small_model
 
 BASE = run_config(small_model(), dtype="bf16", device="auto")
 SHARDED = ParallelConfig(vision_sharding="sharded")
+BF16_MOMENTS = replace(BASE.optimizer, name="adamw", moments="bf16")
 
 
 def config(kernels: dict[str, Any] | None = None, fp8: dict[str, Any] | None = None, **changes: Any) -> RunConfig:
@@ -30,6 +31,10 @@ def config(kernels: dict[str, Any] | None = None, fp8: dict[str, Any] | None = N
         (config({"fuse_rotary": "on"}, device="cpu"), "kernels.fuse_rotary=on"),
         (config({"vision_attention": "cudnn"}, device="cpu"), "set kernels.vision_attention=sdpa"),
         (config({"layers": "transformer_engine"}, parallel=SHARDED), "parallel.vision_sharding=sharded"),
+        (config(device="cpu", optimizer=BF16_MOMENTS), "optimizer.moments=bf16"),
+        (config(dtype="fp32", optimizer=BF16_MOMENTS), "needs dtype=bf16"),
+        (config(parallel=SHARDED, optimizer=BF16_MOMENTS), "needs parallel.vision_sharding=replicated"),
+        (config(optimizer=replace(BF16_MOMENTS, name="sgd")), "needs optimizer.name=adamw"),
     ],
 )
 def test_what_cannot_be_is_refused_with_the_field_and_its_value(asked: RunConfig, named: str) -> None:
@@ -44,6 +49,7 @@ def test_what_cannot_be_is_refused_with_the_field_and_its_value(asked: RunConfig
         config(parallel=SHARDED),
         config({"layers": "transformer_engine", "attention": "transformer_engine"}),
         config({"attention": "sdpa", "layers": "torch"}, device="cpu"),
+        config(optimizer=BF16_MOMENTS),
     ],
 )
 def test_what_may_be_is_not(asked: RunConfig) -> None:
@@ -82,10 +88,12 @@ def test_with_transformer_engine_a_gpu_uses_it(monkeypatch: pytest.MonkeyPatch) 
     assert gpu.kernels(config(plain)) == Kernels(
         "torch", "torch", "flash_attn", "sdpa", te, fuse_swiglu=False, fuse_rotary=False
     )
+    assert replace(gpu, is_hopper=True).kernels(BASE).vision_attention == "cudnn"
     in_shards = gpu.kernels(config(parallel=SHARDED))
     assert (in_shards.language, in_shards.vision) == (te, "torch")
     exact = gpu.kernels(config(dtype="fp32"))
     assert (exact.language, exact.vision) == ("torch", "torch"), "it would multiply in TF32"
+    assert replace(gpu, is_hopper=True).kernels(config(dtype="fp32")).vision_attention == "sdpa"
     with pytest.raises(ConfigError, match=r"fp8.vision=current: needs Transformer Engine's layers"):
         gpu.kernels(config(fp8={"vision": "current"}, parallel=SHARDED))
 
@@ -96,12 +104,14 @@ def test_without_transformer_engine_a_gpu_says_how_to_get_it(monkeypatch: pytest
         "torch", "torch", "torch_varlen", "sdpa", "transformer_engine", fuse_swiglu=True, fuse_rotary=False
     )
     assert gpu.kernels(BASE) == wanted
-    for asked in (
+    refused: list[dict[str, Any]] = [
         {"kernels": {"layers": "transformer_engine"}},
         {"kernels": {"attention": "transformer_engine"}},
         {"kernels": {"fuse_rotary": "on"}},
+        {"optimizer": BF16_MOMENTS},
         {"fp8": {"language": "current"}},
-    ):
+    ]
+    for asked in refused:
         with pytest.raises(ConfigError, match=r"pip install 'internvl_megatron\[gpu\]'"):
             gpu.kernels(config(**asked))
     emulated = gpu.kernels(config(fp8={"language": "current", "backend": "emulated"}))

@@ -7,7 +7,7 @@ import pytest
 
 from internvl_megatron.config.overrides import apply_overrides
 from internvl_megatron.config.plan import plan
-from internvl_megatron.config.recipes import internvl3_1b_sft
+from internvl_megatron.config.recipes import find_recipe
 from internvl_megatron.config.schema import RunConfig
 from internvl_megatron.errors import ConfigError
 
@@ -15,7 +15,7 @@ GOOD = ["data.meta=meta.json", "data.tokenizer=tokenizer", "loss.kind=mpo", "che
 
 
 def config_of(*overrides: str) -> RunConfig:
-    return apply_overrides(internvl3_1b_sft(), [*GOOD, *overrides])
+    return apply_overrides(find_recipe("internvl3_1b_sft"), [*GOOD, *overrides])
 
 
 def test_a_good_one() -> None:

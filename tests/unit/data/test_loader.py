@@ -25,13 +25,13 @@ def open_loader(make_settings, small):
     """A leader's loader on its own (or with the given broadcast); closed at the end of the test."""
     loaders = []
 
-    def make(meta, slots=(0, 1), broadcast=lambda message: message, rank=0, size=1, **changes):
+    def make(meta, slots=(0, 1), broadcast=lambda message: message, rank=0, size=1, rows_of_step=None, **changes):
         settings = make_settings(**{"v2pe": "random", **changes})
         streams = None
         if rank == 0:
             datasets = load_datasets(meta)
             streams = [SampleStream(datasets, settings, small, slot, NUM_STREAMS) for slot in slots]
-        loaders.append(ReplicaLoader(streams, broadcast, settings, rank, size))
+        loaders.append(ReplicaLoader(streams, broadcast, settings, rank, size, None, rows_of_step))
         return loaders[-1]
 
     yield make
@@ -109,6 +109,41 @@ def test_another_number_of_replicas_goes_on_with_the_same_rows(data_folder, open
     assert as_bytes(range(4), one.next_step().rows) == as_bytes(range(4), rows)
     with pytest.raises(DataError, match="no stream 2; rows_per_step must not change"):
         open_loader(meta, slots=(2,)).load_state_dict(two[0].state_dict())
+
+
+def growing(step):
+    """Two rows, then four: the third step begins in the middle of the streams."""
+    return [range(2), range(2, 4), range(4, 6), range(6, 10), range(10, 14), range(14, 18)][step]
+
+
+@pytest.mark.parametrize("owners", [[(0, 1, 2, 3)], [(0, 2), (1, 3)]])
+def test_a_growing_step_takes_the_same_rows_in_the_same_order(data_folder, open_loader, owners):
+    meta = data_folder.mixture()
+    plain = open_loader(meta, slots=range(NUM_STREAMS), num_workers=0)
+    in_order = [row for _ in range(5) for row in plain.next_step().rows]
+    loaders = [open_loader(meta, slots=slots, rows_of_step=growing, num_workers=0) for slots in owners]
+    for number in range(6):
+        rows = growing(number)
+        steps = [loader.next_step() for loader in loaders]
+        assert [step.slots for step in steps] == [list(range(r, len(rows), len(owners))) for r in range(len(owners))]
+        taken = {slot: row for step in steps for slot, row in zip(step.slots, step.rows, strict=True)}
+        slots = range(len(rows))
+        assert as_bytes(slots, [taken[slot] for slot in slots]) == as_bytes(slots, in_order[rows.start : rows.stop])
+
+
+@pytest.mark.parametrize("steps_before", [1, 3, 4])
+def test_a_growing_run_goes_on_where_it_was(data_folder, open_loader, steps_before):
+    """Saved by two replicas, continued by one, in the middle of growing, at its end, and after it."""
+    meta = data_folder.mixture()
+    two = [open_loader(meta, slots=slots, rows_of_step=growing, num_workers=0) for slots in ((0, 2), (1, 3))]
+    for loader in two:
+        steps(loader, steps_before)
+    state = json.loads(json.dumps(two[0].state_dict() | two[1].state_dict()))
+    resumed = open_loader(meta, slots=range(NUM_STREAMS), rows_of_step=growing, num_workers=0)
+    resumed.load_state_dict(state, steps_before)
+    whole = open_loader(meta, slots=range(NUM_STREAMS), rows_of_step=growing, num_workers=0)
+    steps(whole, steps_before)
+    assert steps(resumed, 2) == steps(whole, 2)
 
 
 def run_ranks(size, body):

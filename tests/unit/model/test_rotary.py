@@ -16,10 +16,20 @@ def exact_angles(numerators: np.ndarray) -> np.ndarray:
 
 
 def tables_of(numerators: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    tables = rotary_tables(torch.from_numpy(numerators.astype(np.int32)), HEAD_SIZE, THETA)
-    assert tables.cos.dtype == tables.sin.dtype == torch.float32
-    assert tables.cos.shape == (len(numerators), 1, 1, HEAD_SIZE // 2)
-    return tables.cos[:, 0, 0].numpy(), tables.sin[:, 0, 0].numpy()
+    cos, sin = rotary_tables(torch.from_numpy(numerators.astype(np.int32)), HEAD_SIZE, THETA).cos_and_sin
+    assert cos.dtype == sin.dtype == torch.float32
+    assert cos.shape == sin.shape == (len(numerators), 1, 1, HEAD_SIZE // 2)
+    return cos[:, 0, 0].numpy(), sin[:, 0, 0].numpy()
+
+
+def test_fused_kernels_get_the_angles_of_a_whole_head() -> None:
+    numerators = torch.tensor([0, 100, 256, 1000], dtype=torch.int32)
+    cos, sin = tables_of(numerators.numpy())
+    angles = rotary_tables(numerators, HEAD_SIZE, THETA).of_both_halves[:, 0, 0]
+    halves = angles.chunk(2, dim=-1)
+    for half in halves:
+        np.testing.assert_array_equal(half.cos().numpy(), cos)
+        np.testing.assert_array_equal(half.sin().numpy(), sin)
 
 
 @pytest.mark.parametrize("first", [0, 1000, 30000])

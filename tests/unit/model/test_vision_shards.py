@@ -10,27 +10,16 @@ import torch.distributed as dist
 
 from internvl_megatron.config.models import INTERNVL3
 from internvl_megatron.config.schema import ParallelConfig, RunConfig
-from internvl_megatron.device import Device, open_device
+from internvl_megatron.device import open_device
 from internvl_megatron.ranks import RankInfo, joined
 from internvl_megatron.scaling.counts import parameter_counts
+from tests.support.fake_world import FakeWorldDevice
 from tests.support.layouts import ADAMW, LAYOUTS, Ranks, Scenario, run_config
 
 pytestmark = pytest.mark.parallel
 
 GIGABYTE = 1e9
 WORLD_SIZE = 64
-
-
-class FakeWorldDevice(Device):
-    """A CPU whose messages go nowhere: one process is any rank of a world of any size."""
-
-    @property
-    def backend(self) -> str:
-        return "fake"
-
-    @property
-    def host_backend(self) -> str:
-        return "fake"
 
 
 @dataclass

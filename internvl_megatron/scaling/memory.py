@@ -1,0 +1,164 @@
+"""What one rank of a run holds in the memory of its device: state in closed form, activations as an estimate.
+
+State is weights, gradients and AdamW's: in bf16 2 + 4 bytes a parameter on every rank that has it, and 12 more (8 with moments in
+bf16) divided over its copies; of a sharded vision side 16 bytes divided over all. Tests compare it with what is allocated.
+Activations are those of full rows and full tile budgets. What is left (libraries, driver, fragments) is a flat guess.
+"""
+
+from dataclasses import dataclass
+
+from internvl_megatron.config.plan import RunPlan
+from internvl_megatron.config.schema import LanguageConfig, ModelConfig, RunConfig, VisionConfig
+from internvl_megatron.scaling.counts import parameter_counts
+
+OTHER_BYTES = 6e9
+"""Taken for the driver's own memory, work space of the libraries, logits of one chunk of the loss and their gradient."""
+USED_SHARE = 0.95
+"""Of a device's memory; the rest is lost between allocations."""
+
+
+@dataclass(frozen=True)
+class RankBytes:
+    """Bytes on the rank that has most."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+    activations: float
+
+    @property
+    def state(self) -> float:
+        """What is there all the time."""
+        return self.weights + self.gradients + self.optimizer
+
+    @property
+    def total(self) -> float:
+        """With activations and all that is not counted singly: an estimate."""
+        return self.state + self.activations + OTHER_BYTES
+
+
+def rank_bytes(config: RunConfig, plan: RunPlan) -> RankBytes:
+    """Memory of the rank that has most, for AdamW."""
+    stages = [_state_of_stage(config, plan, stage) for stage in range(plan.layout.pipeline_size)]
+    vision = _state_of_vision(config, plan)
+    fullest = max(
+        range(len(stages)), key=lambda stage: sum(stages[stage]) + _language_activations(config, plan, stage)
+    )
+    weights, gradients, optimizer = (one + other for one, other in zip(stages[fullest], vision, strict=True))
+    return RankBytes(weights, gradients, optimizer, _activations(config, plan, fullest))
+
+
+def stage_parameters(model: ModelConfig, plan: RunPlan, stage: int) -> int:
+    """Parameters of the language model on a rank of a pipeline stage."""
+    language, layout = model.language, plan.layout
+    tensor, num_stages = layout.tensor_size, layout.pipeline_size
+    layers = sum(plan.stage_layers[stage::num_stages])
+    table = plan.padded_vocab_size // tensor * language.hidden_size
+    parameters = layers * _layer_parameters(language, tensor)
+    if stage == 0:
+        parameters += table
+    if stage == num_stages - 1:
+        parameters += table + language.hidden_size  # the norm after the last layer
+    return parameters
+
+
+def layer_activation_bytes(language: LanguageConfig, tokens: int) -> int:
+    """What a layer of the language model keeps of a row for backward in bf16, on one rank: inputs and outputs of both norms;
+    queries, keys, values and what attention makes of them; gate, up and their product."""
+    heads = language.num_heads * language.head_size
+    return 2 * tokens * (4 * language.hidden_size + 3 * heads + 3 * language.ffn_hidden_size)
+
+
+def tile_activation_bytes(vision: VisionConfig) -> int:
+    """What the vision encoder keeps of a tile for backward in bf16."""
+    values = (vision.patches_per_side**2 + 1) * (10 * vision.hidden_size + 2 * vision.ffn_hidden_size)
+    return 2 * vision.num_layers * values
+
+
+def _layer_parameters(language: LanguageConfig, tensor_size: int) -> int:
+    """Of a layer on one of the ranks it is split over; key and value weights are divided too where there are fewer heads."""
+    width, heads = language.hidden_size, language.num_heads * language.head_size
+    qkv = heads + 2 * language.num_kv_heads * language.head_size
+    attention = (qkv * (width + language.qkv_bias) + heads * width) // tensor_size
+    return attention + 3 * width * (language.ffn_hidden_size // tensor_size) + 2 * width
+
+
+def _state(config: RunConfig, parameters: int, num_copies: int, trainable: bool) -> tuple[float, float, float]:
+    """Bytes of (weights, gradients, optimizer) of parameters whose optimizer state is divided over their copies."""
+    in_bf16 = config.dtype == "bf16"
+    weights = (2 if in_bf16 else 4) * parameters
+    if not trainable:
+        return weights, 0, 0
+    moments = 8 if config.optimizer.moments == "fp32" else 4
+    masters = 4 if in_bf16 else 0
+    return weights, 4 * parameters, (masters + moments) * parameters / num_copies
+
+
+def _state_of_stage(config: RunConfig, plan: RunPlan, stage: int) -> tuple[float, float, float]:
+    parameters = stage_parameters(config.model, plan, stage)
+    num_copies = plan.layout.data_size * plan.layout.context_size
+    return _state(config, parameters, num_copies, config.optimizer.language.trainable)
+
+
+def _state_of_vision(config: RunConfig, plan: RunPlan) -> tuple[float, float, float]:
+    counts, parts, world_size = parameter_counts(config.model), config.optimizer, plan.layout.world_size
+    sides = ((counts.vision, parts.vision.trainable), (counts.projector, parts.projector.trainable))
+    if config.parallel.vision_sharding == "sharded":
+        ranks = config.parallel.vision_shard_ranks or world_size
+        vision = config.model.vision
+        # Class token and position table are of one row, which the first rank has.
+        of_one_row = (2 + vision.patches_per_side**2) * vision.hidden_size
+        undivided = of_one_row * (ranks - 1) / ranks
+        shards = ((counts.vision / ranks + undivided, sides[0][1]), (counts.projector / ranks, sides[1][1]))
+        weights = sum(4 * shard for shard, _ in shards)
+        gradients = sum(4 * shard for shard, trainable in shards if trainable)
+        return weights, gradients, 2 * gradients
+    states = [_state(config, parameters, world_size, trainable) for parameters, trainable in sides]
+    weights, gradients, optimizer = (sum(values) for values in zip(*states, strict=True))
+    return weights, gradients, optimizer
+
+
+def _parts(config: RunConfig) -> int:
+    """Ranks over which the tokens of a row are divided between layers."""
+    parallel = config.parallel
+    return parallel.context_size * (parallel.tensor_size if parallel.sequence_parallel else 1)
+
+
+def _language_activations(config: RunConfig, plan: RunPlan, stage: int) -> float:
+    """Of the rows that are under way on a stage when most are."""
+    language, layout, parallel = config.model.language, plan.layout, config.parallel
+    tokens = config.data.tokens_per_row
+    one_layer = layer_activation_bytes(language, tokens) / (layout.tensor_size * layout.context_size)
+    layer_input = 2 * tokens * language.hidden_size / _parts(config)
+    kept = layer_input if parallel.language_recompute == "full" else one_layer
+    layers = sum(plan.stage_layers[stage :: layout.pipeline_size])
+    under_way = min(plan.rows_per_replica, layout.pipeline_size - stage)
+    if layout.virtual_size > 1:  # all chunks of the first rows wait for the last stage
+        under_way += (layout.pipeline_size - 1) / layout.virtual_size
+    again = one_layer if parallel.language_recompute == "full" else 0
+    return layers * under_way * kept + again
+
+
+def _activations(config: RunConfig, plan: RunPlan, stage: int) -> float:
+    """Language model and encoder together: they do not have all of theirs at the same time."""
+    vision, parallel, data = config.model.vision, config.parallel, config.data
+    window_rows = parallel.vision_window_rows or plan.rows_per_replica
+    replica_ranks = plan.layout.stage_size * plan.layout.pipeline_size
+    tiles = -(-window_rows * data.tiles_per_row // replica_ranks)  # of a rank, in a window
+    pixels = tiles * 3 * vision.tile_pixels**2
+    chunk_tiles = min(parallel.vision_chunk_tiles, tiles)
+    embeddings = 0.0
+    if stage == 0:
+        tokens = window_rows * data.tiles_per_row * vision.tokens_per_tile
+        embeddings = 2 * tokens * config.model.language.hidden_size / _parts(config)
+    per_tile, language = tile_activation_bytes(vision), _language_activations(config, plan, stage)
+    layer_inputs = 2 * vision.num_layers * (vision.patches_per_side**2 + 1) * vision.hidden_size
+    kept, at_a_time = {
+        "none": (tiles * per_tile, 0.0),
+        "layer": (tiles * layer_inputs, chunk_tiles * per_tile / vision.num_layers),
+        "full": (0, chunk_tiles * per_tile),
+    }[parallel.vision_recompute]
+    gathered = 0.0
+    if parallel.vision_sharding == "sharded":  # weights of two layers in bf16, gradients of one in fp32
+        gathered = 8 * parameter_counts(config.model).vision / vision.num_layers
+    return pixels + embeddings + kept + max(language, at_a_time + gathered)
