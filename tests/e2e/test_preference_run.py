@@ -149,6 +149,7 @@ def test_a_run_does_not_continue_with_another_reference(
         run_ranks(TRAIN_RANK, 1, other)
 
 
+@pytest.mark.slow
 def test_a_file_of_the_reference_gives_the_same_training(
     run_ranks: RunRanks, data: Path, start: Path, whole: Path, tmp_path: Path
 ) -> None:
