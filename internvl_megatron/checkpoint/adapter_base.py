@@ -54,10 +54,10 @@ def refuse_adapters(folder: Path) -> None:
         )
 
 
-def write_base(folder: Path, base: Base) -> None:
-    """Note in a checkpoint what its adapters belong to."""
+def base_bytes(base: Base) -> bytes:
+    """`base.json`: the note in a checkpoint on what its adapters belong to."""
     content = {"format_version": FORMAT_VERSION, **asdict(base)}
-    (folder / BASE_FILE).write_text(json.dumps(content, indent=1) + "\n")
+    return (json.dumps(content, indent=1) + "\n").encode()
 
 
 def read_base(folder: Path) -> Base:

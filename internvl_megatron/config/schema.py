@@ -376,6 +376,18 @@ class CheckpointConfig:
     save_every_steps: int | None = None
     """None = only at the end of the run."""
     keep_last: int = 2
+    """Of the finished checkpoints; milestones are kept besides."""
+    milestone_every_steps: int | None = None
+    """Checkpoints of these steps are kept for ever, and any layout can go on from them. None = no milestones."""
+    optimizer_format: Literal["same_layout", "layout_free"] = "same_layout"
+    """Of checkpoints that are neither milestones nor the run's last. Same layout: every rank writes what it has, and only the same
+    tensor and pipeline layout can go on from it. Layout-free: any can; before, optimizer state is gathered in host memory."""
+    asynchronous: bool = True
+    """Training goes on while files are written; False = it waits for them."""
+    max_wait_seconds: int = 600
+    """How long training waits for a checkpoint that is still being written, when the next is due or the run ends."""
+    verify: Literal["contents", "sizes"] = "contents"
+    """What is compared of a run's own checkpoint before it continues: checksums of all files, or their lengths alone."""
     load: str | None = None
     """Where to take the weights from when the run folder holds no checkpoint of its own: converted weights, a run (its
     newest checkpoint), or one checkpoint of a run."""
