@@ -247,9 +247,7 @@ class Device:
         return _measured_matmul_flops(self, dtype)
 
 
-def copy_to_host(
-    tensors: "Sequence[torch.Tensor]", targets: "Sequence[torch.Tensor | None]"
-) -> "list[torch.Tensor]":
+def copy_to_host(tensors: "Sequence[torch.Tensor]", targets: "Sequence[torch.Tensor | None]") -> "list[torch.Tensor]":
     """Copies in host memory, complete when this returns; into the n-th target where it fits the n-th tensor."""
     import torch
 

@@ -70,7 +70,9 @@ def read_sums(folder: Path, info: folders.CheckpointInfo) -> FileSums:
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror}); use another checkpoint") from error
     if zlib.crc32(content) != info.files_sum:
-        raise CheckpointError(f"{path}: damaged (it does not have the sum in {folders.MARKER}); use another checkpoint")
+        raise CheckpointError(
+            f"{path}: damaged (it does not have the sum in {folders.MARKER}); use another checkpoint"
+        )
     return {name: FileSum(*entry) for name, entry in json.loads(content).items()}
 
 

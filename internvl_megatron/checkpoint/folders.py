@@ -10,7 +10,7 @@ import os
 import re
 import shutil
 import zlib
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from internvl_megatron.errors import CheckpointError
@@ -47,6 +47,12 @@ class CheckpointInfo:
     reward_total: float = 0.0
     """Preference training: sum of all pairs' mean rewards so far."""
     num_rewarded_pairs: int = 0
+    num_bad_steps: int = 0
+    num_rewinds: int = 0
+    num_rewound_steps: int = 0
+    """Steps whose data were passed over when the run went back to a checkpoint."""
+    recent_losses: list[float] = field(default_factory=list)
+    """Of the last good steps, by which spikes are told."""
     optimizer_layout: str | None = None
     """Layout that the optimizer's state belongs to (`optimizer_layout.py`); None = any layout can go on from it."""
     files_sum: int | None = None

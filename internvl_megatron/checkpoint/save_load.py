@@ -23,6 +23,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from internvl_megatron.checkpoint import adapter_base, folders, fp8_state, vision_state, weights
 from internvl_megatron.checkpoint.adapter_base import Base
+from internvl_megatron.checkpoint.intact import newest_intact
 from internvl_megatron.checkpoint.metadata_guard import check_metadata, plain_data_only
 from internvl_megatron.checkpoint.module_state import Part, load_parameters, parameters_only
 from internvl_megatron.checkpoint.saver import SavedState, Saver
@@ -115,7 +116,7 @@ def load_weights(folder: Path, config: ModelConfig, model: Model, groups: Groups
     Adapters stay as they are, unless the folder has some: then what they belong to is loaded as well.
 
     Returns:
-        The folder the weights are in: of a run, its newest checkpoint.
+        The folder the weights are in: of a run, its newest checkpoint whose files are whole.
 
     Raises:
         CheckpointError: the folder is neither, or does not fit the model.
@@ -123,20 +124,22 @@ def load_weights(folder: Path, config: ModelConfig, model: Model, groups: Groups
     if weights.is_weights_folder(folder):
         weights.load_into(folder, model, config)
         return folder
-    found = [folder] if (folder / folders.MARKER).is_file() else folders.finished(folder / folders.CHECKPOINTS)
-    if not found:
+    found: Path | None = folder
+    if not (folder / folders.MARKER).is_file():
+        found = newest_intact(folder / folders.CHECKPOINTS, groups, contents=False, sets_aside=False)
+    if found is None:
         raise CheckpointError(weights.why_not(folder))
-    folders.read_info(found[-1])
+    folders.read_info(found)
     part: Part = "base" if model.has_adapters else "whole"
-    if adapter_base.is_adapter_checkpoint(found[-1]):
+    if adapter_base.is_adapter_checkpoint(found):
         if not model.has_adapters:
-            adapter_base.refuse_adapters(found[-1])
-        base, part = adapter_base.read_base(found[-1]), "trained"
-        below = load_weights(adapter_base.base_folder(found[-1], base), config, model, groups)
+            adapter_base.refuse_adapters(found)
+        base, part = adapter_base.read_base(found), "trained"
+        below = load_weights(adapter_base.base_folder(found, base), config, model, groups)
         sums = frozen_sums(model, groups, torch_dtype(base.dtype))
-        adapter_base.check_sums(found[-1], base.sums, sums, str(below))
-    _apply_model(_load(found[-1], _model_state(model, groups, part)), model, part)
-    return found[-1]
+        adapter_base.check_sums(found, base.sums, sums, str(below))
+    _apply_model(_load(found, _model_state(model, groups, part)), model, part)
+    return found
 
 
 def base_of(folder: Path, dtype: str, model: Model, groups: Groups) -> Base:
@@ -193,7 +196,9 @@ def load(
                 try:
                     _apply_optimizer(side, loaded[name])
                 except AssertionError as error:  # Megatron Core compares its buffers with the saved ones
-                    raise CheckpointError(f"{folder}: its optimizer state does not fit this layout: {error}") from error
+                    raise CheckpointError(
+                        f"{folder}: its optimizer state does not fit this layout: {error}"
+                    ) from error
     else:
         optimizer.reload_parameters()
     return info, _loader_state(folder)
@@ -250,12 +255,16 @@ def _divide_among_copies(model: Model, groups: Groups, state: dict[str, Any]) ->
         sides.append(([state["vision"]], groups.vision.dp_cp))
     for parts, copies in sides:
         entries = [
-            entry for part in parts for entry in part.values() if isinstance(entry, (ShardedTensor, ShardedTensorFactory))
+            entry
+            for part in parts
+            for entry in part.values()
+            if isinstance(entry, (ShardedTensor, ShardedTensorFactory))
         ]
         load = [0] * copies.size()
-        for entry in sorted(entries, key=lambda entry: -entry.data.numel()):
+        sizes = [entry.data.numel() if entry.data is not None else 0 for entry in entries]
+        for size, entry in sorted(zip(sizes, entries, strict=True), key=lambda pair: -pair[0]):
             owner = load.index(min(load))
-            load[owner] += entry.data.numel()
+            load[owner] += size
             *others, place = cast(tuple[int, ...], entry.replica_id)
             entry.replica_id = (*others, (place - owner) % copies.size())
 

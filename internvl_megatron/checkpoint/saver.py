@@ -145,14 +145,13 @@ class Saver:
 
     def _wait(self, max_seconds: float) -> bool:
         began = time.perf_counter()
+        self.poll()
         while self._save is not None:
-            self.poll()
-            if self._save is None:
-                break
             is_late = time.perf_counter() - began > max_seconds
             if sum_floats([float(is_late)], self.groups.host_world)[0] > 0:
                 return False
             time.sleep(POLL_SECONDS)
+            self.poll()
         return True
 
     def _begin_to_close(self, save: _Save, has_failed: bool) -> None:

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-import torch
 import torch.distributed as dist
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedStateDict
@@ -70,7 +69,9 @@ class HostCopies:
     def __init__(self) -> None:
         self._tensors: dict[Place, Tensor] = {}
 
-    def stage(self, state: ShardedStateDict, files: Mapping[str, bytes], own_prefixes: tuple[str, ...], check: bool) -> Staged:
+    def stage(
+        self, state: ShardedStateDict, files: Mapping[str, bytes], own_prefixes: tuple[str, ...], check: bool
+    ) -> Staged:
         """Copy what this rank writes; when this returns the state may change. Collective if `check` is set.
 
         Args:
@@ -200,7 +201,8 @@ def _writer(folder: Path, files: _SummedFiles) -> FileSystemWriter:
 
 def _torch_state(state: ShardedStateDict, check: bool) -> dict[str, Any]:
     """This rank's shards as torch's planner takes them, each value on one rank."""
-    sharded, common = save_preprocess(state, check)
+    preprocessed, common = save_preprocess(state, check)
+    sharded = cast(dict[str, Any], preprocessed)
     sharded["common_state"] = ShardedObject(
         key="common_state", data=common, global_shape=(1,), global_offset=(0,), replica_id=dist.get_rank()
     )

@@ -394,6 +394,27 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class BadStepConfig:
+    """Steps whose loss or gradient is not finite, or whose loss is far above those before. None of them changes a parameter."""
+
+    on_nonfinite: Literal["skip", "rewind", "stop"] = "skip"
+    """Skip: go on with the next step's data. Rewind: go back to the newest checkpoint, and on with data that were not seen yet.
+    Stop: end the run, with an error."""
+    on_spike: Literal["ignore", "skip", "rewind", "stop"] = "ignore"
+    spike_factor: float = 6.0
+    """A loss so many standard deviations above the mean of the steps before is a spike."""
+    spike_window_steps: int = 50
+    """Good steps in that mean; nothing is a spike before there are so many."""
+    num_bad_steps: int = 20
+    """So many in a row end the run."""
+    num_rewinds: int = 3
+    """A run that has to rewind once more ends."""
+    recheck_every_steps: int | None = None
+    """Compute the gradients of every so many steps twice and compare all bits; a difference ends the run and names the ranks. None =
+    never. For ranks that compute the same from the same: on GPUs some kernels do not."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class RampConfig:
     """A global batch that grows at the beginning of a run; off by default. What each step has follows from its number alone
     (`config/ramp.py`)."""
@@ -421,6 +442,7 @@ class RunConfig:
     mpo: MpoConfig = field(default_factory=MpoConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    bad_steps: BadStepConfig = field(default_factory=BadStepConfig)
     folder: str = "runs/default"
     """Everything the run writes: resolved config, metrics, checkpoints."""
     num_steps: int = 1000
