@@ -264,7 +264,7 @@ class Trainer:
         if needs_first_weights or newest is None:
             self.preference.set_reference()
         if newest is not None:
-            own_layout = optimizer_layout(self.config, self.plan)
+            own_layout = optimizer_layout(self.config, self.groups)
             info, positions = save_load.load(
                 newest, self.model, self.trainer_step.optimizer, self.groups, self._base, own_layout
             )
@@ -322,7 +322,7 @@ class Trainer:
                 f"step {self.step} is bad ({bad.reason}), and there is no checkpoint yet to go back to: set "
                 "checkpoint.save_every_steps, or bad_steps.on_nonfinite=skip"
             )
-        own_layout = optimizer_layout(self.config, self.plan)
+        own_layout = optimizer_layout(self.config, self.groups)
         info, _ = save_load.load(newest, self.model, self.trainer_step.optimizer, self.groups, self._base, own_layout)
         self.num_rewound_steps += self.step - info.step
         self._note("rewound", f"to {newest.name}; data of {self.step - info.step} steps are passed over")
@@ -382,7 +382,7 @@ class Trainer:
             num_rewinds=self.trainer_step.bad_steps.num_rewinds,
             num_rewound_steps=self.num_rewound_steps,
             recent_losses=self.trainer_step.bad_steps.recent_losses,
-            optimizer_layout=None if fits_all or not has_state else optimizer_layout(config, self.plan),
+            optimizer_layout=None if fits_all or not has_state else optimizer_layout(config, self.groups),
             **self.preference.checkpoint_fields(),
         )
         self.trainer_step.gather_parameters()

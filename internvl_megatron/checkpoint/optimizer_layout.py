@@ -4,19 +4,19 @@ In it every rank writes its part of Megatron Core's flat buffers. What is in whi
 below; over how many ranks a buffer is divided does not matter, so data and context parallelism may change.
 """
 
-from internvl_megatron.config.plan import RunPlan
 from internvl_megatron.config.schema import RunConfig
+from internvl_megatron.parallel.groups import Groups
 
 
-def optimizer_layout(config: RunConfig, plan: RunPlan) -> str:
+def optimizer_layout(config: RunConfig, groups: Groups) -> str:
     """Everything that must be the same, for people to read and for programs to compare."""
-    layout, parallel = plan.layout, config.parallel
+    layout, parallel = groups.layout, config.parallel
     facts = [
         f"TP{layout.tensor_size}",
         f"PP{layout.pipeline_size}",
         f"VPP{layout.virtual_size}",
-        f"layers {'+'.join(map(str, plan.stage_layers))}",
-        f"vision {parallel.vision_sharding} {parallel.vision_placement} TP{plan.vision_layout.tensor_size}",
+        "even stages" if parallel.stage_layers is None else f"stages of {'+'.join(map(str, parallel.stage_layers))}",
+        f"vision {parallel.vision_sharding} {parallel.vision_placement} TP{groups.vision_layout.tensor_size}",
     ]
     overlap = [name for name in ("overlap_gradients", "overlap_parameters") if getattr(parallel, name)]
     return ", ".join(facts + overlap)
