@@ -86,6 +86,11 @@ class Saver:
             except OSError as error:
                 log.warning("%s: half-written checkpoints cannot be removed (%s)", root, error)
 
+    @property
+    def is_saving(self) -> bool:
+        """Whether a save is under way."""
+        return self._save is not None
+
     def start(self, state: SavedState) -> bool:
         """Begin to save; what `state` describes may change when this returns.
 
