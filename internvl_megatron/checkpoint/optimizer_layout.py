@@ -1,7 +1,8 @@
 """Which layouts can go on from optimizer state that was saved in the fast format.
 
 In it every rank writes its part of Megatron Core's flat buffers. What is in which buffer, and where, follows from the settings
-below; over how many ranks a buffer is divided does not matter, so data and context parallelism may change.
+below; over how many ranks a buffer is divided does not matter, so data and context parallelism may change. (Beyond 40 data-parallel
+ranks Megatron Core's buckets grow with their number where communication overlaps; it compares them when it loads.)
 """
 
 from internvl_megatron.config.schema import RunConfig

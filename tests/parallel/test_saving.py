@@ -23,6 +23,8 @@ from internvl_megatron.checkpoint.intact import newest_intact
 from internvl_megatron.checkpoint.metadata_guard import METADATA_FILE
 from internvl_megatron.checkpoint.optimizer_layout import optimizer_layout
 from internvl_megatron.checkpoint.saver import Saver
+from internvl_megatron.config.overrides import CONFIG_FILE, to_json
+from internvl_megatron.config.plan import plan
 from internvl_megatron.config.schema import CheckpointConfig, RunConfig
 from internvl_megatron.device import open_device
 from internvl_megatron.errors import CheckpointError
@@ -30,9 +32,11 @@ from internvl_megatron.launcher import RankFailedError
 from internvl_megatron.model.build import Model
 from internvl_megatron.parallel.groups import Groups, make_groups
 from internvl_megatron.ranks import RankInfo, joined
+from internvl_megatron.scaling.memory import save_bytes
 from internvl_megatron.train.step import Step
 from tests.support.layouts import ADAMW, LAYOUTS, Ranks, Scenario
 from tests.support.training import make_step, replica_rows
+from tools import check_checkpoints, convert_optimizer
 
 pytestmark = pytest.mark.parallel
 
@@ -133,6 +137,32 @@ def test_what_is_written_later_is_the_state_when_it_was_saved(run_ranks: RunRank
     assert failed.value.failures[0].is_user_error
 
 
+def test_a_tool_turns_one_format_into_the_other(
+    run_ranks: RunRanks, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """From fast to layout-free, for another layout to go on from; and back to fast, bit for bit."""
+    split, root = LAYOUTS["TP2"], tmp_path / folders.CHECKPOINTS
+    whole = run_ranks(_train_and_save, 2, split, root, REPLICATED, True)[0]
+    config = REPLICATED.config(split)
+    data = replace(config.data, meta="not read", tokenizer="not read")
+    (tmp_path / CONFIG_FILE).write_text(to_json(replace(config, data=data)))
+    assert convert_optimizer.main([str(tmp_path)]) == 0
+    alone = run_ranks(_go_on, 1, LAYOUTS["1"], root, REPLICATED)[0]
+    np.testing.assert_allclose(alone, whole[SAVED_AT:], rtol=1e-5)
+    assert convert_optimizer.main([str(tmp_path), "--to", "same_layout"]) == 0
+    own_layout = "TP2, PP1, VPP1, even stages, vision replicated all_ranks TP1, overlap_gradients, overlap_parameters"
+    (folder,) = folders.finished(root)
+    assert folders.read_info(folder).optimizer_layout == own_layout
+    assert run_ranks(_go_on, 2, split, root, REPLICATED)[0] == whole[SAVED_AT:]
+    assert check_checkpoints.main([str(tmp_path)]) == 0
+    assert "intact   step-00000002: step 2, 10 tokens" in capsys.readouterr().out
+    _flip_a_bit(_shard(folder))
+    assert check_checkpoints.main([str(tmp_path), "--sizes"]) == 0
+    assert check_checkpoints.main([str(tmp_path)]) == 1
+    assert f"DAMAGED  step-00000002: {_shard(folder)}: its contents have changed" in capsys.readouterr().out
+    assert convert_optimizer.main([str(tmp_path / "nowhere")]) == 2
+
+
 PAIRS = [
     ("1", "TP2+SP"),
     ("DP2", "PP2"),
@@ -170,14 +200,18 @@ def test_the_fast_format_under_split_models(
     assert run_ranks(_go_on, ranks.num_ranks, ranks, tmp_path, scenario)[0] == whole[SAVED_AT:]
 
 
-def _save_twice(info: RankInfo, root: Path) -> None:
-    """Two checkpoints of two ranks."""
+def _save_twice(info: RankInfo, root: Path) -> tuple[int, float]:
+    """Two checkpoints of two ranks; host memory that saving has taken, in bytes, and what it should be."""
     with _run(info, LAYOUTS["DP2"]) as run:
         saver = Saver(root, CheckpointConfig(), run.groups)
         for number in range(2):
             run.train(number)
             assert run.start(saver, number + 1)
             assert saver.wait()
+        data = replace(run.config.data, meta="not read", tokenizer="not read")
+        config = replace(run.config, data=data)
+        expected = save_bytes(config, plan(config, info.world_size)).fast
+        return sum(copy.nbytes for copy in saver._copies._tensors.values()), expected
 
 
 def _shard(folder: Path) -> Path:
@@ -230,7 +264,9 @@ def _choose(info: RankInfo, roots: list[Path]) -> list[tuple[str, list[str]]]:
 
 
 def test_damage_is_found_and_an_older_checkpoint_taken(run_ranks: RunRanks, tmp_path: Path) -> None:
-    run_ranks(_save_twice, 2, tmp_path / "good")
+    taken = run_ranks(_save_twice, 2, tmp_path / "good")
+    assert sum(found for found, _ in taken) == pytest.approx(sum(expected for _, expected in taken), rel=0.01)
+    assert all(found < 1.1 * expected for found, expected in taken), "both ranks write about the same"
     assert [path.name for path in folders.finished(tmp_path / "good")] == ["step-00000001", "step-00000002"]
     roots = []
     for number, damage in enumerate(DAMAGE.values()):
