@@ -170,7 +170,7 @@ PAIRS = [
     ("PP2xVPP2", "TP2"),
     ("CP2", "DP2"),
     ("TP2+SPxCP2", "PP2xDP2"),
-    ("PP2 uneven", "CP2 ring"),
+    ("PP2 uneven", "TP2xCP2"),
     ("PP4", "PP2xVPP2xDP2"),
 ]
 
