@@ -17,6 +17,7 @@ from internvl_megatron.parallel.layout import Layout, VisionLayout
 from internvl_megatron.scaling.counts import forward_flops
 
 MAY_BE_ZERO = {
+    "num_rewinds",
     "drop_path_rate", "learning_rate", "min_learning_rate", "warmup_ratio", "weight_decay", "beta1", "beta2",
     "num_workers", "seed", "learning_rate_scale", "min_tiles", "layer_scale_init", "max_skipped_share",
     "first_bf16_layers", "last_bf16_layers", "warmup_steps", "preference_factor", "quality_factor", "generation_factor",
@@ -59,6 +60,7 @@ def plan(config: RunConfig, world_size: int) -> RunPlan:
         *_layout(config, world_size),
         *kernel_problems(config),
         *schedule_problems(config.optimizer, config.num_steps),
+        *_folders(config),
         *lora_problems(config),
         *mpo_problems(config),
     ]
@@ -142,6 +144,16 @@ def _numbers(section: Any, path: str) -> list[str]:
         elif field.name == "seed" and value > LARGEST_SEED:
             problems.append(f"{name}={value} must be at most {LARGEST_SEED}")
     return problems
+
+
+def _folders(config: RunConfig) -> list[str]:
+    paths = {"folder": config.folder, "checkpoint.load": config.checkpoint.load}
+    return [
+        f"{name}={path} is a URL, and a run's files and weights are on a file system that all ranks share: mount the store, or "
+        "copy what you need"
+        for name, path in paths.items()
+        if path is not None and "://" in path
+    ]
 
 
 def model_problems(model: ModelConfig) -> list[str]:

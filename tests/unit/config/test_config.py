@@ -366,3 +366,12 @@ def test_wrong_group_weights(text: str, message: str) -> None:
 def test_group_weights_of_no_group() -> None:
     with pytest.raises(ConfigError, match="names no group"):
         parse_group_weights(())
+
+
+def test_urls_are_refused_where_a_run_keeps_its_files() -> None:
+    changes = ["folder=s3://bucket/run", "checkpoint.load=gs://bucket/weights"]
+    with pytest.raises(
+        ConfigError,
+        match=r"folder=s3://bucket/run is a URL[^\n]*\n[^\n]*checkpoint\.load=gs://bucket/weights is a URL",
+    ):
+        plan(apply_overrides(demo_digits(), changes), 4)
