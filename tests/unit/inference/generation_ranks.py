@@ -60,7 +60,8 @@ def compare(info: RankInfo, family: str, prompts: list[Prompt], max_new_tokens: 
         # The end of the turn wins now and then, so that answers end at different lengths.
         reference.lm_head.weight[tokenizer.turn_end_id] *= 6
     with joined(info, device, 60):
-        model = build_model(config, make_groups(Layout(1, 1, 1), device, 60), device)
+        groups = make_groups(Layout(1, 1, 1), device, 60)
+        model = build_model(config, groups, device)
         full = from_huggingface(reference.state_dict(), sizes)
         for name, parameter in model.named_parameters():
             model.load_full(name, parameter, full[name])
@@ -68,7 +69,7 @@ def compare(info: RankInfo, family: str, prompts: list[Prompt], max_new_tokens: 
         batches: list[int] = []
         model.language[0].register_forward_pre_hook(lambda _, inputs: rows.append(inputs[0].shape[1]))
         model.vision.register_forward_pre_hook(lambda _, inputs: batches.append(len(inputs[0])))
-        generator = Generator(config, model, tokenizer, device)
+        generator = Generator(config, model, groups, tokenizer, device)
         ours = generator.answer(prompts, max_new_tokens, numerator)
         num_rounds, longest, vision_batches = len(rows), max(rows, default=0), list(batches)
         alone = [generator.answer([prompt], max_new_tokens, numerator)[0] for prompt in prompts]
