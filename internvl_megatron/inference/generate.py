@@ -1,4 +1,4 @@
-"""Greedy generation on one rank: many prompts at once in one packed row, without a key-value cache.
+"""Generation on one rank: many prompts at once in one packed row, without a key-value cache.
 
 Every round runs the language model over all unfinished sequences, each a segment of the row, and adds one token to each.
 A finished sequence leaves the row and waiting prompts take its place, so memory is bounded by the row, whatever the
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from internvl_megatron.config.schema import RunConfig
-from internvl_megatron.data.conversation import Turn, render_prompt
+from internvl_megatron.data.conversation import Turn, answer_header, render_prompt
 from internvl_megatron.data.images import ImageRef, decode_tiles, image_size
 from internvl_megatron.data.positions import UNITS_PER_POSITION, v2pe_numerators
 from internvl_megatron.data.tiling import choose_grid, num_tiles
@@ -22,6 +22,7 @@ from internvl_megatron.data.tokenizer import Tokenizer
 from internvl_megatron.device import Device
 from internvl_megatron.errors import ConfigError
 from internvl_megatron.inference.prompt import Prompt
+from internvl_megatron.inference.sampling import GREEDY, Sampling, choose_tokens, draw
 from internvl_megatron.model.attention import PackedRow
 from internvl_megatron.model.build import Model
 from internvl_megatron.model.language import ImageTokens
@@ -39,6 +40,12 @@ class _Sequence:
     images: list[ImageRef]
     image_places: np.ndarray
     """int64 [i], places of the image tokens in the prompt, ascending."""
+    seed: tuple[int, ...]
+    """What its draws depend on, beside the step."""
+    header_ids: list[int]
+    """The end of the prompt: what stands before the answer, and its given beginning."""
+    has_start: bool
+    """Whether the answer's beginning is given."""
     embeddings: Tensor | None = None
     """[i, D] for the image tokens, while the sequence is in the row; None without images."""
     answer_ids: list[int] = field(default_factory=list)
@@ -56,7 +63,7 @@ class _Sequence:
 
 
 class Generator:
-    """Answers prompts with the most likely token at every step."""
+    """Answers prompts."""
 
     def __init__(self, config: RunConfig, model: Model, tokenizer: Tokenizer, device: Device) -> None:
         """Prepare to answer; `model` is whole on this rank (tensor and pipeline size 1)."""
@@ -78,7 +85,11 @@ class Generator:
 
     @torch.no_grad()
     def answer(
-        self, prompts: Sequence[Prompt], max_new_tokens: int = 32, v2pe_numerator: int = UNITS_PER_POSITION
+        self,
+        prompts: Sequence[Prompt],
+        max_new_tokens: int = 32,
+        v2pe_numerator: int = UNITS_PER_POSITION,
+        sampling: Sampling | None = None,
     ) -> list[str]:
         """Answer every prompt by itself.
 
@@ -86,9 +97,11 @@ class Generator:
             prompts: any number; their images are read when their turn comes, except for the headers.
             max_new_tokens: an answer ends after so many tokens if `<|im_end|>` does not end it before.
             v2pe_numerator: position step of image tokens in units of 1/256; 256 gives ordinary positions.
+            sampling: how tokens are chosen; None = the most likely one.
 
         Returns:
-            The answers in the order of the prompts, without `<|im_end|>` and surrounding white space.
+            The answers in the order of the prompts, without `<|im_end|>` and surrounding white space, and without
+            `answer_start`; where that is given, white space stays at their front, since they go on behind it.
 
         Raises:
             DataError: an image cannot be read, or images and `<image>` differ in number.
@@ -102,11 +115,15 @@ class Generator:
             )
         self.vision.eval()
         self.language.eval()
-        sequences = [self._render(prompt, v2pe_numerator) for prompt in prompts]
+        sampling = sampling or GREEDY
+        sequences = [
+            self._render(prompt, v2pe_numerator, sampling.seed_of(number, prompt.seed))
+            for number, prompt in enumerate(prompts)
+        ]
         waiting, active = deque(sequences), list[_Sequence]()
         while waiting or active:
             active += self._admit(waiting, active, max_new_tokens)
-            for sequence, token_id in zip(active, self._next_tokens(active), strict=True):
+            for sequence, token_id in zip(active, self._next_tokens(active, sampling), strict=True):
                 sequence.answer_ids.append(token_id)
             active = self._unfinished(active, max_new_tokens)
         return [self._text(sequence) for sequence in sequences]
@@ -119,19 +136,21 @@ class Generator:
         """
         self.vision.eval()
         self.language.eval()
-        sequence = self._render(prompt, UNITS_PER_POSITION)
+        sequence = self._render(prompt, UNITS_PER_POSITION, GREEDY.seed_of(0, None))
         if sequence.images:
             self._encode([sequence])
         end = len(sequence.prompt_ids)
         logits = self._row_logits([sequence], np.arange(max(0, end - num_positions), end))
         return logits[:, : self.config.model.language.vocab_size].float().cpu().numpy()
 
-    def _render(self, prompt: Prompt, v2pe_numerator: int) -> _Sequence:
+    def _render(self, prompt: Prompt, v2pe_numerator: int, seed: tuple[int, ...]) -> _Sequence:
         """Template, tiling and positions of a prompt; of its images only the headers are read."""
         images = [self._plan_image(path, len(prompt.images)) for path in prompt.images]
         context_tokens = [image.num_tiles * self.config.model.vision.tokens_per_tile for image in images]
         system = self.config.data.system_prompt if prompt.system is None else prompt.system
-        rendered = render_prompt([Turn("human", prompt.question)], context_tokens, self.tokenizer, system)
+        said = [Turn(role, text) for turn in prompt.history for role, text in zip(("human", "gpt"), turn, strict=True)]
+        turns = [*said, Turn("human", prompt.question)]
+        rendered = render_prompt(turns, context_tokens, self.tokenizer, system, prompt.answer_start)
         starts = rendered.image_starts.tolist()
         strides = [v2pe_numerator] * len(images)
         places = [np.arange(start, start + count) for start, count in zip(starts, context_tokens, strict=True)]
@@ -140,6 +159,9 @@ class Generator:
             prompt_positions=v2pe_numerators(len(rendered.token_ids), starts, context_tokens, strides),
             images=images,
             image_places=np.concatenate([np.empty(0, dtype=np.int64), *places]),
+            seed=seed,
+            header_ids=answer_header(self.tokenizer, prompt.answer_start),
+            has_start=bool(prompt.answer_start),
         )
 
     def _plan_image(self, path: str, num_images: int) -> ImageRef:
@@ -176,10 +198,12 @@ class Generator:
         for sequence, part in zip(sequences, parts, strict=True):
             sequence.embeddings = part.clone()  # a view would keep all of the others in memory
 
-    def _next_tokens(self, sequences: Sequence[_Sequence]) -> list[int]:
-        """The most likely next token of each sequence; padding of the vocabulary is at -inf and never is."""
-        last = np.cumsum([len(sequence.token_ids) for sequence in sequences]) - 1
-        return self._row_logits(sequences, last).argmax(dim=-1).tolist()
+    def _next_tokens(self, sequences: Sequence[_Sequence], sampling: Sampling) -> list[int]:
+        """The next token of each sequence; padding of the vocabulary is at -inf and never is."""
+        seen = [sequence.token_ids for sequence in sequences]
+        last = np.cumsum([len(tokens) for tokens in seen]) - 1
+        uniform = [draw(sequence.seed, len(sequence.answer_ids)) for sequence in sequences]
+        return choose_tokens(self._row_logits(sequences, last), sampling, uniform, seen).tolist()
 
     def _row_logits(self, sequences: Sequence[_Sequence], places: np.ndarray) -> Tensor:
         """Logits [n, padded vocabulary] at n places of the row that the sequences make."""
@@ -218,5 +242,10 @@ class Generator:
 
     def _text(self, sequence: _Sequence) -> str:
         """The answer's text. Special tokens stay: grounding text is made of them."""
-        ids = sequence.answer_ids
-        return self.tokenizer.decode(ids[:-1] if ids[-1] == self.tokenizer.turn_end_id else ids).strip()
+        ids = (
+            sequence.answer_ids[:-1] if sequence.answer_ids[-1] == self.tokenizer.turn_end_id else sequence.answer_ids
+        )
+        before = sequence.header_ids
+        # Behind what it goes on from: a tokenizer may leave out white space at the front of a text.
+        text = self.tokenizer.decode([*before, *ids])[len(self.tokenizer.decode(before)) :]
+        return text.rstrip() if sequence.has_start else text.strip()

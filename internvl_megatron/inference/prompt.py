@@ -13,3 +13,10 @@ class Prompt:
     """Paths."""
     system: str | None = None
     """System turn; None = the run's own (`data.system_prompt`), '' = no system turn."""
+    history: tuple[tuple[str, str], ...] = ()
+    """Earlier turns, (question, answer) each. Images replace the `<image>` of all questions in order; without any they come
+    first in the first one."""
+    answer_start: str = ""
+    """Text the answer begins with; what is returned goes on behind it."""
+    seed: int | None = None
+    """Where tokens are drawn: what this prompt's draws depend on, in place of its number among the prompts."""
