@@ -177,9 +177,7 @@ def _enlarge(bitmap: np.ndarray) -> np.ndarray:
     return np.asarray(image.resize((DIGIT_PIXELS, DIGIT_PIXELS), Image.Resampling.BICUBIC))
 
 
-def _draw_pictures(
-    out: Path, split: str, digits: Sequence[Digit], count: int, rng: random.Random
-) -> list[Picture]:
+def _draw_pictures(out: Path, split: str, digits: Sequence[Digit], count: int, rng: random.Random) -> list[Picture]:
     """Write pictures of one to three random digits, as many of each length."""
     (out / "images" / split).mkdir(parents=True)
     pictures = []
@@ -308,10 +306,12 @@ def _write_datasets(out: Path, split: str, datasets: dict[str, list[Record]]) ->
 
 
 def write_json(path: Path, value: object) -> None:
+    """One value, for people to read."""
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
 def write_jsonl(path: Path, records: Iterable[Record]) -> None:
+    """A record a line."""
     path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
 
 

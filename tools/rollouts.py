@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from internvl_megatron.checkpoint import folders
 from internvl_megatron.data.conversation import IMAGE_PLACEHOLDER
 from internvl_megatron.data.images import image_size
 from internvl_megatron.data.jsonl_file import JsonlFile
@@ -72,7 +73,9 @@ def read_questions(path: Path, root: Path) -> list[Question]:
     for index in range(len(file)):
         question = _parse(file.read(index), file.where(index), index, root)
         if question.id in questions:
-            raise DataError(f"{question.where}: field 'id': {question.id!r} is taken by {questions[question.id].where}")
+            raise DataError(
+                f"{question.where}: field 'id': {question.id!r} is taken by {questions[question.id].where}"
+            )
         questions[question.id] = question
     return list(questions.values())
 
@@ -178,8 +181,13 @@ def ask(folder: Path, name: str, jobs: Sequence[Job], asking: Asking, part: Part
     """
     own = jobs[part.number :: part.count]
     path = part.path(folder, name)
-    settings = {**asdict(asking), "jobs": _digest(jobs), "parts": part.count}
-    del settings["device"]
+    settings = {
+        **asdict(asking),
+        "weights": _checkpoint(Path(asking.weights)),
+        "jobs": _digest(jobs),
+        "parts": part.count,
+    }
+    del settings["device"]  # another one may go on
     with open_journal(path, settings) as journal:
         missing = len({job.id for job in own} - set(journal.done))
     if missing:
@@ -191,6 +199,12 @@ def ask(folder: Path, name: str, jobs: Sequence[Job], asking: Asking, part: Part
         if other.is_file():
             found |= read_answers(other)
     return found if all(job.id in found for job in jobs) else None
+
+
+def _checkpoint(weights: Path) -> str:
+    """Of a run, the checkpoint that is its newest now."""
+    finished = folders.finished(weights / folders.CHECKPOINTS)
+    return str(finished[-1] if finished else weights)
 
 
 def _digest(jobs: Sequence[Job]) -> str:
@@ -210,7 +224,10 @@ def fill_rank(info: RankInfo, path: Path, settings: dict[str, Any], jobs: Sequen
     from internvl_megatron.inference.sampling import Sampling
 
     sampling = Sampling(asking.temperature, asking.top_k, asking.top_p, asking.seed)
-    with open_journal(path, settings) as journal, open_generator(info, Path(asking.weights), asking.device) as generator:
+    with (
+        open_journal(path, settings) as journal,
+        open_generator(info, Path(asking.weights), asking.device) as generator,
+    ):
         batches = [jobs[first : first + asking.batch_jobs] for first in range(0, len(jobs), asking.batch_jobs)]
         for number, batch in enumerate(batches, 1):
             if all(job.id in journal.done for job in batch):
@@ -284,7 +301,11 @@ def open_journal(path: Path, settings: dict[str, Any]) -> Iterator[Journal]:
         begun = json.loads(path.read_bytes().partition(b"\n")[0]).get("settings")
         if begun != settings:
             before = begun or {}
-            changed = [f"{name} was {before.get(name)}, is {settings[name]}" for name in settings if before.get(name) != settings[name]]
+            changed = [
+                f"{name} was {before.get(name)}, is {settings[name]}"
+                for name in settings
+                if before.get(name) != settings[name]
+            ]
             raise ConfigError(
                 f"{path}: was begun with other settings ({'; '.join(changed)}); set them back, or choose another folder"
             )

@@ -75,7 +75,7 @@ def _last_boxed(text: str) -> str | None:
 def _number(text: str) -> Fraction | None:
     """The value of a text that is a number or a fraction of whole numbers."""
     match = _NUMBER.fullmatch(text) if len(text) <= _LONGEST_NUMBER else None
-    if match is None or match[3] is not None and not int(match[3]):
+    if match is None or (match[3] is not None and not int(match[3])):
         return None
     value = Fraction(match[2].replace(",", "")) / int(match[3] or 1)
     return -value if match[1] == "-" else value

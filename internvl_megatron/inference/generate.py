@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from internvl_megatron.config.schema import RunConfig
-from internvl_megatron.data.conversation import Turn, answer_header, render_prompt
+from internvl_megatron.data.conversation import Turn, answer_header, answer_places, render_prompt
 from internvl_megatron.data.images import ImageRef, decode_tiles, image_size
 from internvl_megatron.data.positions import UNITS_PER_POSITION, v2pe_numerators
 from internvl_megatron.data.tiling import choose_grid, num_tiles
@@ -142,6 +142,26 @@ class Generator:
         end = len(sequence.prompt_ids)
         logits = self._row_logits([sequence], np.arange(max(0, end - num_positions), end))
         return logits[:, : self.config.model.language.vocab_size].float().cpu().numpy()
+
+    @torch.no_grad()
+    def answer_starts(self, prompts: Sequence[Prompt], token_ids: Sequence[int]) -> list[np.ndarray]:
+        """Scores of some tokens as the first of every answer of a conversation, fp32 [answers, tokens] each.
+
+        The answers are those of `history` and the one to come, in their order; each is scored behind the earlier ones as
+        they stand there. Ordinary positions.
+        """
+        self.vision.eval()
+        self.language.eval()
+        waiting = deque(self._render(prompt, UNITS_PER_POSITION, GREEDY.seed_of(0, None)) for prompt in prompts)
+        scores: list[np.ndarray] = []
+        while waiting:
+            row = self._admit(waiting, [], max_new_tokens=0)
+            places = [answer_places(sequence.prompt_ids, self.tokenizer) for sequence in row]
+            starts = np.cumsum([0] + [len(sequence.prompt_ids) for sequence in row])
+            together = np.concatenate([own + start for own, start in zip(places, starts, strict=False)])
+            logits = self._row_logits(row, together)[:, list(token_ids)].float().cpu().numpy()
+            scores += np.split(logits, np.cumsum([len(own) for own in places])[:-1])
+        return scores
 
     def _render(self, prompt: Prompt, v2pe_numerator: int, seed: tuple[int, ...]) -> _Sequence:
         """Template, tiling and positions of a prompt; of its images only the headers are read."""

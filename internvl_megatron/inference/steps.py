@@ -7,6 +7,7 @@ character.
 
 import re
 from collections.abc import Sequence
+from itertools import pairwise
 
 GOOD, BAD = "+", "-"
 
@@ -27,9 +28,10 @@ def split_steps(solution: str, most_steps: int) -> list[str]:
     paragraphs = [part.strip() for part in re.split(r"\n\s*\n", solution) if part.strip()]
     count = min(most_steps, len(paragraphs))
     bounds = [number * len(paragraphs) // count for number in range(count + 1)] if count else []
-    return ["\n\n".join(paragraphs[start:end]) for start, end in zip(bounds, bounds[1:], strict=False)]
+    return ["\n\n".join(paragraphs[start:end]) for start, end in pairwise(bounds)]
 
 
 def judged_turns(question: str, steps: Sequence[str]) -> list[str]:
-    """The user's turns; `question` may have `<image>` in it, steps may not."""
-    return [f"### Question:\n{question}\n\n### Solution Process:\n{steps[0]}", *steps[1:]]
+    """The user's turns. `<image>` is a place of an image in the question, and mere text in steps."""
+    first, *others = [step.replace("<image>", "image") for step in steps]
+    return [f"### Question:\n{question}\n\n### Solution Process:\n{first}", *others]
