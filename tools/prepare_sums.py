@@ -14,9 +14,10 @@ the questions that preference pairs and step labels are made of, and held-out on
     images/
 """
 
+import json
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import accumulate
 from pathlib import Path
 
@@ -56,7 +57,11 @@ def solution(digits: str) -> str:
 
 
 def prepare_sums(out: Path, amounts: SumAmounts, pretraining: Amounts) -> None:
-    """Make `out`; parts that are there are made again, and are the same."""
+    """Make `out`, or leave it alone if it was made with the same amounts."""
+    made = {"sums": asdict(amounts), "pretraining": asdict(pretraining)}
+    marker = out / "amounts.json"
+    if marker.is_file() and json.loads(marker.read_text(encoding="utf-8")) == made:
+        return
     (out / "images").mkdir(parents=True, exist_ok=True)
     prepare(out / "demo", amounts.seed, pretraining)
     assert pretraining.heldout_share == amounts.unseen_share, "pre-training shows digits that are to be unseen"
@@ -90,6 +95,7 @@ def prepare_sums(out: Path, amounts: SumAmounts, pretraining: Amounts) -> None:
         ("heldout_judge", heldout, amounts.num_heldout_judge),
     ):
         write_jsonl(out / f"{name}_questions.jsonl", _questions(name, draw(name, digits, count)))
+    write_json(marker, made)
 
 
 def _questions(name: str, pictures: Sequence[tuple[str, str]]) -> list[Record]:

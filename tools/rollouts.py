@@ -181,12 +181,8 @@ def ask(folder: Path, name: str, jobs: Sequence[Job], asking: Asking, part: Part
     """
     own = jobs[part.number :: part.count]
     path = part.path(folder, name)
-    settings = {
-        **asdict(asking),
-        "weights": _checkpoint(Path(asking.weights)),
-        "jobs": _digest(jobs),
-        "parts": part.count,
-    }
+    asking = replace(asking, weights=_checkpoint(Path(asking.weights)))
+    settings = {**asdict(asking), "jobs": _digest(jobs), "parts": part.count}
     del settings["device"]  # another one may go on
     with open_journal(path, settings) as journal:
         missing = len({job.id for job in own} - set(journal.done))
