@@ -154,6 +154,18 @@ def answer_header(tokenizer: Tokenizer, answer_start: str = "") -> list[int]:
     return [tokenizer.turn_start_id, *tokenizer.encode(_header_text("gpt") + answer_start)]
 
 
+def answer_places(token_ids: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:
+    """Places of the last token of every answer's header, int64, in a conversation that may end with one.
+
+    Texts cannot look like a header: `<|im_start|>` in them is not that token (`special_tokens_in_text`).
+    """
+    header = np.array(answer_header(tokenizer), dtype=token_ids.dtype)
+    if len(token_ids) < len(header):
+        return np.empty(0, dtype=np.int64)
+    windows = np.lib.stride_tricks.sliding_window_view(token_ids, len(header))
+    return np.flatnonzero((windows == header).all(axis=1)) + len(header) - 1
+
+
 def _header_text(role: Role) -> str:
     """Text between `<|im_start|>` and a turn's own text."""
     return _TEMPLATE_ROLES[role] + "\n"

@@ -19,7 +19,7 @@ from internvl_megatron.data.tokenizer import Tokenizer
 from internvl_megatron.device import Device
 from internvl_megatron.errors import ConfigError
 from internvl_megatron.inference.answer_text import AnswerText
-from internvl_megatron.inference.prompt import Answer, Prompt
+from internvl_megatron.inference.prompt import ENDS, Answer, End, Prompt
 from internvl_megatron.inference.requests import Renderer, Request
 from internvl_megatron.inference.sampling import choose_tokens, draw
 from internvl_megatron.inference.settings import GREEDY, Generation, Limits, Sampling
@@ -30,8 +30,6 @@ from internvl_megatron.parallel.host import gather_integers
 
 type OnText = Callable[[int, str], None]
 """Is given the number of a prompt and the next piece of its answer."""
-
-_ENDS = ("turn_end", "stop", "length")
 
 
 class Generator:
@@ -100,14 +98,16 @@ class Generator:
         """
         settings = settings or Generation()
         rendered = self.renderer.render_all(prompts, settings.v2pe_numerator, settings.max_new_tokens)
-        layout = self._groups.layout
         mine = [
-            Request(number, prompt, tokens, settings.sampling.seed_of(number, prompt.seed))
-            for number, (prompt, tokens) in enumerate(zip(prompts, rendered, strict=True))
-            if number % layout.data_size == layout.replica(self._groups.rank)
+            Request(number, prompts[number], rendered[number], settings.sampling.seed_of(number, prompts[number].seed))
+            for number in self.own_numbers(len(prompts))
         ]
-        answers = _Run(self, settings, on_text if self.stages.leads else None).finish(mine)
-        return self._of_all_replicas(answers, settings, prompts)
+        done = _Run(self, settings, on_text if self.stages.leads else None).finish(mine)
+        found = self.of_all_replicas({number: [ENDS.index(end), *ids] for number, (ids, end) in done.items()})
+        return [
+            self._finished(prompt, ids, ENDS[end], settings)
+            for prompt, (end, *ids) in ((prompt, found[number]) for number, prompt in enumerate(prompts))
+        ]
 
     @torch.no_grad()
     def logits(self, prompt: Prompt, num_positions: int) -> np.ndarray:
@@ -115,12 +115,10 @@ class Generator:
 
         For comparing models, on one rank: ordinary positions (delta 1), the vocabulary without its padding.
         """
-        rendered = self.renderer.render(prompt, UNITS_PER_POSITION)
-        end = len(rendered.token_ids)
-        self.stages.cache.reserve(1, end)
-        request = Request(0, prompt, rendered, ())
+        request = Request(0, prompt, self.renderer.render(prompt, UNITS_PER_POSITION), ())
+        end = len(request.rendered.token_ids)
         self.embed([request])
-        logits = self.stages.scores([prompt_piece(request, 0, np.arange(max(0, end - num_positions), end))])
+        logits = self.stages.scores([prompt_piece(request, None, np.arange(max(0, end - num_positions), end))])
         assert logits is not None, "the only rank is on the last stage"
         return logits[:, : self.config.model.language.vocab_size].float().cpu().numpy()
 
@@ -138,40 +136,39 @@ class Generator:
         before = self.renderer.header_ids(prompt)
         return AnswerText(self.tokenizer, before, bool(prompt.answer_start), settings.stop_strings)
 
-    def finished(self, prompt: Prompt, token_ids: Sequence[int], end: str, settings: Generation) -> Answer:
+    def _finished(self, prompt: Prompt, token_ids: Sequence[int], end: End, settings: Generation) -> Answer:
         """An answer from its tokens."""
         text = self.text_of(prompt, settings)
         for token_id in token_ids[: len(token_ids) - self.is_end(token_ids[-1], settings)]:
             text.add(token_id)
         text.end()
-        assert end in _ENDS, f"answers end by {_ENDS}, not {end}"
-        return Answer(text.text, tuple(token_ids), end)  # pyright: ignore[reportArgumentType]
+        return Answer(text.text, tuple(token_ids), end)
 
     def is_end(self, token_id: int, settings: Generation) -> bool:
         """Whether a token ends an answer and is no part of it."""
         return token_id == self.tokenizer.turn_end_id or token_id in settings.stop_ids
 
-    def _of_all_replicas(
-        self, answers: dict[int, tuple[list[int], str]], settings: Generation, prompts: Sequence[Prompt]
-    ) -> list[Answer]:
-        """Answers of all replicas, in order, from the tokens of this one's and how they ended."""
-        if self._groups.layout.data_size > 1:
-            message = [
-                value
-                for number, (ids, end) in answers.items()
-                for value in (number, _ENDS.index(end), len(ids), *ids)
-            ]
-            answers = {}
-            for values in gather_integers(np.array(message, dtype=np.int64), self._groups.host_data):
-                numbers = values.tolist()
-                while numbers:
-                    number, end, length = numbers[:3]
-                    answers[number] = (numbers[3 : 3 + length], _ENDS[end])
-                    numbers = numbers[3 + length :]
-        return [self.finished(prompt, *answers[number], settings) for number, prompt in enumerate(prompts)]
+    def own_numbers(self, count: int) -> range:
+        """Which of the prompts of a call this replica is for."""
+        layout = self._groups.layout
+        return range(layout.replica(self._groups.rank), count, layout.data_size)
+
+    def of_all_replicas(self, own: dict[int, list[int]]) -> dict[int, list[int]]:
+        """What every replica has found for its prompts, by their numbers, on all ranks."""
+        if self._groups.layout.data_size == 1:
+            return own
+        message = [value for number, values in own.items() for value in (number, len(values), *values)]
+        found: dict[int, list[int]] = {}
+        for gathered in gather_integers(np.array(message, dtype=np.int64), self._groups.host_data):
+            place, numbers = 0, gathered.tolist()
+            while place < len(numbers):
+                number, length = numbers[place : place + 2]
+                found[number] = numbers[place + 2 : place + 2 + length]
+                place += 2 + length
+        return found
 
 
-def prompt_piece(request: Request, slot: int, wanted: np.ndarray) -> Piece:
+def prompt_piece(request: Request, slot: int | None, wanted: np.ndarray) -> Piece:
     """A whole prompt."""
     rendered = request.rendered
     return Piece(
@@ -198,9 +195,9 @@ class _Run:
         """The n-th has slot n."""
         self.texts: dict[int, AnswerText] = {}
         """Of the requests under way, where somebody waits for text or it may hold the end."""
-        self.done: dict[int, tuple[list[int], str]] = {}
+        self.done: dict[int, tuple[list[int], End]] = {}
 
-    def finish(self, requests: Sequence[Request]) -> dict[int, tuple[list[int], str]]:
+    def finish(self, requests: Sequence[Request]) -> dict[int, tuple[list[int], End]]:
         """Tokens of the answers and how they ended, by the numbers of the requests."""
         waiting = deque(requests)
         while waiting or self.active:
@@ -296,7 +293,7 @@ class _Run:
             text = self._text_of(request)
             if text is not None and not is_end:
                 self._tell(request, text.add(token_id))
-            end = None
+            end: End | None = None
             if is_end:
                 end = "turn_end" if token_id == self.generator.tokenizer.turn_end_id else "stop"
             elif text is not None and text.is_stopped:

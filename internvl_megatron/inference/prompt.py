@@ -3,6 +3,11 @@
 from dataclasses import dataclass
 from typing import Literal
 
+End = Literal["turn_end", "stop", "length"]
+"""What ended an answer: `<|im_end|>`, one of the stop strings or ids, or the number of tokens."""
+
+ENDS: tuple[End, ...] = ("turn_end", "stop", "length")
+
 
 @dataclass(frozen=True)
 class Prompt:
@@ -32,5 +37,4 @@ class Answer:
     `answer_start` white space stays at the front."""
     token_ids: tuple[int, ...]
     """As they were generated, the last one included if it ended the answer."""
-    end: Literal["turn_end", "stop", "length"]
-    """What ended it: `<|im_end|>`, one of the stop strings or ids, or the number of tokens."""
+    end: End

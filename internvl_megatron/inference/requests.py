@@ -69,9 +69,7 @@ class Renderer:
         self._tokenizer = tokenizer
         self._max_positions = max_positions
 
-    def render_all(
-        self, prompts: Sequence[Prompt], v2pe_numerator: int, max_new_tokens: int
-    ) -> list[RenderedPrompt]:
+    def render_all(self, prompts: Sequence[Prompt], v2pe_numerator: int, max_new_tokens: int) -> list[RenderedPrompt]:
         """Every prompt's tokens; the same object for prompts that differ in their seeds alone.
 
         Raises:

@@ -59,7 +59,6 @@ GREEDY = Sampling()
 """The most likely token at every step."""
 
 
-
 @dataclass(frozen=True)
 class Generation:
     """When answers end, and how they are made."""

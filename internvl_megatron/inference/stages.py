@@ -21,6 +21,7 @@ from internvl_megatron.model.attention import PackedRow
 from internvl_megatron.model.build import Model, torch_dtype
 from internvl_megatron.model.kv_cache import CachedTokens, KeyValueCache
 from internvl_megatron.model.language import ImageTokens
+from internvl_megatron.model.output_layer import Targets
 from internvl_megatron.model.rotary import rotary_tables
 from internvl_megatron.parallel.groups import Groups
 
@@ -29,8 +30,8 @@ from internvl_megatron.parallel.groups import Groups
 class Piece:
     """Tokens of one sequence that go through the model together, a segment of a row."""
 
-    slot: int
-    """Of the cache."""
+    slot: int | None
+    """Of the cache; None = nothing is kept, which holds for all pieces of a row or for none."""
     start: int
     """Tokens the slot has already."""
     token_ids: np.ndarray
@@ -93,6 +94,19 @@ class Stages:
 
         Keys and values of the pieces stay in their slots. Padding of the vocabulary is at -inf.
         """
+        logits = self._run(pieces, None)
+        return None if logits is None else self._whole_vocabulary(logits[:, 0])
+
+    def logprobs(self, pieces: Sequence[Piece], tokens: np.ndarray) -> Tensor | None:
+        """Log-probabilities of tokens int64 [n] at the wanted places, fp32 [n], on ranks of the last stage; None elsewhere.
+
+        Keys and values as with `scores`. Of the scores only some exist at a time (`kernels.loss_chunk_tokens`).
+        """
+        losses = self._run(pieces, Targets(self._device.put(tokens), None))
+        return None if losses is None else -losses
+
+    def _run(self, pieces: Sequence[Piece], targets: Targets | None) -> Tensor | None:
+        """Let a row of pieces pass the stages; what the last stage makes of it (`LanguageModel`), there."""
         row, ends = self._row(pieces)
         language, pipeline = self._language, self._groups.language.pp
         if not language.pre_process:
@@ -107,11 +121,11 @@ class Stages:
             language.set_input_tensor(received)
         token_ids = self._device.put(np.concatenate([piece.token_ids for piece in pieces]).astype(np.int64))
         wanted = np.concatenate([piece.wanted + start for piece, start in zip(pieces, ends, strict=False)])
-        output = language(token_ids[None], row, self._image_tokens(pieces, ends), self._device.put(wanted))
+        output = language(token_ids[None], row, self._image_tokens(pieces, ends), self._device.put(wanted), targets)
         if not language.post_process:
             dist.send(output.contiguous(), group=pipeline, group_dst=pipeline.rank() + 1)
             return None
-        return self._whole_vocabulary(output[:, 0])
+        return output
 
     def agree(self, chosen: Sequence[int] | None, count: int) -> list[int]:
         """What the last stage has chosen, on every rank of the replica."""
@@ -156,16 +170,17 @@ class Stages:
         on_device = self._device.put(ends.astype(np.int32))
         language = self._config.model.language
         positions = self._device.put(np.concatenate([piece.positions for piece in pieces]))
-        slots = [piece.slot for piece in pieces]
-        in_order = slots == list(range(len(slots)))
+        slots = [piece.slot for piece in pieces if piece.slot is not None]
+        assert len(slots) in (0, len(pieces)), f"{len(slots)} of {len(pieces)} pieces of a row have a slot"
+        starts, in_order = [piece.start for piece in pieces], slots == list(range(len(slots)))
         row = PackedRow(
             cu_seqlens_q=on_device,
             cu_seqlens_kv=on_device,
             segment_ends=tuple(ends.tolist()),
             rotary=rotary_tables(positions, language.head_size, language.rope_theta),
-            cached=CachedTokens(
-                self.cache, range(len(slots)) if in_order else slots, [piece.start for piece in pieces], lengths
-            ),
+            cached=CachedTokens(self.cache, range(len(slots)) if in_order else slots, starts, lengths)
+            if slots
+            else None,
         )
         return row, ends
 
