@@ -57,7 +57,8 @@ def small_generator(
     from internvl_megatron.data.tokenizer_build import train_small_tokenizer
     from internvl_megatron.device import open_device
     from internvl_megatron.inference.generate import Generator
-    from internvl_megatron.inference.run import Setup, divided
+    from internvl_megatron.inference.run import divided
+    from internvl_megatron.inference.settings import Setup
     from internvl_megatron.model.build import build_model
     from internvl_megatron.parallel.groups import make_groups
     from internvl_megatron.parallel.layout import Layout
