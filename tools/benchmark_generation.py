@@ -10,7 +10,6 @@ weights should be in memory; the best of the rounds counts, because other work o
 import argparse
 import json
 import os
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,21 +28,27 @@ PROMPT_TOKENS = (48, 96)
 """Shortest and longest; those of a batch are spread evenly between the two, a batch of one has the mean."""
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure both, print the record, write it to a file if one is named."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """The command `generation` of `tools.benchmark`."""
+    parser = commands.add_parser("generation", help="tokens per second of generation beside transformers' on a CPU")
     parser.add_argument("--model", choices=list(INTERNVL3), default="1B")
     parser.add_argument("--batches", default="1,8", help="sequences at a time, several with commas")
     parser.add_argument("--new-tokens", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--output", type=Path)
-    options = parser.parse_args(arguments)
+    parser.add_argument("--output", type=Path, help="JSON file to write; default: print only")
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Measure both, print the record, write it to a file if one is named."""
     batches = [int(size) for size in options.batches.split(",")]
     seconds: dict[str, dict[int, list[float]]] = {"ours": {}, "transformers": {}}
+    loads = []
     for _ in range(options.rounds):
         for name, body in (("ours", time_ours), ("transformers", time_transformers)):
             (found,) = launch(body, 1, options.model, batches, options.new_tokens, options.threads, device="cpu")
+            loads.append(round(os.getloadavg()[0], 1))
             for size, elapsed in found.items():
                 seconds[name].setdefault(size, []).append(elapsed)
     record = machine_record() | {
@@ -53,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "threads": options.threads,
         "new_tokens": options.new_tokens,
         "prompt_tokens": list(PROMPT_TOKENS),
-        "load_average": os.getloadavg()[0],
+        "load_averages": loads,
         "batches": [_compare(size, options.new_tokens, seconds) for size in batches],
     }
     text = json.dumps(record, indent=1)
@@ -87,10 +92,11 @@ def time_ours(info: RankInfo, model: str, batches: list[int], new_tokens: int, t
         generator = Generator(config, built, groups, tokenizer, device)
         _fill(parameter for _, parameter in built.named_parameters())
 
-        def rendered(prompts: Sequence[Prompt], *_: Any) -> list[RenderedPrompt]:
+        def rendered(prompts: Sequence[Prompt], v2pe_numerator: int, max_new_tokens: int) -> list[RenderedPrompt]:
+            del max_new_tokens
             ids = _prompts(len(prompts), config.model.language.vocab_size)
             no_images = np.empty(0, dtype=np.int64)
-            return [RenderedPrompt(own, np.arange(len(own), dtype=np.int32) * 256, (), no_images) for own in ids]
+            return [RenderedPrompt(own, np.arange(len(own), dtype=np.int32) * v2pe_numerator, (), no_images) for own in ids]
 
         # Tokens instead of texts: both get the same.
         generator.renderer.render_all = rendered
@@ -172,7 +178,3 @@ def _compare(size: int, new_tokens: int, seconds: dict[str, dict[int, list[float
         "ratio": round(speeds["ours"] / speeds["transformers"], 3),
         "seconds": {name: [round(value, 2) for value in found[size]] for name, found in seconds.items()},
     }
-
-
-if __name__ == "__main__":
-    sys.exit(main())
