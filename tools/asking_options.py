@@ -70,6 +70,7 @@ def asking_of(options: argparse.Namespace) -> Asking:
 
 def write_dataset(out: Path, name: str, file: str, records: Sequence[Mapping[str, Any]], root: Path) -> None:
     """A jsonl of records, and a meta file with it alone."""
+    out.mkdir(parents=True, exist_ok=True)
     write_whole(out / file, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
     entry = {
         "root": os.path.relpath(root, out),

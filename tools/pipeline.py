@@ -183,7 +183,6 @@ class Pipeline:
             device="cpu",
         )
         answers = ask(self.folder / "answers", f"{name}-{stage}", jobs, asking, Part())
-        assert answers is not None, "there is one part"
         return {question: answers[question.id] for question in questions}
 
     def _exact_match(self, stage: str) -> float:
