@@ -9,7 +9,7 @@ the questions that preference pairs and step labels are made of, and held-out on
 
     demo/                                  the demo's data, of the first part, for pre-training; its tokenizer
     sft.jsonl, sft_meta.json               conversations of the first part
-    preference_questions.jsonl, judge_questions.jsonl         of the second part: {id, image, question, answer, ...}
+    preference_questions.jsonl, judge_questions.jsonl         of the second part: {id, image, question, answer}
     heldout_questions.jsonl, heldout_pair_questions.jsonl, heldout_judge_questions.jsonl     of the third
     images/
 """
@@ -27,8 +27,6 @@ from PIL import Image
 from tools.prepare_demo import Amounts, Digit, Record, prepare, split_digits, write_json, write_jsonl
 
 QUESTION = "Add the digits."
-CHANCE = 0.09
-"""Of the most frequent sum of three digits, rounded up; see `tests/unit/test_prepare_sums.py`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,8 +103,6 @@ def _questions(name: str, pictures: Sequence[tuple[str, str]]) -> list[Record]:
             "image": path,
             "question": f"<image>\n{QUESTION}",
             "answer": str(sum(map(int, digits))),
-            "task": "sum",
-            "chance": CHANCE,
         }
         for index, (path, digits) in enumerate(pictures)
     ]
