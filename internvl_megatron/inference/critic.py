@@ -14,6 +14,7 @@ from internvl_megatron.data.tokenizer import Tokenizer
 from internvl_megatron.errors import ConfigError
 from internvl_megatron.inference.generate import Generator
 from internvl_megatron.inference.prompt import Prompt
+from internvl_megatron.inference.scoring import answer_starts
 from internvl_megatron.inference.steps import BAD, GOOD, JUDGE_INSTRUCTION, judged_turns, split_steps
 
 MOST_STEPS = 12
@@ -63,7 +64,7 @@ def score_steps(
     prompts = [
         judge_prompt(solution.prompt, own, instruction) for solution, own in zip(solutions, steps, strict=True) if own
     ]
-    pairs = generator.answer_starts(prompts, verdict_tokens(generator.tokenizer))
+    pairs = answer_starts(generator, prompts, verdict_tokens(generator.tokenizer))
     # Of two tokens' softmax the first is the logistic function of their difference.
     scores = iter(1 / (1 + np.exp(pair[:, 1].astype(np.float64) - pair[:, 0])) for pair in pairs)
     return [next(scores) if own else np.empty(0) for own in steps]

@@ -1,6 +1,12 @@
-"""What is asked; imports nothing heavy, so that a command line can make prompts without torch."""
+"""What is asked and what is answered; imports nothing heavy, so that a command line can make prompts without torch."""
 
 from dataclasses import dataclass
+from typing import Literal
+
+End = Literal["turn_end", "stop", "length"]
+"""What ended an answer: `<|im_end|>`, one of the stop strings or ids, or the number of tokens."""
+
+ENDS: tuple[End, ...] = ("turn_end", "stop", "length")
 
 
 @dataclass(frozen=True)
@@ -20,3 +26,15 @@ class Prompt:
     """Text the answer begins with; what is returned goes on behind it."""
     seed: int | None = None
     """Where tokens are drawn: what this prompt's draws depend on, in place of its number among the prompts."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the model answered."""
+
+    text: str
+    """Without what ended it and without `answer_start`; without surrounding white space, but where it goes on behind
+    `answer_start` white space stays at the front."""
+    token_ids: tuple[int, ...]
+    """As they were generated, the last one included if it ended the answer."""
+    end: End

@@ -6,67 +6,14 @@ Shapes: n sequences, V vocabulary, s tokens of a sequence.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from internvl_megatron.errors import ConfigError
+from internvl_megatron.inference.settings import GREEDY, Sampling
 
-
-@dataclass(frozen=True)
-class Sampling:
-    """How tokens are chosen."""
-
-    temperature: float = 0.0
-    """Scores are divided by it; 0 = always the most likely token."""
-    top_k: int = 0
-    """Draw from so many most likely tokens (and those that tie with the last of them); 0 = from all."""
-    top_p: float = 1.0
-    """Draw from the most likely tokens that have this probability between them."""
-    seed: int = 0
-    """Of all draws."""
-    repetition_penalty: float = 1.0
-    """Scores of tokens that the prompt or the answer has already are divided by it, or multiplied if below 0; 1 = off."""
-
-    def __post_init__(self) -> None:
-        """Check the values.
-
-        Raises:
-            ConfigError: with a line for each that is out of its range.
-        """
-        problems = []
-        if not 0 <= self.temperature < float("inf"):
-            problems.append(f"temperature: must be 0 (the most likely token) or more, not {self.temperature}")
-        if self.top_k < 0:
-            problems.append(f"top_k: must be 0 (all tokens) or more, not {self.top_k}")
-        if not 0 < self.top_p <= 1:
-            problems.append(f"top_p: must be above 0 and at most 1 (all tokens), not {self.top_p}")
-        if self.seed < 0:
-            problems.append(f"seed: must be 0 or more, not {self.seed}")
-        if not 0 < self.repetition_penalty < float("inf"):
-            problems.append(f"repetition_penalty: must be above 0 (1 = off), not {self.repetition_penalty}")
-        if problems:
-            raise ConfigError("\n".join(problems))
-
-    @property
-    def is_greedy(self) -> bool:
-        """Whether nothing is drawn."""
-        return self.temperature == 0
-
-    def seed_of(self, number: int, own_seed: int | None) -> tuple[int, ...]:
-        """What a request's draws depend on, beside the step.
-
-        Args:
-            number: place of the request among those of the call.
-            own_seed: the request's own seed, in place of its number; None = it has none.
-        """
-        return (self.seed, 0, number) if own_seed is None else (self.seed, 1, own_seed)
-
-
-GREEDY = Sampling()
-"""The most likely token at every step."""
+__all__ = ["GREEDY", "Sampling", "choose_tokens", "draw", "filtered", "penalised"]
 
 
 def choose_tokens(logits: Tensor, sampling: Sampling, uniform: Sequence[float], seen: Sequence[np.ndarray]) -> Tensor:

@@ -51,11 +51,12 @@ def compare(info: RankInfo, solutions: list[Solution], steps: list[list[str]], m
     reference: Any = huggingface_model(sizes)
     reference.config.image_token_id = tokenizer.image_context_id
     with joined(info, device, 60):
-        model = build_model(config, make_groups(Layout(1, 1, 1), device, 60), device)
+        groups = make_groups(Layout(1, 1, 1), device, 60)
+        model = build_model(config, groups, device)
         full = from_huggingface(reference.state_dict(), sizes)
         for name, parameter in model.named_parameters():
             model.load_full(name, parameter, full[name])
-        generator = Generator(config, model, tokenizer, device)
+        generator = Generator(config, model, groups, tokenizer, device)
         ours = score_steps(generator, solutions, INSTRUCTION, most_steps)
         means = score_solutions(generator, solutions, INSTRUCTION, most_steps)
     expected = [
