@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.set_defaults(temperature=0.7, top_k=50)
     options = parser.parse_args(arguments)
     try:
-        check_counts(options, "num_rollouts", "max_pairs", "max_new_tokens", "batch")
+        check_counts(options, "num_rollouts", "max_pairs")
         report = build(options)
     except (UserError, RankFailedError, OSError) as error:
         return failed("build_preferences", error)

@@ -65,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.set_defaults(temperature=1.0, top_k=0)
     options = parser.parse_args(arguments)
     try:
-        check_counts(options, "num_solutions", "max_steps", "num_completions", "max_new_tokens", "batch")
+        check_counts(options, "num_solutions", "max_steps", "num_completions")
         report = build(options)
     except (UserError, RankFailedError, OSError) as error:
         return failed("build_prm_data", error)

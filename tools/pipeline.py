@@ -145,7 +145,7 @@ class Pipeline:
     def _asking(self, stage: str, temperature: float) -> list[str]:
         return [
             *("--weights", str(self.checkpoint(stage)), "--temperature", str(temperature), "--root", str(self.data)),
-            *("--max-new-tokens", str(MAX_NEW_TOKENS), "--batch", "64", "--device", "cpu"),
+            *("--max-new-tokens", str(MAX_NEW_TOKENS), "--batch", "64", "--max-sequences", "256", "--device", "cpu"),
         ]
 
     def _pairs(self, name: str, rollouts: int) -> None:
@@ -179,7 +179,8 @@ class Pipeline:
             top_p=1.0,
             seed=0,
             max_new_tokens=MAX_NEW_TOKENS,
-            batch_jobs=64,
+            batch_jobs=256,
+            max_sequences=256,
             device="cpu",
         )
         answers = ask(self.folder / "answers", f"{name}-{stage}", jobs, asking, Part())

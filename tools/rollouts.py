@@ -4,13 +4,14 @@ A draw depends on the seed, the question's id and the number of the answer alone
 places of the file; a batch that was cut off is done again from its beginning.
 """
 
+import contextlib
 import fcntl
 import hashlib
 import json
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -136,7 +137,19 @@ class Asking:
     max_new_tokens: int
     batch_jobs: int
     """Jobs that are asked together."""
+    num_ranks: int = 1
+    """Local ranks; those beyond `tensor_size` x `pipeline_size` make replicas, which share a batch's prompts."""
+    tensor_size: int = 1
+    pipeline_size: int = 1
+    max_sequences: int = 32
+    """Answers that grow together, on each replica."""
     device: DeviceName = "auto"
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What answers depend on."""
+        names = ("weights", "temperature", "top_k", "top_p", "seed", "max_new_tokens", "batch_jobs")
+        return {name: getattr(self, name) for name in names}
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,13 +198,14 @@ def ask(folder: Path, name: str, jobs: Sequence[Job], asking: Asking, part: Part
         return {}
     path = part.path(folder, name)
     asking = replace(asking, weights=_checkpoint(Path(asking.weights)))
-    settings = {**asdict(asking), "jobs": _digest(jobs)}
-    del settings["device"]  # another one may go on
+    settings = {**asking.settings, "jobs": _digest(jobs)}
     with open_journal(path, settings) as journal:
-        num_done = len(journal.done)
-    if num_done < len(jobs):
-        print(f"{path}: {num_done} of {len(jobs)} done", flush=True)
-        launch(FILL_RANK, 1, path, settings, jobs, asking, device=asking.device)
+        done = set(journal.done)
+    batches = [jobs[first : first + asking.batch_jobs] for first in range(0, len(jobs), asking.batch_jobs)]
+    missing = [batch for batch in batches if not all(job.id in done for job in batch)]
+    if missing:
+        print(f"{path}: {len(done)} of {len(jobs)} done", flush=True)
+        launch(FILL_RANK, asking.num_ranks, path, settings, missing, asking, device=asking.device)
     return read_answers(path)
 
 
@@ -218,27 +232,29 @@ def _digest(jobs: Sequence[Job]) -> str:
     return digest.hexdigest()
 
 
-def fill_rank(info: RankInfo, path: Path, settings: dict[str, Any], jobs: Sequence[Job], asking: Asking) -> None:
-    """Ask what a journal has no answers of; the body of one rank.
+def fill_rank(
+    info: RankInfo, path: Path, settings: dict[str, Any], batches: Sequence[Sequence[Job]], asking: Asking
+) -> None:
+    """Ask batches of jobs, of which a journal may have a part; the body of one rank. The first one writes.
 
     Raises:
         DataError: an image cannot be read; names the question.
     """
-    from internvl_megatron.inference.run import open_generator
-    from internvl_megatron.inference.sampling import Sampling
+    from internvl_megatron.inference.run import Setup, open_generator
+    from internvl_megatron.inference.settings import Limits, Sampling
 
     sampling = Sampling(asking.temperature, asking.top_k, asking.top_p, asking.seed)
-    with (
-        open_journal(path, settings) as journal,
-        open_generator(info, Path(asking.weights), asking.device) as generator,
-    ):
-        batches = [jobs[first : first + asking.batch_jobs] for first in range(0, len(jobs), asking.batch_jobs)]
+    limits = Limits(max_sequences=asking.max_sequences)
+    setup = Setup(asking.tensor_size, asking.pipeline_size, limits)
+    with contextlib.ExitStack() as opened:
+        journal = opened.enter_context(open_journal(path, settings)) if info.rank == 0 else None
+        generator = opened.enter_context(open_generator(info, Path(asking.weights), asking.device, setup=setup))
         for number, batch in enumerate(batches, 1):
-            if all(job.id in journal.done for job in batch):
-                continue
             _check_images(batch)
             prompts = [prompt for job in batch for prompt in seeded(job)]
             answers = iter(generator.answer(prompts, asking.max_new_tokens, sampling=sampling))
+            if journal is None:
+                continue
             for job in batch:
                 own = [next(answers) for _ in range(len(job.prompts) * job.times)]
                 if job.id not in journal.done:
