@@ -47,7 +47,7 @@ class Sizes:
     """How long it trains, and how much it asks."""
 
     pretrain_steps: int = 400
-    sft_steps: int = 150
+    sft_steps: int = 250
     mpo_steps: int = 100
     judge_steps: int = 200
     rollouts: int = 16
@@ -73,9 +73,7 @@ class Pipeline:
         """All of it; the report."""
         self._timed("data", lambda: prepare_sums(self.data, self.sizes.data, self.sizes.pretraining))
         self._train("pretrain", self.sizes.pretrain_steps, self.data / "demo" / "train_meta.json", None)
-        self._train(
-            "sft", self.sizes.sft_steps, self.data / "sft_meta.json", "pretrain", "optimizer.learning_rate=5e-4"
-        )
+        self._train("sft", self.sizes.sft_steps, self.data / "sft_meta.json", "pretrain")
         for name, rollouts in (("preference", self.sizes.rollouts), ("heldout_pair", self.sizes.rollouts)):
             self._timed(f"{name} pairs", lambda name=name, rollouts=rollouts: self._pairs(name, rollouts))
         self._train(

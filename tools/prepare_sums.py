@@ -8,7 +8,7 @@ The digits are in three parts that share none: those that pre-training (`tools.p
 the questions that preference pairs and step labels are made of, and held-out ones. OUT holds
 
     demo/                                  the demo's data, of the first part, for pre-training; its tokenizer
-    sft.jsonl, sft_meta.json               conversations of the first part
+    sft.jsonl, texts.jsonl, sft_meta.json  conversations of the first part, and sums of two numbers as text
     preference_questions.jsonl, judge_questions.jsonl         of the second part: {id, image, question, answer}
     heldout_questions.jsonl, heldout_pair_questions.jsonl, heldout_judge_questions.jsonl     of the third
     images/
@@ -40,6 +40,9 @@ class SumAmounts:
     heldout_share: float = 0.2
     """Of the digits, among the unseen ones; nothing is trained on them."""
     num_sft: int = 2400
+    num_texts: int = 600
+    """Conversations about sums without a picture, for fine-tuning."""
+    sums_per_text: int = 12
     num_preference: int = 600
     num_judge: int = 400
     num_heldout: int = 2000
@@ -83,8 +86,11 @@ def prepare_sums(out: Path, amounts: SumAmounts, pretraining: Amounts) -> None:
         for path, digits in draw("sft", seen, amounts.num_sft)
     ]
     write_jsonl(out / "sft.jsonl", [{"image": path, "conversations": said} for path, said in turns])
-    entry = {"root": "", "annotation": "sft.jsonl", "repeat_time": 1, "data_augment": False}
-    write_json(out / "sft_meta.json", {"sums": entry})
+    texts = [_text(amounts.sums_per_text, amounts.digits_per_picture, rng) for _ in range(amounts.num_texts)]
+    write_jsonl(out / "texts.jsonl", texts)
+    entry = {"root": "", "repeat_time": 1, "data_augment": False}
+    names = {"sums": "sft.jsonl", "texts": "texts.jsonl"}
+    write_json(out / "sft_meta.json", {name: {**entry, "annotation": file} for name, file in names.items()})
     for name, digits, count in (
         ("preference", practice, amounts.num_preference),
         ("judge", practice, amounts.num_judge),
@@ -94,6 +100,18 @@ def prepare_sums(out: Path, amounts: SumAmounts, pretraining: Amounts) -> None:
     ):
         write_jsonl(out / f"{name}_questions.jsonl", _questions(name, draw(name, digits, count)))
     write_json(marker, made)
+
+
+def _text(num_sums: int, num_digits: int, rng: random.Random) -> Record:
+    """Sums as the steps of a solution have them: of a total and a digit."""
+    turns = []
+    for _ in range(num_sums):
+        total, digit = rng.randint(0, 9 * (num_digits - 1)), rng.randint(0, 9)
+        turns += [
+            {"from": "human", "value": f"{total}+{digit}"},
+            {"from": "gpt", "value": f"{total}+{digit}={total + digit}"},
+        ]
+    return {"conversations": turns}
 
 
 def _questions(name: str, pictures: Sequence[tuple[str, str]]) -> list[Record]:
