@@ -2,7 +2,7 @@
 
     python -m tools.pipeline [FOLDER] [--nproc N]          (make pipeline)
 
-A 1.8M-parameter InternVL3 learns to read handwritten digits (`tools.demo`'s pre-training), then to add three of them step by
+A 1.8M-parameter InternVL3 learns to read handwritten digits (`tools.demo`'s pre-training), then to add three of them up, step by
 step. Its own answers to new pictures become preference pairs (`tools.build_preferences`) and step labels
 (`tools.build_prm_data`); MPO trains on the first, a judge on the second. FOLDER (runs/pipeline) gets a run of each stage and
 `report.json`. Interrupted, the same command goes on.
@@ -39,7 +39,8 @@ JUDGE_RANK = "tools.pipeline:judge_rank"
 INSTRUCTION = "Reply + or -."
 """Of the judge: the demo's tokenizer spells long texts byte by byte."""
 
-MAX_NEW_TOKENS = 40
+MAX_NEW_TOKENS = 32
+MAX_SEQUENCES = 256
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +48,7 @@ class Sizes:
     """How long it trains, and how much it asks."""
 
     pretrain_steps: int = 400
-    sft_steps: int = 250
+    sft_steps: int = 200
     mpo_steps: int = 100
     judge_steps: int = 200
     rollouts: int = 16
@@ -62,7 +63,7 @@ class Pipeline:
     """The stages, each of which does what is not done yet."""
 
     def __init__(self, folder: Path, num_ranks: int, sizes: Sizes) -> None:
-        """Stages run on so many ranks, data parallel; asking runs on one."""
+        """Stages run on so many ranks, all data parallel."""
         self.folder = folder
         self.data = folder / "data"
         self.num_ranks = num_ranks
@@ -143,7 +144,8 @@ class Pipeline:
     def _asking(self, stage: str, temperature: float) -> list[str]:
         return [
             *("--weights", str(self.checkpoint(stage)), "--temperature", str(temperature), "--root", str(self.data)),
-            *("--max-new-tokens", str(MAX_NEW_TOKENS), "--batch", "64", "--max-sequences", "256", "--device", "cpu"),
+            *("--max-new-tokens", str(MAX_NEW_TOKENS), "--batch", "64", "--max-sequences", str(MAX_SEQUENCES)),
+            *("--nproc", str(self.num_ranks), "--device", "cpu"),
         ]
 
     def _pairs(self, name: str, rollouts: int) -> None:
@@ -178,7 +180,8 @@ class Pipeline:
             seed=0,
             max_new_tokens=MAX_NEW_TOKENS,
             batch_jobs=256,
-            max_sequences=256,
+            max_sequences=MAX_SEQUENCES,
+            num_ranks=self.num_ranks,
             device="cpu",
         )
         answers = ask(self.folder / "answers", f"{name}-{stage}", jobs, asking, Part())
@@ -200,7 +203,7 @@ class Pipeline:
         for stage in ("sft", "mpo"):
             config = self.config("scoring", 1, self.data / "heldout_pair" / "meta.json", stage, "loss.kind=mpo")
             file = self.folder / f"heldout_pairs_{stage}.jsonl"
-            launch(SCORE_RANK, 1, config, str(file), device=config.device)
+            launch(SCORE_RANK, self.num_ranks, config, str(file), device=config.device)
             pairs = [json.loads(line) for line in file.read_text().splitlines()[1:]]
             scores[stage] = {pair["record"]: (pair["chosen"], pair["rejected"]) for pair in pairs}
         gains = [
@@ -229,7 +232,9 @@ class Pipeline:
             if len(set(right(own, question))) == 2
         }
         texts = [(question, text) for question, own in mixed.items() for text in own]
-        scores = iter(launch(JUDGE_RANK, 1, self.checkpoint("judge"), texts, INSTRUCTION, device="cpu")[0])
+        scores = iter(
+            launch(JUDGE_RANK, self.num_ranks, self.checkpoint("judge"), texts, INSTRUCTION, device="cpu")[0]
+        )
         order, best, chance = [], [], []
         for question, own in mixed.items():
             correct = right(own, question)
@@ -281,7 +286,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run it and say what came out."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("folder", nargs="?", type=Path, default=Path("runs/pipeline"))
-    parser.add_argument("--nproc", type=int, default=1, help="ranks that train, data parallel (default: 1)")
+    parser.add_argument("--nproc", type=int, default=2, help="ranks, each with the whole model (default: 2)")
     options = parser.parse_args(arguments)
     try:
         report = Pipeline(options.folder, options.nproc, Sizes()).run()

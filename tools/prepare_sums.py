@@ -1,8 +1,8 @@
-"""Prepare the data of the pipeline: sums of handwritten digits, worked out step by step.
+"""Prepare the data of the pipeline: check digits of handwritten numbers, worked out step by step.
 
-A picture is a few of the demo's digits side by side, and its answer reads them and adds them up, a step a paragraph:
+A picture is a few of the demo's digits side by side, and its answer reads them and adds them up modulo 10, a step a paragraph:
 
-    <image> Add the digits.        372 / 3+7=10 / 10+2=12 / 12
+    <image> Check digit?        372 / 3+7=0 / 0+2=2 / 2
 
 The digits are in three parts that share none: those that pre-training (`tools.prepare_demo`) and fine-tuning show, those of
 the questions that preference pairs and step labels are made of, and held-out ones. OUT holds
@@ -26,7 +26,7 @@ from PIL import Image
 
 from tools.prepare_demo import Amounts, Digit, Record, prepare, split_digits, write_json, write_jsonl
 
-QUESTION = "Add the digits."
+QUESTION = "Check digit?"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,8 +51,8 @@ class SumAmounts:
 
 
 def solution(digits: str) -> str:
-    """The steps of a sum, one a paragraph."""
-    totals = list(accumulate(int(digit) for digit in digits))
+    """The steps to a check digit, one a paragraph."""
+    totals = list(accumulate((int(digit) for digit in digits), lambda total, digit: (total + digit) % 10))
     sums = [f"{before}+{digit}={total}" for before, digit, total in zip(totals, digits[1:], totals[1:], strict=False)]
     return "\n\n".join([digits, *sums, str(totals[-1])])
 
@@ -86,7 +86,7 @@ def prepare_sums(out: Path, amounts: SumAmounts, pretraining: Amounts) -> None:
         for path, digits in draw("sft", seen, amounts.num_sft)
     ]
     write_jsonl(out / "sft.jsonl", [{"image": path, "conversations": said} for path, said in turns])
-    texts = [_text(amounts.sums_per_text, amounts.digits_per_picture, rng) for _ in range(amounts.num_texts)]
+    texts = [_text(amounts.sums_per_text, rng) for _ in range(amounts.num_texts)]
     write_jsonl(out / "texts.jsonl", texts)
     entry = {"root": "", "repeat_time": 1, "data_augment": False}
     names = {"sums": "sft.jsonl", "texts": "texts.jsonl"}
@@ -102,14 +102,14 @@ def prepare_sums(out: Path, amounts: SumAmounts, pretraining: Amounts) -> None:
     write_json(marker, made)
 
 
-def _text(num_sums: int, num_digits: int, rng: random.Random) -> Record:
-    """Sums as the steps of a solution have them: of a total and a digit."""
+def _text(num_sums: int, rng: random.Random) -> Record:
+    """Sums as the steps of a solution have them."""
     turns = []
     for _ in range(num_sums):
-        total, digit = rng.randint(0, 9 * (num_digits - 1)), rng.randint(0, 9)
+        one, other = rng.randint(0, 9), rng.randint(0, 9)
         turns += [
-            {"from": "human", "value": f"{total}+{digit}"},
-            {"from": "gpt", "value": f"{total}+{digit}={total + digit}"},
+            {"from": "human", "value": f"{one}+{other}"},
+            {"from": "gpt", "value": f"{one}+{other}={(one + other) % 10}"},
         ]
     return {"conversations": turns}
 
@@ -120,7 +120,7 @@ def _questions(name: str, pictures: Sequence[tuple[str, str]]) -> list[Record]:
             "id": f"{name}-{index:05d}",
             "image": path,
             "question": f"<image>\n{QUESTION}",
-            "answer": str(sum(map(int, digits))),
+            "answer": str(sum(map(int, digits)) % 10),
         }
         for index, (path, digits) in enumerate(pictures)
     ]

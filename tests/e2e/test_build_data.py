@@ -159,7 +159,7 @@ def test_divided_preferences_are_the_same(data: Path, weights: Path, preferences
     arguments = [str(tmp_path), *options(data, weights), "--num-rollouts", "3"]
     assert build_preferences.main([*arguments, "--part", "1/2"]) == 0
     assert not files(tmp_path), "the other part is missing"
-    assert build_preferences.main([*arguments, "--part", "0/2"]) == 0
+    assert build_preferences.main([*arguments, "--part", "0/2", "--nproc", "2"]) == 0
     assert files(tmp_path) == files(preferences)
 
 

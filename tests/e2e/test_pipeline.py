@@ -13,7 +13,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.parallel]
 
 
 def test_every_stage_does_what_it_is_for(tmp_path: Path) -> None:
-    report = Pipeline(tmp_path / "pipeline", 1, Sizes()).run()
+    report = Pipeline(tmp_path / "pipeline", 2, Sizes()).run()
     matched, preference, judge = report["exact_match"], report["preference"], report["judge"]
     assert report["sizes"]["data"]["num_heldout"] >= 2000
     assert matched["sft"] > 0.2, "the starting point of MPO answers something"

@@ -30,8 +30,8 @@ PRETRAINING = Amounts(
 @pytest.mark.parametrize(
     ("digits", "steps"),
     [
-        ("372", ["372", "3+7=10", "10+2=12", "12"]),
-        ("999", ["999", "9+9=18", "18+9=27", "27"]),
+        ("372", ["372", "3+7=0", "0+2=2", "2"]),
+        ("999", ["999", "9+9=8", "8+9=7", "7"]),
         ("05", ["05", "0+5=5", "5"]),
     ],
 )
@@ -70,11 +70,11 @@ def test_questions_and_conversations_agree(data: Path) -> None:
     assert len(conversations) == FEW.num_sft
     for record in conversations:
         answer = record["conversations"][1]["value"]
-        assert is_match(answer, str(sum(int(digit) for digit in answer.split("\n")[0])))
+        assert is_match(answer, str(sum(int(digit) for digit in answer.split("\n")[0]) % 10))
     questions = [json.loads(line) for line in (data / "heldout_questions.jsonl").read_text().splitlines()]
     assert len(questions) == FEW.num_heldout
     assert questions[0]["question"] == conversations[0]["conversations"][0]["value"]
-    assert all((data / question["image"]).is_file() and 0 <= int(question["answer"]) <= 27 for question in questions)
+    assert all((data / question["image"]).is_file() and 0 <= int(question["answer"]) <= 9 for question in questions)
 
 
 def test_the_same_amounts_are_left_alone(data: Path, tmp_path: Path) -> None:
