@@ -89,7 +89,7 @@ class Pipeline:
         )
         self._timed("step labels", self._label_steps)
         self._train(
-            "judge", self.sizes.judge_steps, self.data / "judge" / "meta.json", "sft", "optimizer.learning_rate=5e-4"
+            "judge", self.sizes.judge_steps, self.data / "judge" / "meta.json", "sft", "optimizer.learning_rate=7e-4"
         )
         report = {
             "sizes": asdict(self.sizes),

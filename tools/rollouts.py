@@ -198,7 +198,7 @@ def ask(folder: Path, name: str, jobs: Sequence[Job], asking: Asking, part: Part
         return {}
     path = part.path(folder, name)
     asking = replace(asking, weights=_checkpoint(Path(asking.weights)))
-    settings = {**asking.settings, "jobs": _digest(jobs)}
+    settings = {**asking.settings, "questions": _digest(jobs)}
     with open_journal(path, settings) as journal:
         done = set(journal.done)
     batches = [jobs[first : first + asking.batch_jobs] for first in range(0, len(jobs), asking.batch_jobs)]
@@ -318,9 +318,9 @@ def open_journal(path: Path, settings: dict[str, Any]) -> Iterator[Journal]:
         os.ftruncate(descriptor, content.rfind(b"\n") + 1)
         if b"\n" not in content:
             _append(descriptor, {"settings": settings})
-        begun = json.loads(path.read_bytes().partition(b"\n")[0]).get("settings")
+        begun = parse_object(path.read_bytes().partition(b"\n")[0], f"{path}:1", "each line").get("settings")
         if begun != settings:
-            before = begun or {}
+            before = begun if isinstance(begun, dict) else {}
             changed = [
                 f"{name} was {before.get(name)}, is {settings[name]}"
                 for name in settings

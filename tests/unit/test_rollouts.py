@@ -125,3 +125,14 @@ def test_wrong_parts(text: str) -> None:
 
 def test_parts() -> None:
     assert Part.parse("3/8") == Part(3, 8)
+
+
+@pytest.mark.parametrize(
+    ("content", "error"), [(b"not json\n", DataError), (b'{"id": "a", "answers": []}\n', ConfigError)]
+)
+def test_a_file_that_is_no_journal_is_left_alone(tmp_path: Path, content: bytes, error: type[Exception]) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(error, match=r"a\.jsonl"), open_journal(path, SETTINGS):
+        pass
+    assert path.read_bytes() == content
