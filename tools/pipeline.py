@@ -48,8 +48,8 @@ class Sizes:
     """How long it trains, and how much it asks."""
 
     pretrain_steps: int = 400
-    sft_steps: int = 200
-    mpo_steps: int = 100
+    sft_steps: int = 300
+    mpo_steps: int = 80
     judge_steps: int = 200
     rollouts: int = 16
     judge_solutions: int = 4
@@ -84,7 +84,7 @@ class Pipeline:
             "sft",
             "loss.kind=mpo",
             "loss.weighting=token",
-            "optimizer.learning_rate=1e-4",
+            "optimizer.learning_rate=5e-5",
             "optimizer.beta2=0.999",
         )
         self._timed("step labels", self._label_steps)
