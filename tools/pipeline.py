@@ -14,7 +14,6 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
-from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -220,40 +219,36 @@ class Pipeline:
         }
 
     def _ranking(self) -> dict[str, float]:
-        """How well the judge tells right solutions of a held-out question from wrong ones.
-
-        `order`: share of pairs, a right and a wrong solution of one question, in which the right one has the higher score; 0.5 by chance.
-        `best`: share of questions, of those with right and wrong solutions, whose best solution is right; `any` of one at random.
-        """
+        """How well the judge tells right solutions of held-out questions from wrong ones; see `ranking`."""
         answers = self._answers("heldout_judge", "sft", self.sizes.heldout_solutions, 1.0)
-        mixed = {
-            question: list(dict.fromkeys(own))
-            for question, own in answers.items()
-            if len(set(right(own, question))) == 2
-        }
-        texts = [(question, text) for question, own in mixed.items() for text in own]
-        scores = iter(
-            launch(JUDGE_RANK, self.num_ranks, self.checkpoint("judge"), texts, INSTRUCTION, device="cpu")[0]
-        )
-        order, best, chance = [], [], []
-        for question, own in mixed.items():
-            correct = right(own, question)
-            judged = [next(scores) for _ in own]
-            ranked = sorted(zip(judged, correct, strict=True), key=lambda pair: pair[0])
-            order += [
-                preferred(*((one, two) if is_first else (two, one)))
-                for (one, is_first), (two, is_second) in combinations(zip(judged, correct, strict=True), 2)
-                if is_first != is_second
-            ]
-            best.append(float(ranked[-1][1]))
-            chance.append(share(correct))
-        return {
-            "questions": len(mixed),
-            "pairs": len(order),
-            "order": share(order),
-            "best": share(best),
-            "any": share(chance),
-        }
+        texts = [(question, text) for question, own in answers.items() for text in dict.fromkeys(own)]
+        scores = launch(JUDGE_RANK, self.num_ranks, self.checkpoint("judge"), texts, INSTRUCTION, device="cpu")[0]
+        judged: dict[Question, list[tuple[float, bool]]] = {}
+        for (question, text), score in zip(texts, scores, strict=True):
+            judged.setdefault(question, []).append((score, right([text], question)[0]))
+        return ranking(list(judged.values()))
+
+
+def ranking(solutions: Sequence[Sequence[tuple[float, bool]]]) -> dict[str, float]:
+    """How often right solutions have higher scores than wrong ones of the same question.
+
+    Args:
+        solutions: of each question, (score, is right).
+
+    Returns:
+        `order`: the share of pairs, a right and a wrong solution of one question, in which the right one has the higher
+        score, ties counted as a half: 0.5 by chance. `best`: of questions with right and wrong solutions the share whose
+        highest score is of a right one; `any`: of a solution at random. And how many `pairs` and `questions` those are.
+    """
+    mixed = [own for own in solutions if len({is_right for _, is_right in own}) == 2]
+    order, best = [], []
+    for own in mixed:
+        order += [preferred(good, bad) for good, is_good in own if is_good for bad, is_right in own if not is_right]
+        highest = max(score for score, _ in own)
+        best.append(share(is_right for score, is_right in own if score == highest))
+    chance = [share(is_right for _, is_right in own) for own in mixed]
+    counts = {"questions": len(mixed), "pairs": len(order)}
+    return {**counts, "order": share(order), "best": share(best), "any": share(chance)}
 
 
 def judge_rank(info: RankInfo, weights: Path, texts: Sequence[tuple[Question, str]], instruction: str) -> list[float]:
