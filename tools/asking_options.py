@@ -27,16 +27,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch", type=int, default=8, help="questions asked together (default: 8)")
     parser.add_argument("--part", default="0/1", metavar="I/N", help="ask only every N-th question, from the I-th on")
+    parser.add_argument("--nproc", type=int, default=1, help="local ranks (default: 1); replicas share the questions")
+    parser.add_argument("--tensor-size", type=int, default=1, help="ranks a layer is divided over (default: 1)")
+    parser.add_argument("--pipeline-size", type=int, default=1, help="ranks the layers are divided over (default: 1)")
+    parser.add_argument("--max-sequences", type=int, default=32, help="answers under way, a replica (default: 32)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
 
 
 def check_counts(options: argparse.Namespace, *names: str) -> None:
-    """Whether numbers are from 1.
+    """Whether numbers, those of all tools and some more, are from 1.
 
     Raises:
         ConfigError: one is not.
     """
-    for name in names:
+    common = ("max_new_tokens", "batch", "nproc", "tensor_size", "pipeline_size", "max_sequences")
+    for name in (*names, *common):
         if getattr(options, name) < 1:
             raise ConfigError(f"--{name.replace('_', '-')}: must be at least 1, not {getattr(options, name)}")
 
@@ -64,12 +69,17 @@ def asking_of(options: argparse.Namespace) -> Asking:
         seed=options.seed,
         max_new_tokens=options.max_new_tokens,
         batch_jobs=options.batch,
+        num_ranks=options.nproc,
+        tensor_size=options.tensor_size,
+        pipeline_size=options.pipeline_size,
+        max_sequences=options.max_sequences,
         device=options.device,
     )
 
 
 def write_dataset(out: Path, name: str, file: str, records: Sequence[Mapping[str, Any]], root: Path) -> None:
     """A jsonl of records, and a meta file with it alone."""
+    out.mkdir(parents=True, exist_ok=True)
     write_whole(out / file, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
     entry = {
         "root": os.path.relpath(root, out),

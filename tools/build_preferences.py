@@ -28,7 +28,7 @@ from internvl_megatron.evaluate.final_answer import is_match
 from internvl_megatron.inference.prompt import Prompt
 from internvl_megatron.launcher import InterruptedRunError, RankFailedError
 from tools.asking_options import add_arguments, asking_of, check_counts, failed, print_report, write_dataset
-from tools.rollouts import Job, Part, Question, ask, read_answers, read_questions
+from tools.rollouts import Job, Part, Question, ask, collect, read_answers, read_questions
 
 Pair = dict[str, Any]
 
@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.set_defaults(temperature=0.7, top_k=50)
     options = parser.parse_args(arguments)
     try:
-        check_counts(options, "num_rollouts", "max_pairs", "max_new_tokens", "batch")
+        check_counts(options, "num_rollouts", "max_pairs")
         report = build(options)
     except (UserError, RankFailedError, OSError) as error:
         return failed("build_preferences", error)
@@ -65,45 +65,50 @@ def build(options: argparse.Namespace) -> dict[str, Any] | None:
     root = options.root or options.questions.parent
     part = Part.parse(options.part)
     questions = read_questions(options.questions, root)
-    if options.rollouts is not None:
-        rollouts = read_answers(options.rollouts)
-    else:
-        jobs = [
-            # Where nothing can be checked one answer is enough, and none where the record has its own.
-            Job(question.id, question.where, (question.prompt,), options.num_rollouts if question.truth else 1)
-            for question in questions
-            if question.truth or not question.response
-        ]
-        rollouts = ask(options.out, "rollouts", jobs, asking_of(options), part) if jobs else {}
-    if rollouts is None:
+    asking = None if options.weights is None and options.rollouts is not None else asking_of(options)
+    given = None if options.rollouts is None else read_answers(options.rollouts)
+    if asking is not None:
+        own = part.of(questions)
+        answers = ask(options.out, "rollouts", rollout_jobs(own, options), asking, part) if given is None else given
+        ask(options.out, "without-image", blind_jobs(own, answers), asking, part)
+    if given is None:
+        given = collect(options.out, "rollouts", rollout_jobs(questions, options), part.count)
+    if given is None:
         return None
-    halves = (
-        {}
-        if options.weights is None
-        else {
-            question.id: first_half(answer)
-            for question in questions
-            if (answer := unchecked_answer(question, rollouts)) and question.paths
-        }
-    )
-    jobs = [
-        Job(
-            question.id,
-            question.where,
-            (Prompt(question.text_without_images, answer_start=halves[question.id]),),
-            1,
-        )
-        for question in questions
-        if question.id in halves
-    ]
-    endings = ask(options.out, "without-image", jobs, asking_of(options), part) if jobs else {}
-    if endings is None:
-        return None
-    blind = {identity: halves[identity] + endings[identity][0] for identity in halves}
-    pairs, report = pair_all(questions, rollouts, blind, options.max_pairs, options.seed)
+    blind: dict[str, str] = {}
+    if asking is not None:
+        jobs = blind_jobs(questions, given)
+        endings = collect(options.out, "without-image", jobs, part.count)
+        if endings is None:
+            return None
+        blind = {job.id: job.prompts[0].answer_start + endings[job.id][0] for job in jobs}
+    pairs, report = pair_all(questions, given, blind, options.max_pairs, options.seed)
     write_pairs(options.out, pairs, root)
     write_whole(options.out / "report.json", json.dumps(report, indent=2) + "\n")
     return report
+
+
+def rollout_jobs(questions: Sequence[Question], options: argparse.Namespace) -> list[Job]:
+    """Where nothing can be checked one answer is enough, and none where the record has its own."""
+    return [
+        Job(question.id, question.where, (question.prompt,), options.num_rollouts if question.truth else 1)
+        for question in questions
+        if question.truth or not question.response
+    ]
+
+
+def blind_jobs(questions: Sequence[Question], rollouts: Mapping[str, Sequence[str]]) -> list[Job]:
+    """Going on from the first half of an answer without the images, where nothing can be checked."""
+    return [
+        Job(
+            question.id,
+            question.where,
+            (Prompt(question.text_without_images, answer_start=first_half(answer)),),
+            1,
+        )
+        for question in questions
+        if question.paths and (answer := unchecked_answer(question, rollouts))
+    ]
 
 
 def pair_all(
@@ -212,7 +217,6 @@ def write_pairs(out: Path, pairs: Sequence[Pair], root: Path) -> None:
         raise DataError(
             f"{out}: no question gives a pair: where all answers are right or all wrong, raise --temperature"
         )
-    out.mkdir(parents=True, exist_ok=True)
     write_dataset(out, NAME, "pairs.jsonl", pairs, root)
 
 

@@ -28,7 +28,7 @@ from internvl_megatron.evaluate.final_answer import is_match
 from internvl_megatron.inference.steps import BAD, GOOD, JUDGE_INSTRUCTION, judged_turns, split_steps
 from internvl_megatron.launcher import InterruptedRunError, RankFailedError
 from tools.asking_options import add_arguments, asking_of, check_counts, failed, print_report, write_dataset
-from tools.rollouts import Job, Part, Question, ask, read_answers, read_questions
+from tools.rollouts import Job, Part, Question, ask, collect, read_answers, read_questions
 
 NAME = "judged_steps"
 """Of the data set in the meta file."""
@@ -65,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.set_defaults(temperature=1.0, top_k=0)
     options = parser.parse_args(arguments)
     try:
-        check_counts(options, "num_solutions", "max_steps", "num_completions", "max_new_tokens", "batch")
+        check_counts(options, "num_solutions", "max_steps", "num_completions")
         report = build(options)
     except (UserError, RankFailedError, OSError) as error:
         return failed("build_prm_data", error)
@@ -86,15 +86,38 @@ def build(options: argparse.Namespace) -> dict[str, Any] | None:
     instruction = read_instruction(options.instruction)
     questions = read_questions(options.questions, root)
     checkable = [question for question in questions if question.truth]
-    if options.solutions is not None:
-        answers = read_answers(options.solutions)
-    else:
-        jobs = [Job(question.id, question.where, (question.prompt,), options.num_solutions) for question in checkable]
-        answers = ask(options.out, "solutions", jobs, asking, part)
-    if answers is None:
+    own = part.of(checkable)
+    given = None if options.solutions is None else read_answers(options.solutions)
+    answers = ask(options.out, "solutions", solution_jobs(own, options), asking, part) if given is None else given
+    jobs = completion_jobs(cut_solutions(own, answers, options.max_steps), options)
+    ask(options.out, "completions", jobs, asking, part)
+    if given is None:
+        given = collect(options.out, "solutions", solution_jobs(checkable, options), part.count)
+    if given is None:
         return None
-    solutions = cut_solutions(checkable, answers, options.max_steps)
-    jobs = [
+    solutions = cut_solutions(checkable, given, options.max_steps)
+    endings = collect(options.out, "completions", completion_jobs(solutions, options), part.count)
+    if endings is None:
+        return None
+    shares = {solution.id: right_shares(solution, endings.get(solution.id, [])) for solution in solutions}
+    records = [judged_record(solution, shares[solution.id], instruction) for solution in solutions]
+    if not records:
+        raise DataError(f"{options.questions}: no question has both an answer and a solution; nothing can be labelled")
+    write_dataset(options.out, NAME, "judged.jsonl", records, root)
+    write_whole(options.out / "instruction.txt", instruction)
+    report = count(questions, solutions, shares)
+    write_whole(options.out / "report.json", json.dumps(report, indent=2) + "\n")
+    return report
+
+
+def solution_jobs(questions: Sequence[Question], options: argparse.Namespace) -> list[Job]:
+    """Solving every question some times."""
+    return [Job(question.id, question.where, (question.prompt,), options.num_solutions) for question in questions]
+
+
+def completion_jobs(solutions: Sequence[Solution], options: argparse.Namespace) -> list[Job]:
+    """Going on from behind every step but the last."""
+    return [
         Job(
             solution.id,
             solution.question.where,
@@ -104,18 +127,6 @@ def build(options: argparse.Namespace) -> dict[str, Any] | None:
         for solution in solutions
         if len(solution.steps) > 1
     ]
-    endings = ask(options.out, "completions", jobs, asking, part)
-    if endings is None:
-        return None
-    shares = {solution.id: right_shares(solution, endings.get(solution.id, [])) for solution in solutions}
-    records = [judged_record(solution, shares[solution.id], instruction) for solution in solutions]
-    if not records:
-        raise DataError(f"{options.questions}: no question has both an answer and a solution; nothing can be labelled")
-    write_whole(options.out / "instruction.txt", instruction)
-    write_dataset(options.out, NAME, "judged.jsonl", records, root)
-    report = count(questions, solutions, shares)
-    write_whole(options.out / "report.json", json.dumps(report, indent=2) + "\n")
-    return report
 
 
 def read_instruction(path: Path | None) -> str:

@@ -2,7 +2,7 @@
 
     python -m tools.pipeline [FOLDER] [--nproc N]          (make pipeline)
 
-A 1.8M-parameter InternVL3 learns to read handwritten digits (`tools.demo`'s pre-training), then to add three of them step by
+A 1.8M-parameter InternVL3 learns to read handwritten digits (`tools.demo`'s pre-training), then to add three of them up, step by
 step. Its own answers to new pictures become preference pairs (`tools.build_preferences`) and step labels
 (`tools.build_prm_data`); MPO trains on the first, a judge on the second. FOLDER (runs/pipeline) gets a run of each stage and
 `report.json`. Interrupted, the same command goes on.
@@ -14,7 +14,6 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
-from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +38,8 @@ JUDGE_RANK = "tools.pipeline:judge_rank"
 INSTRUCTION = "Reply + or -."
 """Of the judge: the demo's tokenizer spells long texts byte by byte."""
 
-MAX_NEW_TOKENS = 40
+MAX_NEW_TOKENS = 32
+MAX_SEQUENCES = 256
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,8 +47,8 @@ class Sizes:
     """How long it trains, and how much it asks."""
 
     pretrain_steps: int = 400
-    sft_steps: int = 150
-    mpo_steps: int = 100
+    sft_steps: int = 300
+    mpo_steps: int = 80
     judge_steps: int = 200
     rollouts: int = 16
     judge_solutions: int = 4
@@ -62,7 +62,7 @@ class Pipeline:
     """The stages, each of which does what is not done yet."""
 
     def __init__(self, folder: Path, num_ranks: int, sizes: Sizes) -> None:
-        """Stages run on so many ranks, data parallel; asking runs on one."""
+        """Stages run on so many ranks, all data parallel."""
         self.folder = folder
         self.data = folder / "data"
         self.num_ranks = num_ranks
@@ -73,9 +73,7 @@ class Pipeline:
         """All of it; the report."""
         self._timed("data", lambda: prepare_sums(self.data, self.sizes.data, self.sizes.pretraining))
         self._train("pretrain", self.sizes.pretrain_steps, self.data / "demo" / "train_meta.json", None)
-        self._train(
-            "sft", self.sizes.sft_steps, self.data / "sft_meta.json", "pretrain", "optimizer.learning_rate=5e-4"
-        )
+        self._train("sft", self.sizes.sft_steps, self.data / "sft_meta.json", "pretrain")
         for name, rollouts in (("preference", self.sizes.rollouts), ("heldout_pair", self.sizes.rollouts)):
             self._timed(f"{name} pairs", lambda name=name, rollouts=rollouts: self._pairs(name, rollouts))
         self._train(
@@ -85,12 +83,12 @@ class Pipeline:
             "sft",
             "loss.kind=mpo",
             "loss.weighting=token",
-            "optimizer.learning_rate=1e-4",
+            "optimizer.learning_rate=5e-5",
             "optimizer.beta2=0.999",
         )
         self._timed("step labels", self._label_steps)
         self._train(
-            "judge", self.sizes.judge_steps, self.data / "judge" / "meta.json", "sft", "optimizer.learning_rate=5e-4"
+            "judge", self.sizes.judge_steps, self.data / "judge" / "meta.json", "sft", "optimizer.learning_rate=7e-4"
         )
         report = {
             "sizes": asdict(self.sizes),
@@ -145,7 +143,8 @@ class Pipeline:
     def _asking(self, stage: str, temperature: float) -> list[str]:
         return [
             *("--weights", str(self.checkpoint(stage)), "--temperature", str(temperature), "--root", str(self.data)),
-            *("--max-new-tokens", str(MAX_NEW_TOKENS), "--batch", "64", "--device", "cpu"),
+            *("--max-new-tokens", str(MAX_NEW_TOKENS), "--batch", "64", "--max-sequences", str(MAX_SEQUENCES)),
+            *("--nproc", str(self.num_ranks), "--device", "cpu"),
         ]
 
     def _pairs(self, name: str, rollouts: int) -> None:
@@ -179,11 +178,12 @@ class Pipeline:
             top_p=1.0,
             seed=0,
             max_new_tokens=MAX_NEW_TOKENS,
-            batch_jobs=64,
+            batch_jobs=256,
+            max_sequences=MAX_SEQUENCES,
+            num_ranks=self.num_ranks,
             device="cpu",
         )
         answers = ask(self.folder / "answers", f"{name}-{stage}", jobs, asking, Part())
-        assert answers is not None, "there is one part"
         return {question: answers[question.id] for question in questions}
 
     def _exact_match(self, stage: str) -> float:
@@ -202,7 +202,7 @@ class Pipeline:
         for stage in ("sft", "mpo"):
             config = self.config("scoring", 1, self.data / "heldout_pair" / "meta.json", stage, "loss.kind=mpo")
             file = self.folder / f"heldout_pairs_{stage}.jsonl"
-            launch(SCORE_RANK, 1, config, str(file), device=config.device)
+            launch(SCORE_RANK, self.num_ranks, config, str(file), device=config.device)
             pairs = [json.loads(line) for line in file.read_text().splitlines()[1:]]
             scores[stage] = {pair["record"]: (pair["chosen"], pair["rejected"]) for pair in pairs}
         gains = [
@@ -219,38 +219,36 @@ class Pipeline:
         }
 
     def _ranking(self) -> dict[str, float]:
-        """How well the judge tells right solutions of a held-out question from wrong ones.
-
-        `order`: share of pairs, a right and a wrong solution of one question, in which the right one has the higher score; 0.5 by chance.
-        `best`: share of questions, of those with right and wrong solutions, whose best solution is right; `any` of one at random.
-        """
+        """How well the judge tells right solutions of held-out questions from wrong ones; see `ranking`."""
         answers = self._answers("heldout_judge", "sft", self.sizes.heldout_solutions, 1.0)
-        mixed = {
-            question: list(dict.fromkeys(own))
-            for question, own in answers.items()
-            if len(set(right(own, question))) == 2
-        }
-        texts = [(question, text) for question, own in mixed.items() for text in own]
-        scores = iter(launch(JUDGE_RANK, 1, self.checkpoint("judge"), texts, INSTRUCTION, device="cpu")[0])
-        order, best, chance = [], [], []
-        for question, own in mixed.items():
-            correct = right(own, question)
-            judged = [next(scores) for _ in own]
-            ranked = sorted(zip(judged, correct, strict=True), key=lambda pair: pair[0])
-            order += [
-                preferred(*((one, two) if is_first else (two, one)))
-                for (one, is_first), (two, is_second) in combinations(zip(judged, correct, strict=True), 2)
-                if is_first != is_second
-            ]
-            best.append(float(ranked[-1][1]))
-            chance.append(share(correct))
-        return {
-            "questions": len(mixed),
-            "pairs": len(order),
-            "order": share(order),
-            "best": share(best),
-            "any": share(chance),
-        }
+        texts = [(question, text) for question, own in answers.items() for text in dict.fromkeys(own)]
+        scores = launch(JUDGE_RANK, self.num_ranks, self.checkpoint("judge"), texts, INSTRUCTION, device="cpu")[0]
+        judged: dict[Question, list[tuple[float, bool]]] = {}
+        for (question, text), score in zip(texts, scores, strict=True):
+            judged.setdefault(question, []).append((score, right([text], question)[0]))
+        return ranking(list(judged.values()))
+
+
+def ranking(solutions: Sequence[Sequence[tuple[float, bool]]]) -> dict[str, float]:
+    """How often right solutions have higher scores than wrong ones of the same question.
+
+    Args:
+        solutions: of each question, (score, is right).
+
+    Returns:
+        `order`: the share of pairs, a right and a wrong solution of one question, in which the right one has the higher
+        score, ties counted as a half: 0.5 by chance. `best`: of questions with right and wrong solutions the share whose
+        highest score is of a right one; `any`: of a solution at random. And how many `pairs` and `questions` those are.
+    """
+    mixed = [own for own in solutions if len({is_right for _, is_right in own}) == 2]
+    order, best = [], []
+    for own in mixed:
+        order += [preferred(good, bad) for good, is_good in own if is_good for bad, is_right in own if not is_right]
+        highest = max(score for score, _ in own)
+        best.append(share(is_right for score, is_right in own if score == highest))
+    chance = [share(is_right for _, is_right in own) for own in mixed]
+    counts = {"questions": len(mixed), "pairs": len(order)}
+    return {**counts, "order": share(order), "best": share(best), "any": share(chance)}
 
 
 def judge_rank(info: RankInfo, weights: Path, texts: Sequence[tuple[Question, str]], instruction: str) -> list[float]:
@@ -283,7 +281,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run it and say what came out."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("folder", nargs="?", type=Path, default=Path("runs/pipeline"))
-    parser.add_argument("--nproc", type=int, default=1, help="ranks that train, data parallel (default: 1)")
+    parser.add_argument("--nproc", type=int, default=2, help="ranks, each with the whole model (default: 2)")
     options = parser.parse_args(arguments)
     try:
         report = Pipeline(options.folder, options.nproc, Sizes()).run()

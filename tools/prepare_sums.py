@@ -1,15 +1,15 @@
-"""Prepare the data of the pipeline: sums of handwritten digits, worked out step by step.
+"""Prepare the data of the pipeline: check digits of handwritten numbers, worked out step by step.
 
-A picture is a few of the demo's digits side by side, and its answer reads them and adds them up, a step a paragraph:
+A picture is a few of the demo's digits side by side, and its answer reads them and adds them up modulo 10, a step a paragraph:
 
-    <image> Add the digits.        372 / 3+7=10 / 10+2=12 / 12
+    <image> Check digit?        372 / 3+7=0 / 0+2=2 / 2
 
 The digits are in three parts that share none: those that pre-training (`tools.prepare_demo`) and fine-tuning show, those of
 the questions that preference pairs and step labels are made of, and held-out ones. OUT holds
 
     demo/                                  the demo's data, of the first part, for pre-training; its tokenizer
-    sft.jsonl, sft_meta.json               conversations of the first part
-    preference_questions.jsonl, judge_questions.jsonl         of the second part: {id, image, question, answer, ...}
+    sft.jsonl, texts.jsonl, sft_meta.json  conversations of the first part, and sums of two numbers as text
+    preference_questions.jsonl, judge_questions.jsonl         of the second part: {id, image, question, answer}
     heldout_questions.jsonl, heldout_pair_questions.jsonl, heldout_judge_questions.jsonl     of the third
     images/
 """
@@ -26,9 +26,7 @@ from PIL import Image
 
 from tools.prepare_demo import Amounts, Digit, Record, prepare, split_digits, write_json, write_jsonl
 
-QUESTION = "Add the digits."
-CHANCE = 0.09
-"""Of the most frequent sum of three digits, rounded up; see `tests/unit/test_prepare_sums.py`."""
+QUESTION = "Check digit?"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +40,9 @@ class SumAmounts:
     heldout_share: float = 0.2
     """Of the digits, among the unseen ones; nothing is trained on them."""
     num_sft: int = 2400
+    num_texts: int = 600
+    """Conversations about sums without a picture, for fine-tuning."""
+    sums_per_text: int = 12
     num_preference: int = 600
     num_judge: int = 400
     num_heldout: int = 2000
@@ -50,8 +51,8 @@ class SumAmounts:
 
 
 def solution(digits: str) -> str:
-    """The steps of a sum, one a paragraph."""
-    totals = list(accumulate(int(digit) for digit in digits))
+    """The steps to a check digit, one a paragraph."""
+    totals = list(accumulate((int(digit) for digit in digits), lambda total, digit: (total + digit) % 10))
     sums = [f"{before}+{digit}={total}" for before, digit, total in zip(totals, digits[1:], totals[1:], strict=False)]
     return "\n\n".join([digits, *sums, str(totals[-1])])
 
@@ -85,8 +86,11 @@ def prepare_sums(out: Path, amounts: SumAmounts, pretraining: Amounts) -> None:
         for path, digits in draw("sft", seen, amounts.num_sft)
     ]
     write_jsonl(out / "sft.jsonl", [{"image": path, "conversations": said} for path, said in turns])
-    entry = {"root": "", "annotation": "sft.jsonl", "repeat_time": 1, "data_augment": False}
-    write_json(out / "sft_meta.json", {"sums": entry})
+    texts = [_text(amounts.sums_per_text, rng) for _ in range(amounts.num_texts)]
+    write_jsonl(out / "texts.jsonl", texts)
+    entry = {"root": "", "repeat_time": 1, "data_augment": False}
+    names = {"sums": "sft.jsonl", "texts": "texts.jsonl"}
+    write_json(out / "sft_meta.json", {name: {**entry, "annotation": file} for name, file in names.items()})
     for name, digits, count in (
         ("preference", practice, amounts.num_preference),
         ("judge", practice, amounts.num_judge),
@@ -98,15 +102,25 @@ def prepare_sums(out: Path, amounts: SumAmounts, pretraining: Amounts) -> None:
     write_json(marker, made)
 
 
+def _text(num_sums: int, rng: random.Random) -> Record:
+    """Sums as the steps of a solution have them."""
+    turns = []
+    for _ in range(num_sums):
+        one, other = rng.randint(0, 9), rng.randint(0, 9)
+        turns += [
+            {"from": "human", "value": f"{one}+{other}"},
+            {"from": "gpt", "value": f"{one}+{other}={(one + other) % 10}"},
+        ]
+    return {"conversations": turns}
+
+
 def _questions(name: str, pictures: Sequence[tuple[str, str]]) -> list[Record]:
     return [
         {
             "id": f"{name}-{index:05d}",
             "image": path,
             "question": f"<image>\n{QUESTION}",
-            "answer": str(sum(map(int, digits))),
-            "task": "sum",
-            "chance": CHANCE,
+            "answer": str(sum(map(int, digits)) % 10),
         }
         for index, (path, digits) in enumerate(pictures)
     ]

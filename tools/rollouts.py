@@ -4,19 +4,21 @@ A draw depends on the seed, the question's id and the number of the answer alone
 places of the file; a batch that was cut off is done again from its beginning.
 """
 
+import contextlib
 import fcntl
 import hashlib
 import json
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from internvl_megatron.checkpoint import folders
 from internvl_megatron.data.conversation import IMAGE_PLACEHOLDER
 from internvl_megatron.data.images import image_size
+from internvl_megatron.data.json_object import parse_object
 from internvl_megatron.data.jsonl_file import JsonlFile
 from internvl_megatron.device import DeviceName
 from internvl_megatron.errors import ConfigError, DataError
@@ -135,12 +137,24 @@ class Asking:
     max_new_tokens: int
     batch_jobs: int
     """Jobs that are asked together."""
+    num_ranks: int = 1
+    """Local ranks; those beyond `tensor_size` x `pipeline_size` make replicas, which share a batch's prompts."""
+    tensor_size: int = 1
+    pipeline_size: int = 1
+    max_sequences: int = 32
+    """Answers that grow together, on each replica."""
     device: DeviceName = "auto"
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What answers depend on."""
+        names = ("weights", "temperature", "top_k", "top_p", "seed", "max_new_tokens", "batch_jobs")
+        return {name: getattr(self, name) for name in names}
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """Which of the jobs are this process's."""
+    """Which of the questions are this process's, from the first to the last of their jobs."""
 
     number: int = 0
     count: int = 1
@@ -148,6 +162,10 @@ class Part:
     def path(self, folder: Path, name: str) -> Path:
         """Of this part's journal."""
         return folder / f"{name}-{self.number}-of-{self.count}.jsonl"
+
+    def of(self, questions: Sequence[Question]) -> Sequence[Question]:
+        """Its questions."""
+        return questions[self.number :: self.count]
 
     @classmethod
     def parse(cls, text: str) -> "Part":
@@ -162,38 +180,42 @@ class Part:
         return cls(int(number), int(count))
 
 
-def ask(folder: Path, name: str, jobs: Sequence[Job], asking: Asking, part: Part) -> dict[str, list[str]] | None:
-    """Answers of all jobs, by id: for each prompt in turn `times` answers. Those of this part that are missing are made.
+def ask(folder: Path, name: str, jobs: Sequence[Job], asking: Asking, part: Part) -> dict[str, list[str]]:
+    """Answers of this part's jobs, by id: for each prompt in turn `times` answers. Those that are missing are made.
 
     Args:
         folder: where the journals are.
         name: of the journals.
-        jobs: all, of all parts, in the same order each time.
+        jobs: of this part, in the same order each time.
         asking: how.
         part: this process's.
 
-    Returns:
-        None: other parts are not done yet.
-
     Raises:
-        UserError: settings are not those the folder was begun with; weights, images or settings are wrong.
+        UserError: settings are not those the journal was begun with; weights, images or settings are wrong.
         RankFailedError: as `launch`.
     """
-    own = jobs[part.number :: part.count]
+    if not jobs:
+        return {}
     path = part.path(folder, name)
     asking = replace(asking, weights=_checkpoint(Path(asking.weights)))
-    settings = {**asdict(asking), "jobs": _digest(jobs), "parts": part.count}
-    del settings["device"]  # another one may go on
+    settings = {**asking.settings, "questions": _digest(jobs)}
     with open_journal(path, settings) as journal:
-        missing = len({job.id for job in own} - set(journal.done))
+        done = set(journal.done)
+    batches = [jobs[first : first + asking.batch_jobs] for first in range(0, len(jobs), asking.batch_jobs)]
+    missing = [batch for batch in batches if not all(job.id in done for job in batch)]
     if missing:
-        print(f"{path}: {len(own) - missing} of {len(own)} done", flush=True)
-        launch(FILL_RANK, 1, path, settings, own, asking, device=asking.device)
+        print(f"{path}: {len(done)} of {len(jobs)} done", flush=True)
+        launch(FILL_RANK, asking.num_ranks, path, settings, missing, asking, device=asking.device)
+    return read_answers(path)
+
+
+def collect(folder: Path, name: str, jobs: Sequence[Job], num_parts: int) -> dict[str, list[str]] | None:
+    """Answers of the jobs of all parts, by id; None while parts are not done."""
     found: dict[str, list[str]] = {}
-    for number in range(part.count):
-        other = replace(part, number=number).path(folder, name)
-        if other.is_file():
-            found |= read_answers(other)
+    for number in range(num_parts):
+        path = Part(number, num_parts).path(folder, name)
+        if path.is_file():
+            found |= read_answers(path, is_growing=True)
     return found if all(job.id in found for job in jobs) else None
 
 
@@ -210,27 +232,29 @@ def _digest(jobs: Sequence[Job]) -> str:
     return digest.hexdigest()
 
 
-def fill_rank(info: RankInfo, path: Path, settings: dict[str, Any], jobs: Sequence[Job], asking: Asking) -> None:
-    """Ask what a journal has no answers of; the body of one rank.
+def fill_rank(
+    info: RankInfo, path: Path, settings: dict[str, Any], batches: Sequence[Sequence[Job]], asking: Asking
+) -> None:
+    """Ask batches of jobs, of which a journal may have a part; the body of one rank. The first one writes.
 
     Raises:
         DataError: an image cannot be read; names the question.
     """
-    from internvl_megatron.inference.run import open_generator
-    from internvl_megatron.inference.sampling import Sampling
+    from internvl_megatron.inference.run import Setup, open_generator
+    from internvl_megatron.inference.settings import Limits, Sampling
 
     sampling = Sampling(asking.temperature, asking.top_k, asking.top_p, asking.seed)
-    with (
-        open_journal(path, settings) as journal,
-        open_generator(info, Path(asking.weights), asking.device) as generator,
-    ):
-        batches = [jobs[first : first + asking.batch_jobs] for first in range(0, len(jobs), asking.batch_jobs)]
+    limits = Limits(max_sequences=asking.max_sequences)
+    setup = Setup(asking.tensor_size, asking.pipeline_size, limits)
+    with contextlib.ExitStack() as opened:
+        journal = opened.enter_context(open_journal(path, settings)) if info.rank == 0 else None
+        generator = opened.enter_context(open_generator(info, Path(asking.weights), asking.device, setup=setup))
         for number, batch in enumerate(batches, 1):
-            if all(job.id in journal.done for job in batch):
-                continue
             _check_images(batch)
             prompts = [prompt for job in batch for prompt in seeded(job)]
             answers = iter(generator.answer(prompts, asking.max_new_tokens, sampling=sampling))
+            if journal is None:
+                continue
             for job in batch:
                 own = [next(answers) for _ in range(len(job.prompts) * job.times)]
                 if job.id not in journal.done:
@@ -294,9 +318,9 @@ def open_journal(path: Path, settings: dict[str, Any]) -> Iterator[Journal]:
         os.ftruncate(descriptor, content.rfind(b"\n") + 1)
         if b"\n" not in content:
             _append(descriptor, {"settings": settings})
-        begun = json.loads(path.read_bytes().partition(b"\n")[0]).get("settings")
+        begun = parse_object(path.read_bytes().partition(b"\n")[0], f"{path}:1", "each line").get("settings")
         if begun != settings:
-            before = begun or {}
+            before = begun if isinstance(begun, dict) else {}
             changed = [
                 f"{name} was {before.get(name)}, is {settings[name]}"
                 for name in settings
@@ -315,26 +339,34 @@ def _append(descriptor: int, value: object) -> None:
     os.fsync(descriptor)
 
 
-def read_answers(path: Path) -> dict[str, list[str]]:
+def read_answers(path: Path, is_growing: bool = False) -> dict[str, list[str]]:
     """Answers by the question's id, of a journal or of a file of such lines, `{id, answers: [...]}`.
+
+    Args:
+        path: of the file.
+        is_growing: another process may be writing its last line, which is left out then.
 
     Raises:
         DataError: it is not there, or a line is wrong.
     """
     if not path.is_file():
         raise DataError(f"{path}: no such file of answers; check the path")
-    file = JsonlFile(path)
+    content = path.read_bytes()
+    lines = content[: content.rfind(b"\n") + 1 if is_growing else len(content)].split(b"\n")
     found: dict[str, list[str]] = {}
-    for index in range(len(file)):
-        raw = file.read(index)
-        if index == 0 and "settings" in raw:
+    for number, line in enumerate(lines, 1):
+        where = f"{path}:{number}"
+        if not line.strip():
+            continue
+        raw = parse_object(line, where, "each line")
+        if number == 1 and "settings" in raw:
             continue
         identity, answers = raw.get("id"), raw.get("answers")
         if not isinstance(identity, str | int) or isinstance(identity, bool):
-            raise DataError(f"{file.where(index)}: field 'id': must be a string or a whole number, not {identity!r}")
+            raise DataError(f"{where}: field 'id': must be a string or a whole number, not {identity!r}")
         if not isinstance(answers, list) or not all(isinstance(answer, str) for answer in answers):
-            raise DataError(f"{file.where(index)}: field 'answers': must be a list of strings")
+            raise DataError(f"{where}: field 'answers': must be a list of strings")
         if str(identity) in found:
-            raise DataError(f"{file.where(index)}: field 'id': {identity!r} is there twice")
+            raise DataError(f"{where}: field 'id': {identity!r} is there twice")
         found[str(identity)] = answers
     return found

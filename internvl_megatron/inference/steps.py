@@ -1,8 +1,7 @@
-"""Solutions as conversations with a judge that says + or - to every step (VisualPRM, arXiv 2503.10291): what training data are made of
-and what scoring asks. Imports nothing heavy.
+"""Solutions as conversations with a judge that says + or - to every step. What its training data are made of, and what scoring asks.
 
-The user's first turn is the question and the first step, each later turn is one step more; the assistant answers each with one
-character.
+As VisualPRM (arXiv 2503.10291). The user's first turn is the question and the first step, each later turn is one step more; the
+assistant answers each with one character. Imports nothing heavy.
 """
 
 import re
