@@ -18,7 +18,9 @@ BEST_OF_N = "internvl_megatron.evaluate.run:best_of_n_rank"
 
 def add_commands(commands: Any) -> None:
     """Add them to the subparsers of the command line."""
-    generate = commands.add_parser("generate", help="answer questions from a run or converted weights")
+    generate = commands.add_parser(
+        "generate", help="answer questions with a run, converted weights or a Hugging Face checkpoint"
+    )
     _add_model(generate)
     _add_question(generate)
     generate.add_argument(
@@ -42,7 +44,7 @@ def add_commands(commands: Any) -> None:
 
     best = commands.add_parser("best-of-n", help="draw several answers and let a process reward model choose")
     _add_model(best)
-    best.add_argument("critic", type=Path, help="the process reward model: a run, a checkpoint, or converted weights")
+    best.add_argument("critic", type=Path, help="the process reward model, like the model")
     _add_question(best)
     best.add_argument("-n", "--num-answers", type=int, default=8, help="answers to each question (default: 8)")
     best.add_argument("--questions", type=Path, help="in place of a question: a questions file with known answers")
@@ -56,7 +58,7 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "model",
         type=Path,
-        help="folder of a run (its newest checkpoint), of one of its checkpoints, or of converted weights",
+        help="folder of a run (its newest checkpoint), of one of its checkpoints, of converted weights, or a Hugging Face checkpoint",
     )
     parser.add_argument("--device", choices=get_args(DeviceName), default="auto")
     parser.add_argument("--nproc", type=int, help="ranks to start (default: those of one replica)")

@@ -11,6 +11,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from checkpoint_convert.hf_config import CONFIG_FILE as HF_CONFIG_FILE
+from checkpoint_convert.sources import HuggingFaceSource
 from internvl_megatron.checkpoint import folders, save_load, weights
 from internvl_megatron.config.overrides import CONFIG_FILE, from_json
 from internvl_megatron.config.plan import tensor_problems
@@ -116,7 +118,7 @@ def open_generator(
     change: Callable[[RunConfig], RunConfig] = lambda config: config,
     setup: Setup | None = None,
 ) -> Iterator[Generator]:
-    """A generator around a run's newest checkpoint, or around converted weights (`load_generator`)."""
+    """A generator around a run's newest checkpoint or other weights (`load_generator`)."""
     with open_place(info, device_name, setup or Setup()) as place:
         yield load_generator(folder, place, change)
 
@@ -147,18 +149,34 @@ def open_place(info: RankInfo, device_name: DeviceName, setup: Setup) -> Iterato
 def load_generator(
     folder: Path, place: Place, change: Callable[[RunConfig], RunConfig] = lambda config: config
 ) -> Generator:
-    """Load a model; collective over all ranks.
+    """Load a model: of a run (its newest checkpoint), a checkpoint of a run, converted weights, or a Hugging Face checkpoint in
+    either layout. Collective over all ranks.
 
     Raises:
-        CheckpointError: there is no finished checkpoint, or it is damaged.
+        CheckpointError: there is nothing of the kind, or it is damaged.
         ConfigError: the run's saved configuration cannot be read, or the model cannot be divided over these ranks.
     """
-    config, checkpoint = weights_to_load(folder, place.device)
+    source = HuggingFaceSource(folder) if is_hugging_face_folder(folder) else None
+    if source is None:
+        config, checkpoint = weights_to_load(folder, place.device)
+    else:
+        dtype, data = place.device.preferred_dtype, DataConfig(tokenizer=str(folder))
+        config, checkpoint = RunConfig(name=folder.name, model=source.model, data=data, dtype=dtype), folder
     config = divided(change(config), place.setup, place.info.world_size)
     tokenizer = load_tokenizer(config.data.tokenizer)
     model = build_model(config, place.groups, place.device, initialize=False)
-    save_load.load_weights(checkpoint, config.model, model, place.groups)
+    if source is None:
+        save_load.load_weights(checkpoint, config.model, model, place.groups)
+    else:
+        for name, parameter in model.named_parameters():
+            model.load_full(name, parameter, source.read(name))
     return Generator(config, model, place.groups, tokenizer, place.device, place.setup.limits)
+
+
+def is_hugging_face_folder(folder: Path) -> bool:
+    """Whether a folder looks like a Hugging Face checkpoint: weights and a `config.json`, and nothing of ours."""
+    is_ours = weights.is_weights_folder(folder) or (folder / folders.CHECKPOINTS).is_dir()
+    return not is_ours and (folder / HF_CONFIG_FILE).is_file() and any(folder.glob("*.safetensors"))
 
 
 def divided(config: RunConfig, setup: Setup, num_ranks: int) -> RunConfig:
