@@ -1,6 +1,7 @@
 # `make demo` and `make test` are the two commands; each sets up $(VENV) on first use.
 #   make demo FRESH=1    train again from the start          make test ARGS="-k packing"    choose tests
 #   make ... VENV=path   use another virtual environment     make ... PYTHON=path           build it with this Python
+# `make pipeline` runs pre-training, SFT, MPO and a process reward model on real pictures (20 minutes on two cores).
 # `make real-weights` fetches trained weights (180 MB) and tests the converters with them.
 
 VENV ?= .venv
@@ -31,12 +32,15 @@ WORKERS ?= 2
 # This checkout comes first even when $(VENV) was set up from another one.
 RUN = PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}" $(PY)
 
-.PHONY: setup demo test real-weights lint clean
+.PHONY: setup demo pipeline test real-weights lint clean
 
 setup: $(STAMP)
 
 demo: $(STAMP)
 	$(RUN) -m tools.demo $(if $(filter-out 0,$(FRESH)),--fresh)
+
+pipeline: $(STAMP)
+	$(RUN) -m tools.pipeline
 
 test: $(STAMP)
 	$(RUN) -m pytest -n $(WORKERS) --dist loadfile $(ARGS)

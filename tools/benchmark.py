@@ -7,6 +7,7 @@
     python -m tools.benchmark index ...        see tools/benchmark_data_index.py
     python -m tools.benchmark loader ...       see tools/benchmark_loader.py
     python -m tools.benchmark packing ...      see tools/benchmark_packing.py
+    python -m tools.benchmark generation ...   see tools/benchmark_generation.py
 
 `step`: one rank, fresh weights, synthetic packed rows (one picture and its text per sample), real step: vision encoder, projector,
 language model, loss, backward, clipping, AdamW. The record names machine, versions and date.
@@ -38,6 +39,7 @@ from internvl_megatron.ranks import RankInfo
 from tools import (
     benchmark_checkpoint,
     benchmark_data_index,
+    benchmark_generation,
     benchmark_gpu,
     benchmark_loader,
     benchmark_packing,
@@ -219,6 +221,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     benchmark_data_index.add_command(commands)
     benchmark_packing.add_command(commands)
     benchmark_checkpoint.add_command(commands)
+    benchmark_generation.add_command(commands)
     options = parser.parse_args(arguments)
     return options.run(options)
 

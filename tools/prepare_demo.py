@@ -35,10 +35,11 @@ Record = dict[str, Any]
 Fact = tuple[str, str]
 """A question and its answer."""
 
+Digit = tuple[str, np.ndarray]
+"""A digit and its picture, uint8 [28, 28]."""
+
 DIGIT_PIXELS = 28
 MAX_DIGITS = 3
-HELDOUT_SHARE = 0.2
-"""Share of the 1,797 digits that only held-out pictures show."""
 FACTS_PER_TEXT = 4
 QUESTIONS_PER_SINGLE_DIGIT = 3
 """Of the six about a picture: with one digit on it most of the others would be copies of the first answer."""
@@ -79,6 +80,8 @@ class Amounts:
     num_heldout_texts: int = 100
     questions_per_task: int = 100
     vocab_size: int = 400
+    heldout_share: float = 0.2
+    """Of the 1,797 digits; only held-out pictures show them."""
 
 
 @dataclass(frozen=True)
@@ -111,7 +114,7 @@ def prepare(out: Path, seed: int = 0, amounts: Amounts | None = None) -> None:
     shutil.rmtree(partial, ignore_errors=True)  # of an interrupted run
     partial.mkdir(parents=True)
     _build(partial, random.Random(seed), amounts)
-    _write_json(partial / RECIPE_FILE, recipe)
+    write_json(partial / RECIPE_FILE, recipe)
     shutil.rmtree(out, ignore_errors=True)
     partial.rename(out)
 
@@ -124,7 +127,7 @@ def _fingerprint() -> str:
 
 def _build(out: Path, rng: random.Random, amounts: Amounts) -> None:
     """Write everything but the recipe."""
-    train_digits, heldout_digits = _split_digits(rng)
+    train_digits, heldout_digits = split_digits(rng, amounts.heldout_share)
     train_facts, heldout_facts = _split_facts(rng, amounts.questions_per_task)
     pictures = _draw_pictures(out, "train", train_digits, amounts.num_pictures, rng)
     pairs = [(rng.choice(pictures), rng.choice(pictures)) for _ in range(amounts.num_pairs)]
@@ -143,7 +146,7 @@ def _build(out: Path, rng: random.Random, amounts: Amounts) -> None:
         "facts": [_text_record(heldout_facts, rng) for _ in range(amounts.num_heldout_texts)],
     }
     _write_datasets(out, "heldout", heldout)
-    _write_jsonl(out / "heldout_questions.jsonl", _questions(pictures, pairs, heldout_facts, rng, amounts))
+    write_jsonl(out / "heldout_questions.jsonl", _questions(pictures, pairs, heldout_facts, rng, amounts))
 
     texts = [
         turn["value"].replace("<image>", "")
@@ -157,14 +160,14 @@ def _build(out: Path, rng: random.Random, amounts: Amounts) -> None:
     )
 
 
-def _split_digits(rng: random.Random) -> tuple[list[tuple[str, np.ndarray]], list[tuple[str, np.ndarray]]]:
-    """(digit, uint8 [28, 28]) of every picture of `load_digits`: those to train on and those held out."""
+def split_digits(rng: random.Random, heldout_share: float) -> tuple[list[Digit], list[Digit]]:
+    """All pictures of `load_digits`: those to train on and those held out. Nothing is drawn from `rng` before."""
     from sklearn.datasets import load_digits
 
     bitmaps, labels = load_digits(return_X_y=True)
     tiles = [(str(label), _enlarge(bitmap.reshape(8, 8))) for bitmap, label in zip(bitmaps, labels, strict=True)]
     rng.shuffle(tiles)
-    num_heldout = round(len(tiles) * HELDOUT_SHARE)
+    num_heldout = round(len(tiles) * heldout_share)
     return tiles[num_heldout:], tiles[:num_heldout]
 
 
@@ -174,9 +177,7 @@ def _enlarge(bitmap: np.ndarray) -> np.ndarray:
     return np.asarray(image.resize((DIGIT_PIXELS, DIGIT_PIXELS), Image.Resampling.BICUBIC))
 
 
-def _draw_pictures(
-    out: Path, split: str, digits: Sequence[tuple[str, np.ndarray]], count: int, rng: random.Random
-) -> list[Picture]:
+def _draw_pictures(out: Path, split: str, digits: Sequence[Digit], count: int, rng: random.Random) -> list[Picture]:
     """Write pictures of one to three random digits, as many of each length."""
     (out / "images" / split).mkdir(parents=True)
     pictures = []
@@ -292,7 +293,7 @@ def _write_datasets(out: Path, split: str, datasets: dict[str, list[Record]]) ->
     meta = {}
     for name, records in datasets.items():
         annotation = f"{split}_{name}.jsonl"
-        _write_jsonl(out / annotation, [{"id": f"{name}-{i:05d}", **record} for i, record in enumerate(records)])
+        write_jsonl(out / annotation, [{"id": f"{name}-{i:05d}", **record} for i, record in enumerate(records)])
         meta[name] = {
             "root": ".",
             "annotation": annotation,
@@ -301,14 +302,16 @@ def _write_datasets(out: Path, split: str, datasets: dict[str, list[Record]]) ->
             "length": len(records),
             "max_dynamic_patch": max_tiles[name],
         }
-    _write_json(out / f"{split}_meta.json", meta)
+    write_json(out / f"{split}_meta.json", meta)
 
 
-def _write_json(path: Path, value: object) -> None:
+def write_json(path: Path, value: object) -> None:
+    """One value, for people to read."""
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
-def _write_jsonl(path: Path, records: Iterable[Record]) -> None:
+def write_jsonl(path: Path, records: Iterable[Record]) -> None:
+    """A record a line."""
     path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
 
 

@@ -226,7 +226,7 @@ def _data(config: RunConfig) -> list[str]:
 
 
 def _layout(config: RunConfig, world_size: int) -> list[str]:
-    parallel, language, data = config.parallel, config.model.language, config.data
+    parallel, data = config.parallel, config.data
     tensor, pipeline = parallel.tensor_size, parallel.pipeline_size
     problems = []
     replica_size, context = _replica_size(config), parallel.context_size
@@ -250,6 +250,26 @@ def _layout(config: RunConfig, world_size: int) -> list[str]:
     problems += ramp_problems(config, data_size)
     problems += _stages(config, data_size)
     problems += _vision(config, data_size)
+    problems += tensor_problems(config)
+    if parallel.sequence_parallel and tensor == 1:
+        problems.append("parallel.sequence_parallel=true needs parallel.tensor_size > 1")
+    if parallel.language_offload and config.kernels.loss_chunk_tokens is None:
+        problems.append(
+            "parallel.language_offload=true with kernels.loss_chunk_tokens=null would move all logits of a row to host memory "
+            "and back; leave kernels.loss_chunk_tokens out"
+        )
+    if data.tokens_per_row % (tensor * context):
+        size = f"parallel.tensor_size={tensor}"
+        if context > 1:
+            size += f" x parallel.context_size={context}"
+        problems.append(f"data.tokens_per_row={data.tokens_per_row} must be a multiple of {size}")
+    return problems + _context(config) + fp8_problems(config, _unit_ranks(config))
+
+
+def tensor_problems(config: RunConfig) -> list[str]:
+    """Sizes of the language model that its tensor-parallel ranks cannot share."""
+    language, tensor = config.model.language, config.parallel.tensor_size
+    problems = []
     for what, value in (
         ("model.language.num_heads", language.num_heads),
         ("model.language.ffn_hidden_size", language.ffn_hidden_size),
@@ -265,19 +285,7 @@ def _layout(config: RunConfig, world_size: int) -> list[str]:
             f"parallel.tensor_size={tensor} must divide model.language.num_kv_heads={language.num_kv_heads}, or be a "
             "multiple of it"
         )
-    if parallel.sequence_parallel and tensor == 1:
-        problems.append("parallel.sequence_parallel=true needs parallel.tensor_size > 1")
-    if parallel.language_offload and config.kernels.loss_chunk_tokens is None:
-        problems.append(
-            "parallel.language_offload=true with kernels.loss_chunk_tokens=null would move all logits of a row to host memory "
-            "and back; leave kernels.loss_chunk_tokens out"
-        )
-    if data.tokens_per_row % (tensor * context):
-        size = f"parallel.tensor_size={tensor}"
-        if context > 1:
-            size += f" x parallel.context_size={context}"
-        problems.append(f"data.tokens_per_row={data.tokens_per_row} must be a multiple of {size}")
-    return problems + _context(config) + fp8_problems(config, _unit_ranks(config))
+    return problems
 
 
 def stage_layers(config: RunConfig) -> tuple[int, ...]:

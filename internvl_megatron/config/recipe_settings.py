@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from internvl_megatron.config.models import INTERNLM3_8B, INTERNVIT_6B, INTERNVL3
 
-Stage = Literal["pretrain", "sft", "mpo"]
+Stage = Literal["pretrain", "sft", "mpo", "prm"]
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,7 @@ PAPER = "InternVL3 paper"
 PRETRAIN_SCRIPT = "proxy: InternVL3.5 pre-training script (GPT-OSS-20B)"
 SFT_SCRIPT = "proxy: InternVL3.5 SFT script"
 MPO_SCRIPT = "InternVL3's MPO scripts"
+PRM_SCRIPT = "proxy: InternVL2.5-8B on VisualPRM400K, script of others (JinYuanLi0012/Balanced-Info-MPRM)"
 BOTH_SCRIPTS = "proxy: InternVL3.5 pre-training and SFT scripts"
 RELEASED = "InternVL3 config.json and 2nd-finetune scripts"
 ONE_LIST = "InternVL's DeepSpeed settings: AdamW sees one list of all parameters (read from the code, not run)"
@@ -107,6 +108,24 @@ STAGES: dict[Stage, Settings] = {
         **{f"optimizer.{part}.trainable": Setting(True, MPO_SCRIPT) for part in ("vision", "projector", "language")},
         "checkpoint.save_every_steps": Setting(100, "ours"),
     },
+    "prm": {
+        "num_steps": Setting(782, f"{PRM_SCRIPT}: one epoch of 400,000 solutions, 512 a step"),
+        "rows_per_step": Setting(64, "ours: about 8 solutions a row make the proxy's 512 a step"),
+        "data.tokens_per_row": Setting(16384, "ours: the proxy has no packing, and solutions of up to 8192 tokens"),
+        "data.tiles_per_row": Setting(48, "ours: the images of a full row"),
+        "data.max_tiles": Setting(6, PRM_SCRIPT),
+        "data.v2pe": Setting("fixed", "InternVL's released fine-tuning code has ordinary positions"),
+        "data.v2pe_numerator": Setting(256, f"{PAPER}, sec. 3.14: its scores are with a step of 1"),
+        "optimizer.learning_rate": Setting(1e-5, PRM_SCRIPT),
+        "optimizer.warmup_ratio": Setting(0.05, PRM_SCRIPT),
+        "optimizer.weight_decay": Setting(0.05, PRM_SCRIPT),
+        "optimizer.schedule": Setting("cosine", PRM_SCRIPT),
+        **{
+            f"optimizer.{part}.trainable": Setting(True, "ours: as in SFT; the proxy freezes the encoder")
+            for part in ("vision", "projector", "language")
+        },
+        "checkpoint.save_every_steps": Setting(100, "ours"),
+    },
 }
 
 MPO_OF_LARGE: Settings = {
@@ -131,6 +150,11 @@ DROP_PATH: dict[Stage, dict[str, Setting]] = {
     "mpo": {
         **dict.fromkeys(("1B", "2B", "8B", "9B", "14B"), Setting(0.1, MPO_SCRIPT)),
         **dict.fromkeys(("38B", "78B"), Setting(0.4, MPO_SCRIPT)),
+    },
+    "prm": {
+        **dict.fromkeys(("1B", "2B"), Setting(0.0, "ours: as in SFT")),
+        **dict.fromkeys(("8B", "9B", "14B"), Setting(0.1, "ours: as in SFT")),
+        **dict.fromkeys(("38B", "78B"), Setting(0.4, "ours: as in SFT")),
     },
 }
 """Stochastic depth of the vision encoder."""

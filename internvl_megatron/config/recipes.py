@@ -60,7 +60,7 @@ def released(stage: Stage, size: str, num_ranks: int | None = None) -> RunConfig
     """A stage of InternVL3's training at a released size; `recipe_settings.py` has its values and their sources.
 
     Args:
-        stage: native pre-training, supervised fine-tuning, or preference optimization.
+        stage: native pre-training, supervised fine-tuning, preference optimization, or a process reward model.
         size: `1B` to `78B`.
         num_ranks: GPUs, which choose a layout; None = the fewest it is made for.
     """
@@ -91,6 +91,7 @@ def summary(name: str) -> str:
         "pretrain": "native pre-training from bare parts",
         "sft": "supervised fine-tuning",
         "mpo": "mixed preference optimization",
+        "prm": "process reward model",
     }[stage]
     return f"InternVL3-{size}, {what}, from {min(LAYOUTS[size])} GPUs of 80 GB"
 

@@ -125,9 +125,14 @@ def place_frames(turns: Sequence[Turn], num_frames: int) -> list[Turn]:
 
 
 def render_prompt(
-    turns: Sequence[Turn], context_tokens: Sequence[int], tokenizer: Tokenizer, system_prompt: str | None = None
+    turns: Sequence[Turn],
+    context_tokens: Sequence[int],
+    tokenizer: Tokenizer,
+    system_prompt: str | None = None,
+    answer_start: str = "",
 ) -> TokenizedConversation:
-    """Tokenize a conversation that ends with a human turn, ready to be answered: ends with `<|im_start|>assistant\\n`.
+    """Tokenize a conversation that ends with a human turn, ready to be answered: ends with `<|im_start|>assistant\\n` and
+    what the answer is to begin with.
 
     As `tokenize_conversation`, with nothing trained on. Several images without any `<image>` come first in the first
     human turn, as `Image-1: <image>` and so on, one a line.
@@ -139,9 +144,26 @@ def render_prompt(
         lines = [f"Image-{number}: {IMAGE_PLACEHOLDER}\n" for number in range(1, len(context_tokens) + 1)]
         turns = _prefix_first_human_turn(turns, "".join(lines))
     asked = tokenize_conversation(turns, context_tokens, tokenizer, system_prompt)
-    header = [tokenizer.turn_start_id, *tokenizer.encode(_header_text("gpt"))]
+    header = answer_header(tokenizer, answer_start)
     token_ids = np.concatenate([asked.token_ids, np.array(header, dtype=np.int32)])
     return TokenizedConversation(token_ids, np.full_like(token_ids, IGNORED_LABEL), asked.image_starts)
+
+
+def answer_header(tokenizer: Tokenizer, answer_start: str = "") -> list[int]:
+    """Ids at the end of a prompt: what stands before an answer, and its beginning."""
+    return [tokenizer.turn_start_id, *tokenizer.encode(_header_text("gpt") + answer_start)]
+
+
+def answer_places(token_ids: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:
+    """Places of the last token of every answer's header, int64, in a conversation that may end with one.
+
+    Texts cannot look like a header: `<|im_start|>` in them is not that token (`special_tokens_in_text`).
+    """
+    header = np.array(answer_header(tokenizer), dtype=token_ids.dtype)
+    if len(token_ids) < len(header):
+        return np.empty(0, dtype=np.int64)
+    windows = np.lib.stride_tricks.sliding_window_view(token_ids, len(header))
+    return np.flatnonzero((windows == header).all(axis=1)) + len(header) - 1
 
 
 def _header_text(role: Role) -> str:

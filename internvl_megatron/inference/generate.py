@@ -1,222 +1,333 @@
-"""Greedy generation on one rank: many prompts at once in one packed row, without a key-value cache.
+"""Generation: many answers grow together, one token each at a time, from cached keys and values.
 
-Every round runs the language model over all unfinished sequences, each a segment of the row, and adds one token to each.
-A finished sequence leaves the row and waiting prompts take its place, so memory is bounded by the row, whatever the
-number of prompts. Prompts are encoded once, by the training pipeline's own template, tiling and positions.
+Prompts wait in a queue. While there is room, those in front go through the model in one packed row and take a slot of the cache
+each; then all sequences under way get their next token in one batch, whatever their lengths. Who is finished leaves, and its
+slot goes to the next one. Prompts are divided over data-parallel replicas, which work at their own pace; inside a replica every
+rank keeps the same books, and the last stage says which tokens were chosen.
 """
 
 from collections import deque
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from internvl_megatron.config.schema import RunConfig
-from internvl_megatron.data.conversation import Turn, render_prompt
-from internvl_megatron.data.images import ImageRef, decode_tiles, image_size
-from internvl_megatron.data.positions import UNITS_PER_POSITION, v2pe_numerators
-from internvl_megatron.data.tiling import choose_grid, num_tiles
+from internvl_megatron.data.positions import UNITS_PER_POSITION
 from internvl_megatron.data.tokenizer import Tokenizer
 from internvl_megatron.device import Device
 from internvl_megatron.errors import ConfigError
-from internvl_megatron.inference.prompt import Prompt
-from internvl_megatron.model.attention import PackedRow
+from internvl_megatron.inference.answer_text import AnswerText
+from internvl_megatron.inference.prompt import ENDS, Answer, End, Prompt
+from internvl_megatron.inference.requests import Renderer, Request
+from internvl_megatron.inference.sampling import choose_tokens, draw
+from internvl_megatron.inference.settings import GREEDY, Generation, Limits, Sampling
+from internvl_megatron.inference.stages import Piece, Stages
 from internvl_megatron.model.build import Model
-from internvl_megatron.model.language import ImageTokens
-from internvl_megatron.model.rotary import rotary_tables
+from internvl_megatron.parallel.groups import Groups
+from internvl_megatron.parallel.host import gather_integers
 
-
-@dataclass
-class _Sequence:
-    """A prompt of n tokens and the answer so far."""
-
-    prompt_ids: np.ndarray
-    """int32 [n]."""
-    prompt_positions: np.ndarray
-    """int32 [n], in units of 1/256."""
-    images: list[ImageRef]
-    image_places: np.ndarray
-    """int64 [i], places of the image tokens in the prompt, ascending."""
-    embeddings: Tensor | None = None
-    """[i, D] for the image tokens, while the sequence is in the row; None without images."""
-    answer_ids: list[int] = field(default_factory=list)
-
-    @property
-    def token_ids(self) -> np.ndarray:
-        """int64 [n + generated]."""
-        return np.concatenate([self.prompt_ids, np.array(self.answer_ids, dtype=np.int64)])
-
-    @property
-    def positions(self) -> np.ndarray:
-        """int32 [n + generated]: generated tokens go on from the prompt in whole positions (spec: V2PE generation)."""
-        steps = np.arange(1, len(self.answer_ids) + 1, dtype=np.int32) * UNITS_PER_POSITION
-        return np.concatenate([self.prompt_positions, self.prompt_positions[-1] + steps])
+type OnText = Callable[[int, str], None]
+"""Is given the number of a prompt and the next piece of its answer."""
 
 
 class Generator:
-    """Answers prompts with the most likely token at every step."""
+    """Answers prompts."""
 
-    def __init__(self, config: RunConfig, model: Model, tokenizer: Tokenizer, device: Device) -> None:
-        """Prepare to answer; `model` is whole on this rank (tensor and pipeline size 1)."""
-        language, *more_chunks = model.language
-        is_whole = (
-            not more_chunks
-            and language.pre_process
-            and language.post_process
-            and language.pg_collection.tp.size() == 1
-        )
-        assert is_whole, (
-            "generation needs the whole language model on one rank; load it with tensor and pipeline size 1"
-        )
+    def __init__(
+        self,
+        config: RunConfig,
+        model: Model,
+        groups: Groups,
+        tokenizer: Tokenizer,
+        device: Device,
+        limits: Limits | None = None,
+    ) -> None:
+        """Prepare to answer; all ranks do so together.
+
+        Raises:
+            ConfigError: the tokenizer has other tokens than the model.
+        """
+        vocab_size = config.model.language.vocab_size
+        if len(tokenizer) > vocab_size:  # fewer may be: models have rows to spare
+            raise ConfigError(
+                f"data.tokenizer: {tokenizer.source} has {len(tokenizer)} tokens and the model {vocab_size}; use the "
+                "tokenizer the model was trained with"
+            )
         self.config = config
-        self.vision = model.vision
-        self.language = language
-        self.tokenizer = tokenizer
+        self.model = model
         self.device = device
+        self.tokenizer = tokenizer
+        self.limits = limits or Limits()
+        self.stages = Stages(config, model, groups, device)
+        self.renderer = Renderer(config, tokenizer, self.limits.max_positions)
+        self._groups = groups
+
+    def answer(
+        self,
+        prompts: Sequence[Prompt],
+        max_new_tokens: int = 32,
+        v2pe_numerator: int = UNITS_PER_POSITION,
+        sampling: Sampling | None = None,
+    ) -> list[str]:
+        """Texts of the answers (`generate`), in the order of the prompts."""
+        settings = Generation(
+            max_new_tokens=max_new_tokens, v2pe_numerator=v2pe_numerator, sampling=sampling or GREEDY
+        )
+        return [answer.text for answer in self.generate(prompts, settings)]
 
     @torch.no_grad()
-    def answer(
-        self, prompts: Sequence[Prompt], max_new_tokens: int = 32, v2pe_numerator: int = UNITS_PER_POSITION
-    ) -> list[str]:
-        """Answer every prompt by itself.
+    def generate(
+        self, prompts: Sequence[Prompt], settings: Generation | None = None, on_text: OnText | None = None
+    ) -> list[Answer]:
+        """Answer every prompt by itself; collective over all ranks.
 
         Args:
-            prompts: any number; their images are read when their turn comes, except for the headers.
-            max_new_tokens: an answer ends after so many tokens if `<|im_end|>` does not end it before.
-            v2pe_numerator: position step of image tokens in units of 1/256; 256 gives ordinary positions.
+            prompts: any number, the same on every rank; their images are read when their turn comes, except for the headers.
+            settings: how.
+            on_text: told of answers as they grow, on one rank of each replica, which tells of the prompts that it answers.
+                Pieces add up to the text of the answer.
 
         Returns:
-            The answers in the order of the prompts, without `<|im_end|>` and surrounding white space.
+            The answers in the order of the prompts, on every rank.
 
         Raises:
             DataError: an image cannot be read, or images and `<image>` differ in number.
-            ConfigError: a number is out of its range.
+            ConfigError: a setting is out of its range, or prompt and answer do not fit the context.
         """
-        if max_new_tokens < 1:
-            raise ConfigError(f"max_new_tokens: must be at least 1, not {max_new_tokens}")
-        if not 1 <= v2pe_numerator <= UNITS_PER_POSITION:
-            raise ConfigError(
-                f"v2pe_numerator: must be 1 to {UNITS_PER_POSITION} (delta 1/256 to 1), not {v2pe_numerator}"
-            )
-        self.vision.eval()
-        self.language.eval()
-        sequences = [self._render(prompt, v2pe_numerator) for prompt in prompts]
-        waiting, active = deque(sequences), list[_Sequence]()
-        while waiting or active:
-            active += self._admit(waiting, active, max_new_tokens)
-            for sequence, token_id in zip(active, self._next_tokens(active), strict=True):
-                sequence.answer_ids.append(token_id)
-            active = self._unfinished(active, max_new_tokens)
-        return [self._text(sequence) for sequence in sequences]
+        settings = settings or Generation()
+        rendered = self.renderer.render_all(prompts, settings.v2pe_numerator, settings.max_new_tokens)
+        mine = [
+            Request(number, prompts[number], rendered[number], settings.sampling.seed_of(number, prompts[number].seed))
+            for number in self.own_numbers(len(prompts))
+        ]
+        done = _Run(self, settings, on_text if self.stages.leads else None).finish(mine)
+        found = self.of_all_replicas({number: [ENDS.index(end), *ids] for number, (ids, end) in done.items()})
+        return [
+            self._finished(prompt, ids, ENDS[end], settings)
+            for prompt, (end, *ids) in ((prompt, found[number]) for number, prompt in enumerate(prompts))
+        ]
 
     @torch.no_grad()
     def logits(self, prompt: Prompt, num_positions: int) -> np.ndarray:
         """Scores of the next token after each of the last positions of a prompt, fp32 [positions, vocabulary].
 
-        For comparing models: ordinary positions (delta 1), the vocabulary without its padding.
+        For comparing models, on one rank: ordinary positions (delta 1), the vocabulary without its padding.
         """
-        self.vision.eval()
-        self.language.eval()
-        sequence = self._render(prompt, UNITS_PER_POSITION)
-        if sequence.images:
-            self._encode([sequence])
-        end = len(sequence.prompt_ids)
-        logits = self._row_logits([sequence], np.arange(max(0, end - num_positions), end))
+        request = Request(0, prompt, self.renderer.render(prompt, UNITS_PER_POSITION), ())
+        end = len(request.rendered.token_ids)
+        self.embed([request])
+        logits = self.stages.scores([prompt_piece(request, None, np.arange(max(0, end - num_positions), end))])
+        assert logits is not None, "the only rank is on the last stage"
         return logits[:, : self.config.model.language.vocab_size].float().cpu().numpy()
 
-    def _render(self, prompt: Prompt, v2pe_numerator: int) -> _Sequence:
-        """Template, tiling and positions of a prompt; of its images only the headers are read."""
-        images = [self._plan_image(path, len(prompt.images)) for path in prompt.images]
-        context_tokens = [image.num_tiles * self.config.model.vision.tokens_per_tile for image in images]
-        system = self.config.data.system_prompt if prompt.system is None else prompt.system
-        rendered = render_prompt([Turn("human", prompt.question)], context_tokens, self.tokenizer, system)
-        starts = rendered.image_starts.tolist()
-        strides = [v2pe_numerator] * len(images)
-        places = [np.arange(start, start + count) for start, count in zip(starts, context_tokens, strict=True)]
-        return _Sequence(
-            prompt_ids=rendered.token_ids,
-            prompt_positions=v2pe_numerators(len(rendered.token_ids), starts, context_tokens, strides),
-            images=images,
-            image_places=np.concatenate([np.empty(0, dtype=np.int64), *places]),
-        )
+    def embed(self, requests: Sequence[Request]) -> None:
+        """Encode the images of some requests, all tiles together."""
+        with_images = [request for request in requests if request.rendered.images]
+        if not with_images:
+            return
+        embeddings = iter(self.stages.encode([image for one in with_images for image in one.rendered.images]))
+        for request in with_images:
+            request.embeddings = torch.cat([next(embeddings) for _ in request.rendered.images])
 
-    def _plan_image(self, path: str, num_images: int) -> ImageRef:
-        """How an image is cut when `num_images` images share the tiles of a sample, as in training."""
-        data = self.config.data
-        max_tiles = max(1, data.max_tiles // num_images)
-        grid = choose_grid(*image_size(path), data.min_tiles, max_tiles, self.config.model.vision.tile_pixels)
-        return ImageRef(path, grid, num_tiles(grid, data.use_thumbnail), jpeg_seed=None)
+    def text_of(self, prompt: Prompt, settings: Generation) -> AnswerText:
+        """An empty text for the answer to a prompt."""
+        before = self.renderer.header_ids(prompt)
+        return AnswerText(self.tokenizer, before, bool(prompt.answer_start), settings.stop_strings)
 
-    def _admit(self, waiting: deque[_Sequence], active: Sequence[_Sequence], max_new_tokens: int) -> list[_Sequence]:
-        """Take waiting sequences that fit into the row even when all answers are as long as they may be."""
-        used = sum(len(sequence.prompt_ids) + max_new_tokens for sequence in active)
-        admitted: list[_Sequence] = []
+    def _finished(self, prompt: Prompt, token_ids: Sequence[int], end: End, settings: Generation) -> Answer:
+        """An answer from its tokens."""
+        text = self.text_of(prompt, settings)
+        for token_id in token_ids[: len(token_ids) - self.is_end(token_ids[-1], settings)]:
+            text.add(token_id)
+        text.end()
+        return Answer(text.text, tuple(token_ids), end)
+
+    def is_end(self, token_id: int, settings: Generation) -> bool:
+        """Whether a token ends an answer and is no part of it."""
+        return token_id == self.tokenizer.turn_end_id or token_id in settings.stop_ids
+
+    def own_numbers(self, count: int) -> range:
+        """Which of the prompts of a call this replica is for."""
+        layout = self._groups.layout
+        return range(layout.replica(self._groups.rank), count, layout.data_size)
+
+    def of_all_replicas(self, own: dict[int, list[int]]) -> dict[int, list[int]]:
+        """What every replica has found for its prompts, by their numbers, on all ranks."""
+        if self._groups.layout.data_size == 1:
+            return own
+        message = [value for number, values in own.items() for value in (number, len(values), *values)]
+        found: dict[int, list[int]] = {}
+        for gathered in gather_integers(np.array(message, dtype=np.int64), self._groups.host_data):
+            place, numbers = 0, gathered.tolist()
+            while place < len(numbers):
+                number, length = numbers[place : place + 2]
+                found[number] = numbers[place + 2 : place + 2 + length]
+                place += 2 + length
+        return found
+
+
+def prompt_piece(request: Request, slot: int | None, wanted: np.ndarray) -> Piece:
+    """A whole prompt."""
+    rendered = request.rendered
+    return Piece(
+        slot,
+        0,
+        rendered.token_ids,
+        rendered.positions,
+        wanted,
+        rendered.image_places if rendered.images else None,
+        request.embeddings,
+    )
+
+
+class _Run:
+    """One call of `generate` on one replica."""
+
+    def __init__(self, generator: Generator, settings: Generation, on_text: OnText | None) -> None:
+        self.generator = generator
+        self.stages = generator.stages
+        self.limits = generator.limits
+        self.settings = settings
+        self.on_text = on_text
+        self.active: list[Request] = []
+        """The n-th has slot n."""
+        self.texts: dict[int, AnswerText] = {}
+        """Of the requests under way, where somebody waits for text or it may hold the end."""
+        self.done: dict[int, tuple[list[int], End]] = {}
+
+    def finish(self, requests: Sequence[Request]) -> dict[int, tuple[list[int], End]]:
+        """Tokens of the answers and how they ended, by the numbers of the requests."""
+        waiting = deque(requests)
+        while waiting or self.active:
+            admitted = self._admit(waiting)
+            if admitted:
+                self._append(admitted, self._first_tokens(admitted))
+            else:
+                self._append(self.active, self._next_tokens())
+            self._release()
+        return self.done
+
+    def _admit(self, waiting: deque[Request]) -> list[Request]:
+        """Take requests from the front that fit even when all answers are as long as they may be."""
+        limits, cache = self.limits, self.stages.cache
+        longest = cache.slot_tokens if self.active else 0
+        admitted: list[Request] = []
+        rendered: set[int] = set()
+        row_tokens = 0
         while waiting:
-            used += len(waiting[0].prompt_ids) + max_new_tokens
-            alone = not active and not admitted  # a prompt over the budget gets a row of its own
-            if used > self.config.data.tokens_per_row and not alone:
+            request = waiting[0]
+            num_sequences = len(self.active) + len(admitted) + 1
+            longest_then = max(longest, len(request.rendered.token_ids) + self.settings.max_new_tokens)
+            is_new = id(request.rendered) not in rendered
+            row_tokens += len(request.rendered.token_ids) * is_new
+            fits = (
+                num_sequences <= limits.max_sequences
+                and num_sequences * longest_then <= limits.cache_tokens
+                and row_tokens <= self.generator.config.data.tokens_per_row
+            )
+            if not fits and num_sequences > 1:  # one that fits nowhere is alone
                 break
+            longest = longest_then
+            rendered.add(id(request.rendered))
             admitted.append(waiting.popleft())
-        self._encode([sequence for sequence in admitted if sequence.images])
+        if admitted:
+            num_slots = len(self.active) + len(admitted)
+            cache.reserve(max(num_slots, cache.num_slots if self.active else 0), longest)
         return admitted
 
-    def _encode(self, sequences: Sequence[_Sequence]) -> None:
-        """Embed the images of some sequences, all tiles together, chunk by chunk."""
-        if not sequences:
-            return
-        vision, thumbnail = self.config.model.vision, self.config.data.use_thumbnail
-        images = [image for sequence in sequences for image in sequence.images]
-        tiles = np.concatenate([decode_tiles(image, vision.tile_pixels, thumbnail) for image in images])
-        size = self.config.parallel.vision_chunk_tiles
-        chunks = [self.device.put(tiles[first : first + size]) for first in range(0, len(tiles), size)]
-        embeddings = torch.cat([self.vision(chunk) for chunk in chunks]).flatten(0, 1)
-        parts = embeddings.split([len(sequence.image_places) for sequence in sequences])
-        for sequence, part in zip(sequences, parts, strict=True):
-            sequence.embeddings = part.clone()  # a view would keep all of the others in memory
+    def _first_tokens(self, admitted: Sequence[Request]) -> list[int]:
+        """Run prompts through the model, each once however many answers are wanted, and choose first tokens."""
+        first_slot = len(self.active)
+        leaders: dict[int, int] = {}  # a prompt's place in the row, by its identity
+        slots: list[int] = []
+        for slot, request in enumerate(admitted, first_slot):
+            if id(request.rendered) not in leaders:
+                leaders[id(request.rendered)] = len(slots)
+                slots.append(slot)
+        leading = [admitted[slot - first_slot] for slot in slots]
+        self.generator.embed(leading)
+        last = [np.array([len(request.rendered.token_ids) - 1]) for request in leading]
+        pieces = [prompt_piece(*place) for place in zip(leading, slots, last, strict=True)]
+        logits = self.stages.scores(pieces)
+        for request in leading:
+            request.embeddings = None
+        rows = [leaders[id(request.rendered)] for request in admitted]
+        for slot, (row, request) in enumerate(zip(rows, admitted, strict=True), first_slot):
+            if slots[row] != slot:
+                self.stages.cache.copy(slots[row], slot, len(request.rendered.token_ids))
+        self.active += admitted
+        return self._choose(admitted, None if logits is None else logits[rows])
 
-    def _next_tokens(self, sequences: Sequence[_Sequence]) -> list[int]:
-        """The most likely next token of each sequence; padding of the vocabulary is at -inf and never is."""
-        last = np.cumsum([len(sequence.token_ids) for sequence in sequences]) - 1
-        return self._row_logits(sequences, last).argmax(dim=-1).tolist()
+    def _next_tokens(self) -> list[int]:
+        """Run the newest token of every sequence through the model, and choose the next ones."""
+        newest = np.zeros(1, dtype=np.int64)
+        pieces = [
+            Piece(
+                slot,
+                request.num_cached,
+                np.array(request.answer_ids[-1:]),
+                request.rendered.next_positions(len(request.answer_ids) - 1, 1),
+                newest,
+            )
+            for slot, request in enumerate(self.active)
+        ]
+        return self._choose(self.active, self.stages.scores(pieces))
 
-    def _row_logits(self, sequences: Sequence[_Sequence], places: np.ndarray) -> Tensor:
-        """Logits [n, padded vocabulary] at n places of the row that the sequences make."""
-        ends = np.cumsum([0] + [len(sequence.token_ids) for sequence in sequences])
-        on_device = self.device.put(ends.astype(np.int32))
-        language = self.config.model.language
-        positions = self.device.put(np.concatenate([sequence.positions for sequence in sequences]))
-        row = PackedRow(
-            cu_seqlens_q=on_device,
-            cu_seqlens_kv=on_device,
-            segment_ends=tuple(ends.tolist()),
-            rotary=rotary_tables(positions, language.head_size, language.rope_theta),
-        )
-        token_ids = self.device.put(np.concatenate([sequence.token_ids for sequence in sequences]))
-        images = self._image_tokens(sequences, ends)
-        return self.language(token_ids[None], row, images, self.device.put(places))[:, 0]
+    def _choose(self, requests: Sequence[Request], logits: Tensor | None) -> list[int]:
+        """Next tokens, chosen on the last stage."""
+        chosen = None
+        if logits is not None:
+            sampling = self.settings.sampling
+            uniform = [] if sampling.is_greedy else [draw(one.seed, len(one.answer_ids)) for one in requests]
+            seen = [] if sampling.repetition_penalty == 1 else [one.token_ids for one in requests]
+            chosen = choose_tokens(logits, sampling, uniform, seen).tolist()
+        return self.stages.agree(chosen, len(requests))
 
-    def _image_tokens(self, sequences: Sequence[_Sequence], ends: np.ndarray) -> ImageTokens | None:
-        """Image embeddings of a row and their places in it; sequence j starts at ends[j]."""
-        embeddings = [sequence.embeddings for sequence in sequences if sequence.embeddings is not None]
-        if not embeddings:
+    def _append(self, requests: Sequence[Request], token_ids: Sequence[int]) -> None:
+        """Give requests their tokens, and take notice of those that are finished with them."""
+        for request, token_id in zip(requests, token_ids, strict=True):
+            request.answer_ids.append(token_id)
+            is_end = self.generator.is_end(token_id, self.settings)
+            text = self._text_of(request)
+            if text is not None and not is_end:
+                self._tell(request, text.add(token_id))
+            end: End | None = None
+            if is_end:
+                end = "turn_end" if token_id == self.generator.tokenizer.turn_end_id else "stop"
+            elif text is not None and text.is_stopped:
+                end = "stop"
+            elif len(request.answer_ids) == self.settings.max_new_tokens:
+                end = "length"
+            if end is not None:
+                self.done[request.number] = (request.answer_ids, end)
+                if text is not None:
+                    self._tell(request, text.end())
+
+    def _text_of(self, request: Request) -> AnswerText | None:
+        """Text of a request under way; None where nobody needs it yet."""
+        if self.on_text is None and not self.settings.stop_strings:
             return None
-        places = [sequence.image_places + start for sequence, start in zip(sequences, ends, strict=False)]
-        return ImageTokens(torch.cat(embeddings), self.device.put(np.concatenate(places)))
+        if request.number not in self.texts:
+            self.texts[request.number] = self.generator.text_of(request.prompt, self.settings)
+        return self.texts[request.number]
 
-    def _unfinished(self, sequences: Sequence[_Sequence], max_new_tokens: int) -> list[_Sequence]:
-        """Those that go on; the others give their embeddings back."""
-        going_on = []
-        for sequence in sequences:
-            ended = sequence.answer_ids[-1] == self.tokenizer.turn_end_id
-            if ended or len(sequence.answer_ids) >= max_new_tokens:
-                sequence.embeddings = None
-            else:
-                going_on.append(sequence)
-        return going_on
+    def _tell(self, request: Request, piece: str) -> None:
+        if self.on_text is not None and piece:
+            self.on_text(request.number, piece)
 
-    def _text(self, sequence: _Sequence) -> str:
-        """The answer's text. Special tokens stay: grounding text is made of them."""
-        ids = sequence.answer_ids
-        return self.tokenizer.decode(ids[:-1] if ids[-1] == self.tokenizer.turn_end_id else ids).strip()
+    def _release(self) -> None:
+        """Let finished sequences go; the last ones take over their slots."""
+        slot = 0
+        while slot < len(self.active):
+            request = self.active[slot]
+            if request.number not in self.done:
+                slot += 1
+                continue
+            self.texts.pop(request.number, None)
+            last = self.active.pop()
+            if last is not request:
+                if last.number not in self.done:
+                    self.stages.cache.copy(len(self.active), slot, last.num_cached)
+                self.active[slot] = last

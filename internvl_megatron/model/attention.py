@@ -25,6 +25,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 
 from internvl_megatron.device import AttentionKernel, TileKernel, ring_stream
+from internvl_megatron.model.kv_cache import CachedTokens
 from internvl_megatron.model.rotary import RotaryTables, rotate
 
 CUDNN_FIRST = [
@@ -49,6 +50,8 @@ class PackedRow(PackedSeqParams):
     rotary: RotaryTables | None = None
     ring_order: Tensor | None = None
     """int64 [S]: where each token of the row is in the parts of the ring's ranks laid end to end (`Layout.ring_order`)."""
+    cached: CachedTokens | None = None
+    """Where keys and values of the row's tokens are kept when its segments are to be continued, or continue what is kept."""
 
     @property
     def max_segment_tokens(self) -> int:
@@ -101,12 +104,14 @@ class PackedAttention(CoreAttention):
     def __init__(
         self,
         config: TransformerConfig,
+        layer_number: int,
         *args: Any,
         kernel: AttentionKernel,
         pg_collection: ProcessGroupCollection | None = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(config, *args, **kwargs)
+        super().__init__(config, layer_number, *args, **kwargs)
+        self._layer = layer_number
         assert pg_collection is not None, "the layer passes its process groups on"
         self._fuses_rotary = config.apply_rope_fusion
         self.kernel: AttentionKernel = kernel
@@ -144,6 +149,10 @@ class PackedAttention(CoreAttention):
         if row.rotary is not None:
             query, key = (rotate(tensor, row.rotary, self._fuses_rotary) for tensor in (query, key))
         query, key, value = query.squeeze(1), key.squeeze(1), value.squeeze(1)
+        if row.cached is not None:
+            row.cached.store(self._layer, key, value)
+            if not row.cached.are_prompts:
+                return row.cached.attend(self._layer, query).reshape(len(query), 1, -1)
         if self.heads_group.size() > 1:
             query, key, value = trade_tokens_for_heads(query, key, value, self.heads_group)
         expected = row.segment_ends[-1] // self.ring_group.size()

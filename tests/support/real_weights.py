@@ -150,7 +150,7 @@ def run_model(
     """Load converted weights as `generate` does, and run both sides; the body of one rank."""
     features: list[Any] = []
     with open_generator(info, folder, "cpu") as generator, torch.no_grad():
-        vision = generator.vision.eval()
+        vision = generator.model.vision
         hook = vision.encoder.register_forward_hook(lambda _module, _inputs, output: features.append(output))
         vision(generator.device.put(tiles))
         hook.remove()

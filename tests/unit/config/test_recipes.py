@@ -20,6 +20,7 @@ DROP_PATH = {
     "pretrain": {"1B": 0.1, "2B": 0.1, "8B": 0.1, "9B": 0.1, "14B": 0.1, "38B": 0.4, "78B": 0.4},
     "sft": {"1B": 0.0, "2B": 0.0, "8B": 0.1, "9B": 0.1, "14B": 0.1, "38B": 0.4, "78B": 0.4},
     "mpo": {"1B": 0.1, "2B": 0.1, "8B": 0.1, "9B": 0.1, "14B": 0.1, "38B": 0.4, "78B": 0.4},
+    "prm": {"1B": 0.0, "2B": 0.0, "8B": 0.1, "9B": 0.1, "14B": 0.1, "38B": 0.4, "78B": 0.4},
 }
 
 
@@ -88,13 +89,22 @@ def test_preference_optimization_is_as_published(size: str) -> None:
     assert all(part.trainable for part in (optimizer.vision, optimizer.projector, optimizer.language))
 
 
+@pytest.mark.parametrize("size", INTERNVL3)
+def test_process_reward_models_have_the_proxy_s_numbers(size: str) -> None:
+    config = find_recipe(f"internvl3_{size.lower()}_prm")
+    assert (config.optimizer.learning_rate, config.data.max_tiles, config.loss.kind) == (1e-5, 6, "next_token")
+    assert config.rows_per_step * 8 == 512, "solutions, eight a row"
+    assert config.num_steps == -(-400_000 // 512)
+
+
 @pytest.mark.parametrize("name", RELEASED)
 def test_all_have_upstream_s_optimizer(name: str) -> None:
     stage, size = RELEASED[name]
     config = find_recipe(name)
     optimizer = config.optimizer
     assert (optimizer.beta1, optimizer.beta2, optimizer.eps) == (0.9, 0.999, 1e-8)
-    assert (optimizer.schedule, optimizer.warmup_ratio, optimizer.min_learning_rate) == ("cosine", 0.03, 0.0)
+    assert (optimizer.schedule, optimizer.min_learning_rate) == ("cosine", 0.0)
+    assert optimizer.warmup_ratio == (0.05 if stage == "prm" else 0.03)
     assert (optimizer.weight_decay, optimizer.clip_grad_norm, config.seed) == (0.05, 1.0, 42)
     for part in (optimizer.vision, optimizer.projector, optimizer.language):
         assert (part.decay, part.learning_rate_scale) == ("all", 1.0), "biases and norms decay too"

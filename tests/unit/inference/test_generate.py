@@ -1,12 +1,13 @@
-"""Greedy generation equals transformers', whatever shares the row."""
+"""Generation equals transformers', which computes every step from the start, whatever shares the row and the cache."""
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from internvl_megatron.inference.generate import Prompt
+from internvl_megatron.data.positions import STRIDES
+from internvl_megatron.inference.prompt import Prompt
 from internvl_megatron.launcher import RankFailedError, launch
-from tests.unit.inference.generation_ranks import compare
+from tests.unit.inference.generation_ranks import cached_logits, compare
 
 MAX_NEW_TOKENS = 9
 
@@ -35,6 +36,10 @@ def prompts(picture):
         Prompt("which is it?", (one, two)),
         Prompt("user", system="seven, two and one"),
         Prompt("two", (three,), system=""),
+        Prompt(
+            "and <image>?", (one, two), history=(("<image> how many?", "there are two"), ("so?", "two")), system=""
+        ),
+        Prompt("how many?", (two,), answer_start="there are "),
     ]
 
 
@@ -48,9 +53,18 @@ def test_equals_transformers(prompts, family, numerator):
     assert len(set(answers.reference_lengths)) > 2, "answers should end at different lengths"
     assert max(answers.reference_lengths) == MAX_NEW_TOKENS
     assert answers.longest_row <= 220
-    assert max(answers.vision_batches) == 3 and sum(answers.vision_batches) == 1 + 4 + (3 + 1) * 2 + 4
+    assert max(answers.vision_batches) == 3 and sum(answers.vision_batches) == 1 + 4 + (3 + 1) * 2 + 4 + (1 + 3) + 3
     assert answers.num_rounds < sum(answers.reference_lengths) / 2, "prompts should share rows"
     assert answers.modes == [False, False]
+
+
+@pytest.mark.parallel
+def test_cached_scores_equal_those_of_whole_sequences_at_every_stride(prompts):
+    """Three sequences at a time, so that some enter while others are under way."""
+    (differences,) = launch(cached_logits, 1, prompts[:5], 5, list(STRIDES))
+    assert len(differences) == 9
+    assert max(largest for largest, _ in differences) < 1e-4
+    assert min(highest for _, highest in differences) > 1, "the model says something"
 
 
 @pytest.mark.parallel

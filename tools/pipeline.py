@@ -1,0 +1,310 @@
+"""All stages on real pictures, on a CPU: pre-training, fine-tuning, MPO, and a process reward model, each held against held-out questions.
+
+    python -m tools.pipeline [FOLDER] [--nproc N]          (make pipeline)
+
+A 1.8M-parameter InternVL3 learns to read handwritten digits (`tools.demo`'s pre-training), then to add three of them up, step by
+step. Its own answers to new pictures become preference pairs (`tools.build_preferences`) and step labels
+(`tools.build_prm_data`); MPO trains on the first, a judge on the second. FOLDER (runs/pipeline) gets a run of each stage and
+`report.json`. Interrupted, the same command goes on.
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from internvl_megatron.checkpoint import folders
+from internvl_megatron.config.overrides import apply_overrides
+from internvl_megatron.config.recipes import demo_digits
+from internvl_megatron.config.schema import RunConfig
+from internvl_megatron.data.files import write_whole
+from internvl_megatron.errors import UserError
+from internvl_megatron.evaluate.final_answer import is_match
+from internvl_megatron.launcher import InterruptedRunError, RankFailedError, launch
+from internvl_megatron.ranks import RankInfo
+from tools import build_preferences, build_prm_data
+from tools.prepare_demo import Amounts
+from tools.prepare_sums import SumAmounts, prepare_sums
+from tools.rollouts import Asking, Job, Part, Question, ask, read_questions
+
+TRAIN_RANK = "internvl_megatron.trainer:train_rank"
+SCORE_RANK = "internvl_megatron.score_reference:score_rank"
+JUDGE_RANK = "tools.pipeline:judge_rank"
+
+INSTRUCTION = "Reply + or -."
+"""Of the judge: the demo's tokenizer spells long texts byte by byte."""
+
+MAX_NEW_TOKENS = 32
+MAX_SEQUENCES = 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """How long it trains, and how much it asks."""
+
+    pretrain_steps: int = 400
+    sft_steps: int = 300
+    mpo_steps: int = 80
+    judge_steps: int = 200
+    rollouts: int = 16
+    judge_solutions: int = 4
+    judge_completions: int = 8
+    heldout_solutions: int = 8
+    data: SumAmounts = SumAmounts()  # noqa: RUF009  # frozen
+    pretraining: Amounts = Amounts(heldout_share=0.6)  # noqa: RUF009
+
+
+class Pipeline:
+    """The stages, each of which does what is not done yet."""
+
+    def __init__(self, folder: Path, num_ranks: int, sizes: Sizes) -> None:
+        """Stages run on so many ranks, all data parallel."""
+        self.folder = folder
+        self.data = folder / "data"
+        self.num_ranks = num_ranks
+        self.sizes = sizes
+        self.seconds: dict[str, float] = {}
+
+    def run(self) -> dict[str, Any]:
+        """All of it; the report."""
+        self._timed("data", lambda: prepare_sums(self.data, self.sizes.data, self.sizes.pretraining))
+        self._train("pretrain", self.sizes.pretrain_steps, self.data / "demo" / "train_meta.json", None)
+        self._train("sft", self.sizes.sft_steps, self.data / "sft_meta.json", "pretrain")
+        for name, rollouts in (("preference", self.sizes.rollouts), ("heldout_pair", self.sizes.rollouts)):
+            self._timed(f"{name} pairs", lambda name=name, rollouts=rollouts: self._pairs(name, rollouts))
+        self._train(
+            "mpo",
+            self.sizes.mpo_steps,
+            self.data / "preference" / "meta.json",
+            "sft",
+            "loss.kind=mpo",
+            "loss.weighting=token",
+            "optimizer.learning_rate=5e-5",
+            "optimizer.beta2=0.999",
+        )
+        self._timed("step labels", self._label_steps)
+        self._train(
+            "judge", self.sizes.judge_steps, self.data / "judge" / "meta.json", "sft", "optimizer.learning_rate=7e-4"
+        )
+        report = {
+            "sizes": asdict(self.sizes),
+            "exact_match": {
+                stage: self._timed(f"ask {stage}", lambda s=stage: self._exact_match(s)) for stage in ("sft", "mpo")
+            },
+            "preference": self._timed("score pairs", self._preference),
+            "judge": self._timed("judge", self._ranking),
+            "seconds": self.seconds,
+        }
+        write_whole(self.folder / "report.json", json.dumps(report, indent=2) + "\n")
+        return report
+
+    def _timed[T](self, name: str, work: Callable[[], T]) -> T:
+        start = time.perf_counter()
+        result = work()
+        self.seconds[name] = round(time.perf_counter() - start, 1)
+        print(f"{name}: {self.seconds[name]} s", flush=True)
+        return result
+
+    def config(self, stage: str, steps: int, meta: Path, start: str | None, *overrides: str) -> RunConfig:
+        """The configuration of a stage."""
+        settings = [
+            f"name=pipeline_{stage}",
+            f"folder={self.folder / stage}",
+            f"num_steps={steps}",
+            f"data.meta={meta}",
+            f"data.tokenizer={self.data / 'demo' / 'tokenizer'}",
+            "data.eval_meta=null",
+            "eval_every_steps=null",
+            "checkpoint.save_every_steps=100",
+            "checkpoint.keep_last=1",
+            "parallel.tensor_size=1",
+            "parallel.pipeline_size=1",
+            "log_every_steps=20",
+        ]
+        if start is not None:
+            settings += [f"checkpoint.load={self.checkpoint(start)}", "data.v2pe=fixed"]
+        return apply_overrides(demo_digits(), [*settings, *overrides])
+
+    def checkpoint(self, stage: str) -> Path:
+        """The newest of a stage."""
+        return folders.finished(self.folder / stage / folders.CHECKPOINTS)[-1]
+
+    def _train(self, stage: str, steps: int, meta: Path, start: str | None, *overrides: str) -> None:
+        done = folders.finished(self.folder / stage / folders.CHECKPOINTS)
+        if done and folders.read_info(done[-1]).step >= steps:
+            return
+        config = self.config(stage, steps, meta, start, *overrides)
+        self._timed(stage, lambda: launch(TRAIN_RANK, self.num_ranks, config, device=config.device))
+
+    def _asking(self, stage: str, temperature: float) -> list[str]:
+        return [
+            *("--weights", str(self.checkpoint(stage)), "--temperature", str(temperature), "--root", str(self.data)),
+            *("--max-new-tokens", str(MAX_NEW_TOKENS), "--batch", "64", "--max-sequences", str(MAX_SEQUENCES)),
+            *("--nproc", str(self.num_ranks), "--device", "cpu"),
+        ]
+
+    def _pairs(self, name: str, rollouts: int) -> None:
+        questions = str(self.data / f"{name}_questions.jsonl")
+        arguments = [str(self.data / name), "--questions", questions, "--num-rollouts", str(rollouts)]
+        self._expect_done(build_preferences.main([*arguments, *self._asking("sft", 0.7)]))
+
+    def _label_steps(self) -> None:
+        instruction = self.data / "instruction.txt"
+        instruction.write_text(INSTRUCTION)
+        arguments = [str(self.data / "judge"), "--questions", str(self.data / "judge_questions.jsonl")]
+        numbers = ["--num-solutions", self.sizes.judge_solutions, "--num-completions", self.sizes.judge_completions]
+        arguments += [*map(str, numbers), "--instruction", str(instruction)]
+        self._expect_done(build_prm_data.main([*arguments, *self._asking("sft", 1.0)]))
+
+    @staticmethod
+    def _expect_done(status: int) -> None:
+        if status == 130:
+            raise KeyboardInterrupt
+        if status:
+            raise UserError("the stage failed, as said above")
+
+    def _answers(self, name: str, stage: str, times: int, temperature: float) -> dict[Question, list[str]]:
+        """Answers of a stage's model to held-out questions."""
+        questions = read_questions(self.data / f"{name}_questions.jsonl", self.data)
+        jobs = [Job(question.id, question.where, (question.prompt,), times) for question in questions]
+        asking = Asking(
+            weights=str(self.checkpoint(stage)),
+            temperature=temperature,
+            top_k=0,
+            top_p=1.0,
+            seed=0,
+            max_new_tokens=MAX_NEW_TOKENS,
+            batch_jobs=256,
+            max_sequences=MAX_SEQUENCES,
+            num_ranks=self.num_ranks,
+            device="cpu",
+        )
+        answers = ask(self.folder / "answers", f"{name}-{stage}", jobs, asking, Part())
+        return {question: answers[question.id] for question in questions}
+
+    def _exact_match(self, stage: str) -> float:
+        """Share of held-out questions whose most likely answer comes to the known one."""
+        return share(
+            right(answers, question)[0] for question, answers in self._answers("heldout", stage, 1, 0.0).items()
+        )
+
+    def _preference(self) -> dict[str, float]:
+        """How often the chosen answer of a held-out pair is preferred.
+
+        `rewards`: by MPO's implicit reward, what the log-probability has gained since fine-tuning. Before MPO all rewards are 0,
+        which is no order: 0.5. `likelihood_STAGE`: by the log-probability itself.
+        """
+        scores = {}
+        for stage in ("sft", "mpo"):
+            config = self.config("scoring", 1, self.data / "heldout_pair" / "meta.json", stage, "loss.kind=mpo")
+            file = self.folder / f"heldout_pairs_{stage}.jsonl"
+            launch(SCORE_RANK, self.num_ranks, config, str(file), device=config.device)
+            pairs = [json.loads(line) for line in file.read_text().splitlines()[1:]]
+            scores[stage] = {pair["record"]: (pair["chosen"], pair["rejected"]) for pair in pairs}
+        gains = [
+            tuple(after - before for after, before in zip(scores["mpo"][record], scores["sft"][record], strict=True))
+            for record in scores["sft"]
+        ]
+        return {
+            "pairs": len(gains),
+            "rewards": share(preferred(*gain) for gain in gains),
+            **{
+                f"likelihood_{stage}": share(preferred(*pair) for pair in own.values())
+                for stage, own in scores.items()
+            },
+        }
+
+    def _ranking(self) -> dict[str, float]:
+        """How well the judge tells right solutions of held-out questions from wrong ones; see `ranking`."""
+        answers = self._answers("heldout_judge", "sft", self.sizes.heldout_solutions, 1.0)
+        texts = [(question, text) for question, own in answers.items() for text in dict.fromkeys(own)]
+        scores = launch(JUDGE_RANK, self.num_ranks, self.checkpoint("judge"), texts, INSTRUCTION, device="cpu")[0]
+        judged: dict[Question, list[tuple[float, bool]]] = {}
+        for (question, text), score in zip(texts, scores, strict=True):
+            judged.setdefault(question, []).append((score, right([text], question)[0]))
+        return ranking(list(judged.values()))
+
+
+def ranking(solutions: Sequence[Sequence[tuple[float, bool]]]) -> dict[str, float]:
+    """How often right solutions have higher scores than wrong ones of the same question.
+
+    Args:
+        solutions: of each question, (score, is right).
+
+    Returns:
+        `order`: the share of pairs, a right and a wrong solution of one question, in which the right one has the higher
+        score, ties counted as a half: 0.5 by chance. `best`: of questions with right and wrong solutions the share whose
+        highest score is of a right one; `any`: of a solution at random. And how many `pairs` and `questions` those are.
+    """
+    mixed = [own for own in solutions if len({is_right for _, is_right in own}) == 2]
+    order, best = [], []
+    for own in mixed:
+        order += [preferred(good, bad) for good, is_good in own if is_good for bad, is_right in own if not is_right]
+        highest = max(score for score, _ in own)
+        best.append(share(is_right for score, is_right in own if score == highest))
+    chance = [share(is_right for _, is_right in own) for own in mixed]
+    counts = {"questions": len(mixed), "pairs": len(order)}
+    return {**counts, "order": share(order), "best": share(best), "any": share(chance)}
+
+
+def judge_rank(info: RankInfo, weights: Path, texts: Sequence[tuple[Question, str]], instruction: str) -> list[float]:
+    """Scores of solutions; the body of one rank."""
+    from internvl_megatron.inference.critic import Solution, score_solutions
+    from internvl_megatron.inference.run import open_generator
+
+    with open_generator(info, weights, "cpu") as generator:
+        return score_solutions(generator, [Solution(question.prompt, text) for question, text in texts], instruction)
+
+
+def right(answers: Sequence[str], question: Question) -> list[bool]:
+    """Which answers come to the known one."""
+    assert question.truth is not None, f"{question.where}: all questions here have an answer"
+    return [is_match(answer, question.truth) for answer in answers]
+
+
+def preferred(one: float, other: float) -> float:
+    """1 if the first is larger, 0 if it is smaller, and a half if they are the same."""
+    return 0.5 + 0.5 * ((one > other) - (one < other))
+
+
+def share(values: Iterable[float]) -> float:
+    """The mean."""
+    listed = [float(value) for value in values]
+    return sum(listed) / len(listed)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run it and say what came out."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("folder", nargs="?", type=Path, default=Path("runs/pipeline"))
+    parser.add_argument("--nproc", type=int, default=2, help="ranks, each with the whole model (default: 2)")
+    options = parser.parse_args(arguments)
+    try:
+        report = Pipeline(options.folder, options.nproc, Sizes()).run()
+    except (UserError, RankFailedError, OSError) as error:
+        return build_preferences.failed("pipeline", error)
+    except (InterruptedRunError, KeyboardInterrupt):
+        print("pipeline: interrupted; run it again to continue", file=sys.stderr)
+        return 130
+    print_results(report)
+    return 0
+
+
+def print_results(report: dict[str, Any]) -> None:
+    """For people."""
+    matched, pairs, judge = report["exact_match"], report["preference"], report["judge"]
+    print(f"\nheld-out questions, exact match:    SFT {matched['sft']:.1%}   MPO {matched['mpo']:.1%}")
+    print(f"held-out pairs in the right order:  by reward 50 % -> {pairs['rewards']:.1%}; by likelihood ", end="")
+    print(f"{pairs['likelihood_sft']:.1%} -> {pairs['likelihood_mpo']:.1%}   ({pairs['pairs']} pairs)")
+    print(f"judge, right before wrong:          {judge['order']:.1%} of {judge['pairs']} pairs (chance 50 %)")
+    print(
+        f"judge, best of the mixed questions: {judge['best']:.1%} of {judge['questions']} right (any: {judge['any']:.1%})"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,126 @@
+"""Prepare the data of the pipeline: check digits of handwritten numbers, worked out step by step.
+
+A picture is a few of the demo's digits side by side, and its answer reads them and adds them up modulo 10, a step a paragraph:
+
+    <image> Check digit?        372 / 3+7=0 / 0+2=2 / 2
+
+The digits are in three parts that share none: those that pre-training (`tools.prepare_demo`) and fine-tuning show, those of
+the questions that preference pairs and step labels are made of, and held-out ones. OUT holds
+
+    demo/                                  the demo's data, of the first part, for pre-training; its tokenizer
+    sft.jsonl, texts.jsonl, sft_meta.json  conversations of the first part, and sums of two numbers as text
+    preference_questions.jsonl, judge_questions.jsonl         of the second part: {id, image, question, answer}
+    heldout_questions.jsonl, heldout_pair_questions.jsonl, heldout_judge_questions.jsonl     of the third
+    images/
+"""
+
+import json
+import random
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from itertools import accumulate
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from tools.prepare_demo import Amounts, Digit, Record, prepare, split_digits, write_json, write_jsonl
+
+QUESTION = "Check digit?"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SumAmounts:
+    """How much to make."""
+
+    seed: int = 0
+    digits_per_picture: int = 3
+    unseen_share: float = 0.6
+    """Of the digits; neither pre-training nor fine-tuning shows them."""
+    heldout_share: float = 0.2
+    """Of the digits, among the unseen ones; nothing is trained on them."""
+    num_sft: int = 2400
+    num_texts: int = 600
+    """Conversations about sums without a picture, for fine-tuning."""
+    sums_per_text: int = 12
+    num_preference: int = 600
+    num_judge: int = 400
+    num_heldout: int = 2000
+    num_heldout_pairs: int = 300
+    num_heldout_judge: int = 300
+
+
+def solution(digits: str) -> str:
+    """The steps to a check digit, one a paragraph."""
+    totals = list(accumulate((int(digit) for digit in digits), lambda total, digit: (total + digit) % 10))
+    sums = [f"{before}+{digit}={total}" for before, digit, total in zip(totals, digits[1:], totals[1:], strict=False)]
+    return "\n\n".join([digits, *sums, str(totals[-1])])
+
+
+def prepare_sums(out: Path, amounts: SumAmounts, pretraining: Amounts) -> None:
+    """Make `out`, or leave it alone if it was made with the same amounts."""
+    made = {"sums": asdict(amounts), "pretraining": asdict(pretraining)}
+    marker = out / "amounts.json"
+    if marker.is_file() and json.loads(marker.read_text(encoding="utf-8")) == made:
+        return
+    (out / "images").mkdir(parents=True, exist_ok=True)
+    prepare(out / "demo", amounts.seed, pretraining)
+    assert pretraining.heldout_share == amounts.unseen_share, "pre-training shows digits that are to be unseen"
+    seen, unseen = split_digits(random.Random(amounts.seed), amounts.unseen_share)
+    num_heldout = round(len(unseen) * amounts.heldout_share / amounts.unseen_share)
+    heldout, practice = unseen[:num_heldout], unseen[num_heldout:]
+    rng = random.Random(f"sums {amounts.seed}")
+
+    def draw(name: str, digits: Sequence[Digit], count: int) -> list[tuple[str, str]]:
+        """Written pictures: paths relative to `out`, and what is on them."""
+        drawn = []
+        for index in range(count):
+            chosen = rng.choices(digits, k=amounts.digits_per_picture)
+            path = f"images/{name}-{index:05d}.png"
+            Image.fromarray(np.hstack([tile for _, tile in chosen])).save(out / path)
+            drawn.append((path, "".join(label for label, _ in chosen)))
+        return drawn
+
+    turns = [
+        (path, [{"from": "human", "value": f"<image>\n{QUESTION}"}, {"from": "gpt", "value": solution(digits)}])
+        for path, digits in draw("sft", seen, amounts.num_sft)
+    ]
+    write_jsonl(out / "sft.jsonl", [{"image": path, "conversations": said} for path, said in turns])
+    texts = [_text(amounts.sums_per_text, rng) for _ in range(amounts.num_texts)]
+    write_jsonl(out / "texts.jsonl", texts)
+    entry = {"root": "", "repeat_time": 1, "data_augment": False}
+    names = {"sums": "sft.jsonl", "texts": "texts.jsonl"}
+    write_json(out / "sft_meta.json", {name: {**entry, "annotation": file} for name, file in names.items()})
+    for name, digits, count in (
+        ("preference", practice, amounts.num_preference),
+        ("judge", practice, amounts.num_judge),
+        ("heldout", heldout, amounts.num_heldout),
+        ("heldout_pair", heldout, amounts.num_heldout_pairs),
+        ("heldout_judge", heldout, amounts.num_heldout_judge),
+    ):
+        write_jsonl(out / f"{name}_questions.jsonl", _questions(name, draw(name, digits, count)))
+    write_json(marker, made)
+
+
+def _text(num_sums: int, rng: random.Random) -> Record:
+    """Sums as the steps of a solution have them."""
+    turns = []
+    for _ in range(num_sums):
+        one, other = rng.randint(0, 9), rng.randint(0, 9)
+        turns += [
+            {"from": "human", "value": f"{one}+{other}"},
+            {"from": "gpt", "value": f"{one}+{other}={(one + other) % 10}"},
+        ]
+    return {"conversations": turns}
+
+
+def _questions(name: str, pictures: Sequence[tuple[str, str]]) -> list[Record]:
+    return [
+        {
+            "id": f"{name}-{index:05d}",
+            "image": path,
+            "question": f"<image>\n{QUESTION}",
+            "answer": str(sum(map(int, digits)) % 10),
+        }
+        for index, (path, digits) in enumerate(pictures)
+    ]
