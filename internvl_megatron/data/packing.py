@@ -93,8 +93,8 @@ class Row:
 
     @property
     def image_strides(self) -> np.ndarray:
-        """int64 [i], by how much each image's tokens advance, in units of 1/256; before the first of them stands `<img>`."""
-        return (self.positions[self.image_starts] - self.positions[self.image_starts - 1]).astype(np.int64)
+        """int64 [i], by how much each image's tokens advance, in units of 1/256; that of its first tile's first two tokens."""
+        return (self.positions[self.image_starts + 1] - self.positions[self.image_starts]).astype(np.int64)
 
     @property
     def sample_weights(self) -> np.ndarray:

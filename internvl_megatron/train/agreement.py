@@ -14,7 +14,7 @@ import torch.distributed as dist
 from internvl_megatron.config.plan import cut_multiple
 from internvl_megatron.config.schema import RunConfig
 from internvl_megatron.data.packing import Row
-from internvl_megatron.data.positions import UNITS_PER_POSITION
+from internvl_megatron.data.positions import STRIDES
 from internvl_megatron.data.row_cost import RowCost
 from internvl_megatron.data.step_rows import ImageKey, StepRows
 from internvl_megatron.errors import DataError
@@ -49,7 +49,7 @@ class StepAgreement:
     num_datasets: int
     """1 + the highest number of a data set that some sample is from."""
     stride_counts: np.ndarray
-    """int64 [257]: images and videos whose tokens advance by n/256 of a position, by n."""
+    """int64 [9]: images and videos whose tokens advance by each of `positions.STRIDES`."""
 
 
 def agree(batch: StepRows, groups: Groups, config: RunConfig) -> StepAgreement:
@@ -108,9 +108,7 @@ def agree(batch: StepRows, groups: Groups, config: RunConfig) -> StepAgreement:
         num_failed_images,
         int(must_stop),
         sum(int((row.segment_lengths[: row.num_samples].astype(np.int64) ** 2).sum()) for row in rows),
-        *np.bincount(
-            np.concatenate([row.image_strides for row in rows]), minlength=UNITS_PER_POSITION + 1
-        ),
+        *_stride_counts(rows),
     ]
     num_datasets = 1 + max((source.dataset for row in rows for source in row.sources), default=-1)
     counts = [num_datasets, *totals]
@@ -170,6 +168,12 @@ def _agree_in_replica(
         for index, row in enumerate(batch.rows)
     ]
     return rows, int(broken.sum()), bool(known[0])
+
+
+def _stride_counts(rows: list[Row]) -> np.ndarray:
+    """See `StepAgreement.stride_counts`. Behind tiles of a single token comes text, which counts as 256."""
+    strides = np.concatenate([row.image_strides for row in rows])
+    return np.bincount(np.searchsorted(STRIDES, strides.clip(max=STRIDES[-1])), minlength=len(STRIDES))
 
 
 def _image_of_tiles(row: Row) -> list[int]:
