@@ -168,7 +168,7 @@ def plain(name: str, num_replicas: int) -> Wanted:
     gradients = our_tensors(
         {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in reference.named_parameters()}, config.model
     )
-    squares = dict.fromkeys(("vision", "projector", "language"), 0.0)
+    squares: dict[str, float] = dict.fromkeys(("vision", "projector", "language"), 0.0)
     for parameter, gradient in gradients.items():
         part = "projector" if parameter.startswith("vision.projector.") else parameter.split(".")[0]
         squares[part] += float((gradient.astype(np.float64) ** 2).sum())

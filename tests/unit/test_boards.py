@@ -60,16 +60,20 @@ def test_wandb_has_figures_and_samples_of_a_run_that_continues(tmp_path, monkeyp
     for session, folder in enumerate(folders):
         first, second, samples = history(folder)
         assert (first["step"], first["loss/loss"]) == (session + 1, 2.5 - session)
-        assert first["data/log2_delta"]["values"] == [3, 2]
-        assert first["data/log2_delta"]["bins"] == [-8.5, -4, 0.5]
+        assert first["data/log2_delta/values"] == [3, 2]
+        assert first["data/log2_delta/bins"] == [-8.5, -4, 0.5]
         assert (second["step"], second["loss/loss"]) == (session + 2, 1.5 - session)
         assert samples["step"] == session + 2
-        text = (folder / "files" / samples["samples/0/text"]["path"]).read_text(encoding="utf-8")
+        text = (folder / "files" / samples["samples/0/text/path"]).read_text(encoding="utf-8")
         assert html.escape("a <b>\n⟦c⟧") in text
-        (shown,) = samples["samples/0/pictures"]["filenames"]
+        (shown,) = samples["samples/0/pictures/filenames"]
         np.testing.assert_array_equal(np.asarray(Image.open(folder / "files" / shown)), picture)
-    settings = [record.run.config.update for record in records(next(folders[0].glob("*.wandb"))) if record.HasField("run")]
-    assert any(item.key == "data" and json.loads(item.value_json) == {"seed": 3} for items in settings for item in items)
+    settings = [
+        record.run.config.update for record in records(next(folders[0].glob("*.wandb"))) if record.HasField("run")
+    ]
+    assert any(
+        item.key == "data" and json.loads(item.value_json) == {"seed": 3} for items in settings for item in items
+    )
 
 
 def test_a_run_that_asks_for_wandb_without_it_is_told_so(monkeypatch):
