@@ -122,7 +122,9 @@ def test_metrics_are_complete(whole: Path) -> None:
         for part in ("dataset", "kind"):
             shares, losses = row[f"loss_weight_by_{part}"], row[f"loss_by_{part}"]
             assert sum(shares.values()) == pytest.approx(1, rel=1e-6)
-            assert sum(shares[name] * losses[name] for name in shares if shares[name]) == pytest.approx(row["loss"], rel=1e-6)
+            assert sum(shares[name] * losses[name] for name in shares if shares[name]) == pytest.approx(
+                row["loss"], rel=1e-6
+            )
             assert sum(row[f"samples_by_{part}"].values()) == row["num_samples"]
         norms = [row[f"{part}_grad_norm"] for part in ("vision", "projector", "language")]
         assert sum(norm**2 for norm in norms) == pytest.approx(row["grad_norm"] ** 2, rel=1e-6)
