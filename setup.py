@@ -59,6 +59,7 @@ EXTRAS = {
     ],
     "video": ["av>=16,<19"],
     "energon": ["megatron-energon>=7,<8"],
+    "wandb": ["wandb>=0.20,<1"],
     "demo": ["scikit-learn>=1.6,<2", "matplotlib>=3.10,<4"],
 }
 

@@ -39,6 +39,12 @@ OPTIONAL = (
         "packed attention on GPUs in bf16 uses torch's own variable-length kernel",
     ),
     OptionalPart(
+        "wandb",
+        "wandb",
+        "runs with wandb_project=NAME show in Weights & Biases as well",
+        "runs show in TensorBoard",
+    ),
+    OptionalPart(
         "nvidia-resiliency-ext",
         "nvidia_resiliency_ext",
         "found, not used yet",

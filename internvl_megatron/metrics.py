@@ -1,17 +1,44 @@
-"""What a run reports of each step, and where it goes: `metrics.jsonl` and TensorBoard, on one rank only."""
+"""What a run reports of each step, and where it goes: `metrics.jsonl` and the boards, on one rank only."""
 
 import json
 import math
 import os
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from internvl_megatron.boards import Board, ShownSample
 from internvl_megatron.errors import DataError
 
 METRICS_FILE = "metrics.jsonl"
-TENSORBOARD_FOLDER = "tensorboard"
-TENSORBOARD_FLUSH_SECONDS = 10
+
+GROUPS = {
+    "loss": ("loss", "loss_by_dataset", "loss_by_kind"),
+    "rewards": (
+        "chosen_reward", "rejected_reward", "reward_margin", "preference_accuracy", "preference_loss", "quality_loss",
+        "generation_loss", "reward_shift",
+    ),
+    "grad": (
+        "grad_norm", "vision_grad_norm", "projector_grad_norm", "language_grad_norm", "learning_rate", "updated",
+    ),
+    "data": (
+        "num_rows", "num_tiles", "num_samples", "num_supervised_tokens", "num_skipped_samples", "num_failed_images",
+        "row_fill", "row_cost_imbalance", "row_cost_imbalance_before", "most_tiles_per_rank", "loss_weight_by_dataset",
+        "samples_by_dataset", "loss_weight_by_kind", "samples_by_kind",
+    ),
+    "speed": (
+        "tokens_per_second", "image_tokens_per_second", "step_seconds", "mfu", "model_tflops_per_second_per_rank",
+        "plan_seconds", "encode_seconds", "decode_seconds", "backprop_seconds", "prepare_seconds", "update_seconds",
+        "sent_bytes",
+    ),
+    "memory": ("peak_memory_bytes",),
+    "faults": ("num_bad_steps", "num_rewinds", "num_failed_saves", "save_blocked_seconds"),
+    "eval": (
+        "eval_loss", "eval_loss_by_dataset", "eval_loss_by_kind", "eval_preference_accuracy", "eval_reward_margin",
+    ),
+}  # fmt: skip
+"""Fields of `StepMetrics` by the group that boards show them in; `images_by_delta` is a histogram beside them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +51,10 @@ class StepMetrics:
     """Weighted mean over the global batch."""
     grad_norm: float
     """Over all parameters, before clipping."""
+    vision_grad_norm: float | None = None
+    """Over the vision encoder's, as the two below; None = it is not trained, or the step had nothing to learn from."""
+    projector_grad_norm: float | None = None
+    language_grad_norm: float | None = None
     learning_rate: float
     tokens_per_second: float
     """Tokens through the language model, image tokens included."""
@@ -99,6 +130,21 @@ class StepMetrics:
     """Checkpoints that could not be written, since this process began."""
     save_blocked_seconds: float = 0.0
     """Training waited so long for the last checkpoint that was begun."""
+    loss_by_dataset: dict[str, float | None] = field(default_factory=dict)
+    """Of each data set with samples in the step, by its name in the meta file; None = none of its tokens carries loss. The sum of
+    these times `loss_weight_by_dataset` is `loss`."""
+    loss_weight_by_dataset: dict[str, float] = field(default_factory=dict)
+    """Share, 0 to 1, of the step's loss weight."""
+    samples_by_dataset: dict[str, int] = field(default_factory=dict)
+    loss_by_kind: dict[str, float | None] = field(default_factory=dict)
+    """The same three by kind of sample: text, image, multi_image, video."""
+    loss_weight_by_kind: dict[str, float] = field(default_factory=dict)
+    samples_by_kind: dict[str, int] = field(default_factory=dict)
+    images_by_delta: dict[str, int] = field(default_factory=dict)
+    """Images and videos of the step by their V2PE delta, like `16/256`."""
+    eval_loss_by_dataset: dict[str, float | None] = field(default_factory=dict)
+    """Of the held-out rows."""
+    eval_loss_by_kind: dict[str, float | None] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -120,46 +166,42 @@ class MetricsWriter:
     going to take again.
     """
 
-    def __init__(self, folder: str | Path, resume_step: int | None = None) -> None:
+    def __init__(self, folder: str | Path, resume_step: int | None = None, boards: Sequence[Board] = ()) -> None:
         """Open the run folder's metrics.
 
         Args:
             folder: of the run.
             resume_step: last step whose line is kept; None = a new run.
+            boards: where the steps are shown besides.
 
         Raises:
             DataError: the file of the run to resume is damaged, other than by a last line that was cut off.
         """
-        from torch.utils.tensorboard import SummaryWriter
-
         self.path = Path(folder) / METRICS_FILE
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._keep_until(resume_step)
         self._file = self.path.open("a", encoding="utf-8")
-        # TensorBoard hides what earlier sessions wrote from this step on.
-        first_step = 0 if resume_step is None else resume_step + 1
-        self._tensorboard = SummaryWriter(
-            str(self.path.with_name(TENSORBOARD_FOLDER)), purge_step=first_step, flush_secs=TENSORBOARD_FLUSH_SECONDS
-        )
+        self._boards = boards
 
     def write(self, metrics: StepMetrics) -> None:
         """Add one step. The line is with the operating system on return: a killed process loses none."""
         row = asdict(metrics)
-        # JSON has no NaN or infinity.
-        valid = {
-            key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()
-        }
-        self._file.write(json.dumps(valid, allow_nan=False) + "\n")
+        self._file.write(json.dumps(_valid(row), allow_nan=False) + "\n")
         self._file.flush()
-        for key, value in row.items():
-            if key != "step" and value is not None:
-                tag = f"eval/{key.removeprefix('eval_')}" if key.startswith("eval_") else f"train/{key}"
-                self._tensorboard.add_scalar(tag, float(value), metrics.step)
+        scalars, histograms = _figures(row), {"data/log2_delta": _log2_deltas(metrics.images_by_delta)}
+        for board in self._boards:
+            board.show_figures(metrics.step, scalars, histograms)
+
+    def show_samples(self, step: int, samples: Sequence[ShownSample]) -> None:
+        """Show some samples of a step."""
+        for board in self._boards:
+            board.show_samples(step, samples)
 
     def close(self) -> None:
-        """Write out what TensorBoard still holds; nothing can be written afterwards."""
+        """Write out what the boards still hold; nothing can be written afterwards."""
         self._file.close()
-        self._tensorboard.close()
+        for board in self._boards:
+            board.close()
 
     def _keep_until(self, resume_step: int | None) -> None:
         """Rewrite the file without later steps and without a half-written line, in one go."""
@@ -171,6 +213,33 @@ class MetricsWriter:
             file.flush()
             os.fsync(file.fileno())
         partial.replace(self.path)
+
+
+def _valid(value: Any) -> Any:
+    """The same without NaN and infinity, which JSON does not have."""
+    if isinstance(value, dict):
+        return {key: _valid(one) for key, one in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _figures(row: Mapping[str, Any]) -> dict[str, float]:
+    """What boards show of a step: {group/field, or group/field/part: number}."""
+    shown: dict[str, float] = {}
+    for group, fields in GROUPS.items():
+        for name in fields:
+            value, tag = row[name], f"{group}/{name.removeprefix('eval_')}"
+            parts = {f"{tag}/{part}": one for part, one in value.items()} if isinstance(value, dict) else {tag: value}
+            shown |= {key: float(one) for key, one in parts.items() if one is not None}
+    return shown
+
+
+def _log2_deltas(images_by_delta: Mapping[str, int]) -> dict[float, int]:
+    """How often each binary logarithm of a delta came."""
+    logarithms = {}
+    for delta, count in images_by_delta.items():
+        numerator, denominator = map(int, delta.split("/"))
+        logarithms[math.log2(numerator / denominator)] = count
+    return logarithms
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:

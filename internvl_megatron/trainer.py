@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
+from internvl_megatron.boards import check_wandb
 from internvl_megatron.checkpoint import adapter_base, folders, save_load, weights
 from internvl_megatron.checkpoint.intact import newest_intact
 from internvl_megatron.checkpoint.optimizer_layout import optimizer_layout
@@ -36,19 +37,19 @@ from internvl_megatron.data.tokenizer import Tokenizer, load_tokenizer
 from internvl_megatron.device import Device, open_device
 from internvl_megatron.errors import CheckpointError, ConfigError, TrainingError
 from internvl_megatron.logs import configure_logging
-from internvl_megatron.metrics import MetricsWriter, RunSummary, StepMetrics
+from internvl_megatron.metrics import RunSummary
 from internvl_megatron.model.build import build_model, check_copies_agree, torch_dtype
 from internvl_megatron.parallel.groups import make_groups
 from internvl_megatron.parallel.host import broadcast_bytes, exchange_bytes, sum_floats
-from internvl_megatron.preference_run import PreferenceRun, preference_metrics
+from internvl_megatron.preference_run import PreferenceRun
 from internvl_megatron.ranks import RankInfo, joined
 from internvl_megatron.run_events import RunEvents
-from internvl_megatron.scaling.counts import parameter_counts, step_flops
+from internvl_megatron.scaling.counts import parameter_counts
 from internvl_megatron.stop_signals import StopSignals
 from internvl_megatron.train.bad_steps import BadStep
 from internvl_megatron.train.objective import Outcome
-from internvl_megatron.train.phases import total_seconds
 from internvl_megatron.train.step import Step, StepResult
+from internvl_megatron.watch import Watch
 
 log = logging.getLogger(__name__)
 
@@ -94,6 +95,7 @@ class Trainer:
             ",".join(map(str, self.plan.stage_layers)),
             self.plan.padded_vocab_size,
         )
+        check_wandb(config.wandb_project)
         self.root = _writable(Path(config.folder))
         self.is_main = info.rank == 0
         self.groups = make_groups(
@@ -123,21 +125,13 @@ class Trainer:
         self._resume(newest)
         check_copies_agree(self.model, self.groups)
         self._write_config()
-        self.metrics = MetricsWriter(self.root, self.step or None) if self.is_main else None
-        self.peak_flops = self._peak_flops()
+        self.watch = Watch(config, self.plan, device, self._peak_flops(), self.step) if self.is_main else None
         self.signals = StopSignals()
 
     def run(self) -> RunSummary:
         """Train until the last step, or until some rank is asked to stop; a checkpoint ends both."""
         config, loss, held_out, interrupted = self.config, None, None, False
         checkpoint = config.checkpoint
-        progress = tqdm(
-            total=config.num_steps,
-            initial=self.step,
-            disable=None if self.is_main else True,
-            unit="step",
-            smoothing=0.1,
-        )
         while self.step < config.num_steps and not interrupted:
             start = time.perf_counter()
             batch = self.loader.next_step()
@@ -152,18 +146,16 @@ class Trainer:
             self.num_samples += result.agreement.num_samples
             loss, interrupted = result.loss, result.stop_requested
             held_out = self._evaluate() if self._due(config.eval_every_steps) else None
-            self._report(result, seconds, held_out)
+            if self.watch is not None:
+                self.watch.report(self.step, result, seconds, held_out, self._counts())
+                self.watch.show_samples(self.step, batch, self.settings, self.tokenizer)
             self._check_gradients(result)
-            progress.set_postfix(loss=f"{loss:.3f}", refresh=False)
             if result.bad is not None and self._react(result.bad):
-                progress.n = self.step
                 continue
-            progress.update()
             self.saver.poll()
             is_due = any(map(self._due, (checkpoint.save_every_steps, checkpoint.milestone_every_steps)))
             if interrupted or is_due or self.step == config.num_steps:
                 self._save()
-        progress.close()
         self._finish_saving()
         stop_signal = (self.signals.received or signal.SIGTERM) if interrupted else None
         return RunSummary(self.step, loss, None if held_out is None else held_out.loss, stop_signal)
@@ -172,8 +164,8 @@ class Trainer:
         """End threads and close the metrics files."""
         self.saver.close()
         self.loader.close()
-        if self.metrics is not None:
-            self.metrics.close()
+        if self.watch is not None:
+            self.watch.close()
 
     def _check_data(self) -> None:
         """Rank 0 reads the meta files and indexes the annotations that are not yet; the others then find the indices.
@@ -327,9 +319,8 @@ class Trainer:
         self.num_rewound_steps += self.step - info.step
         self._note("rewound", f"to {newest.name}; data of {self.step - info.step} steps are passed over")
         self._continue_from(info)
-        if self.metrics is not None:  # the steps that are taken again replace those that were taken back
-            self.metrics.close()
-            self.metrics = MetricsWriter(self.root, self.step)
+        if self.watch is not None:
+            self.watch.go_back(self.step)
         return True
 
     def _note(self, event: str, text: str) -> None:
@@ -407,54 +398,18 @@ class Trainer:
                 "and run the same command again: it continues from the newest checkpoint"
             )
 
-    def _report(self, result: StepResult, seconds: float, held_out: Outcome | None) -> None:
-        """Write the step's metrics (rank 0)."""
-        if self.metrics is None or not (self._due(self.config.log_every_steps) or held_out is not None):
-            return
-        if held_out is not None:
-            log.info("step %d: loss %.4f, held-out loss %.4f", self.step, result.loss, held_out.loss)
-        agreement, balance = result.agreement, self.loader.balance
-        num_tiles, num_rows = len(agreement.table), agreement.row_costs.size
-        flops = step_flops(
-            self.config.model,
-            num_tokens=agreement.num_tokens,
-            num_tiles=num_tiles,
-            attention_pairs=agreement.attention_pairs,
-        ).total
-        flops_per_second = flops / seconds
-        self.metrics.write(
-            StepMetrics(
-                step=self.step,
-                loss=result.loss,
-                grad_norm=result.grad_norm,
-                learning_rate=result.learning_rate,
-                updated=result.updated,
-                num_rows=num_rows,
-                num_tiles=num_tiles,
-                num_samples=agreement.num_samples,
-                num_supervised_tokens=agreement.num_supervised_tokens,
-                step_seconds=seconds,
-                tokens_per_second=agreement.num_tokens / seconds,
-                image_tokens_per_second=num_tiles * self.config.model.vision.tokens_per_tile / seconds,
-                model_tflops_per_second_per_rank=flops_per_second / self.plan.layout.world_size / 1e12,
-                mfu=flops_per_second / self.peak_flops,
-                peak_memory_bytes=self.device.peak_memory_bytes(),
-                num_skipped_samples=result.num_skipped_samples,
-                num_failed_images=agreement.num_failed_images,
-                eval_loss=None if held_out is None else held_out.loss,
-                most_tiles_per_rank=result.most_tiles_per_rank,
-                sent_bytes=result.sent_bytes,
-                row_fill=agreement.num_tokens / (num_rows * self.config.data.tokens_per_row),
-                row_cost_imbalance=balance.after if balance is not None else None,
-                num_bad_steps=self.trainer_step.bad_steps.num_bad,
-                num_rewinds=self.trainer_step.bad_steps.num_rewinds,
-                num_failed_saves=self.saver.num_failed,
-                save_blocked_seconds=self.saver.blocked_seconds,
-                row_cost_imbalance_before=balance.before if balance is not None else None,
-                **{f"{name}_seconds": value for name, value in total_seconds(result.spans).items()},
-                **preference_metrics(result.preference, held_out),
-            )
-        )
+    def _counts(self) -> dict[str, Any]:
+        """Fields of `StepMetrics` that are about more than the step."""
+        bad_steps, saver, balance = self.trainer_step.bad_steps, self.saver, self.loader.balance
+        counts: dict[str, Any] = {
+            "num_bad_steps": bad_steps.num_bad,
+            "num_rewinds": bad_steps.num_rewinds,
+            "num_failed_saves": saver.num_failed,
+            "save_blocked_seconds": saver.blocked_seconds,
+        }
+        if balance is not None:
+            counts |= {"row_cost_imbalance": balance.after, "row_cost_imbalance_before": balance.before}
+        return counts
 
     def _peak_flops(self) -> float:
         """Peak of all ranks together, each measuring at the same time where it has to be measured."""

@@ -15,6 +15,7 @@ from internvl_megatron.data.files import FileError
 from internvl_megatron.data.images import ImageRef
 from internvl_megatron.data.positions import UNITS_PER_POSITION
 from internvl_megatron.data.records import SampleSettings
+from internvl_megatron.data.token_texts import token_texts
 from internvl_megatron.data.tokenizer import Tokenizer
 from tools.inspect_rows import DrawnSample
 
@@ -22,12 +23,10 @@ SHOWN_PIXELS = 112
 """Longest side of a tile on the page."""
 SMALL_PIXELS = 64
 """Tiles up to here are kept as they are."""
+PART_OF_CHARACTER = "\u00b7"
+"""Stands for a token whose character is shown with the token before."""
 MOST_TOKENS, MOST_TILES = 4096, 60
 """Of a sample on the page."""
-REPLACEMENT = "\ufffd"
-"""What a tokenizer decodes a part of a character to."""
-MOST_PARTS = 8
-"""Tokens that may make up one character between them."""
 
 _HEAD = """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><title>%s</title>
@@ -203,36 +202,11 @@ def token_spans(sample: DrawnSample, tokenizer: Tokenizer) -> Iterator[str]:
         else:
             kind = "s" if sample.is_trained[at] else "u"
             facts = f"id {ids[at]}, position {position(sample.positions[at])}, weight {sample.weights[at]:.4g}"
-            text = escape(texts[at]).replace("\n", "\u21b5\n")
+            text = escape(texts[at] or PART_OF_CHARACTER).replace("\n", "\u21b5\n")
             yield f"<span class='t {kind}' title='{facts}'>{text}</span>"
         at = end
     if len(sample.token_ids) > len(ids):
         yield f"<span class='chip'>{len(sample.token_ids) - len(ids):,} more tokens</span>"
-
-
-def token_texts(ids: Sequence[int], tokenizer: Tokenizer) -> list[str]:
-    """The text of each token. A character that several tokens make up is with the first; the others have a dot."""
-    texts: list[str] = []
-    before: Sequence[int] = ()
-    while len(texts) < len(ids):
-        at = len(texts)
-        text, count = _text_behind(before, ids[at : at + 1], tokenizer), 1
-        for parts in range(2, min(MOST_PARTS, len(ids) - at) + 1):
-            if REPLACEMENT not in text:
-                break
-            whole = _text_behind(before, ids[at : at + parts], tokenizer)
-            if REPLACEMENT not in whole:
-                text, count = whole, parts
-        texts += [text, *["\u00b7"] * (count - 1)]
-        before = ids[at : at + count]
-    return texts
-
-
-def _text_behind(before: Sequence[int], ids: Sequence[int], tokenizer: Tokenizer) -> str:
-    """What tokens add to the text of those before them: sentencepiece leaves out the space at the start of a text."""
-    earlier, together = tokenizer.decode(before), tokenizer.decode([*before, *ids])
-    is_behind = together.startswith(earlier) and REPLACEMENT not in earlier
-    return together[len(earlier) :] if is_behind else tokenizer.decode(ids)
 
 
 def _figure(image: ImageRef, settings: SampleSettings, decoder: DecodePool, most_tiles: int) -> str:

@@ -453,6 +453,11 @@ class RunConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     seed: int = 42
     log_every_steps: int = 1
+    """Steps from one line of `metrics.jsonl` (and of the log, where there is no terminal) to the next."""
+    sample_every_steps: int | None = None
+    """Show the first samples of a row, text and pictures, beside the figures; None = never."""
+    wandb_project: str | None = None
+    """Show the run in this project of Weights & Biases too; None = in TensorBoard alone."""
     eval_every_steps: int | None = None
     eval_rows: int = 8
     """Packed held-out rows of one evaluation."""

@@ -91,6 +91,17 @@ class Row:
         """int64 [t], index in the row of each tile's first token in the rejected sample, where the same question comes again."""
         return self.tile_starts + self.pair_tokens[self.tile_samples // 2, 0]
 
+    @property
+    def image_strides(self) -> np.ndarray:
+        """int64 [i], by how much each image's tokens advance, in units of 1/256; that of its first tile's first two tokens."""
+        return (self.positions[self.image_starts + 1] - self.positions[self.image_starts]).astype(np.int64)
+
+    @property
+    def sample_weights(self) -> np.ndarray:
+        """float64 [s], loss weight of each sample: the sum of its tokens'."""
+        before = np.concatenate([[0.0], np.cumsum(self.weights, dtype=np.float64)])
+        return np.diff(before[self.sample_bounds])
+
     def cut_length(self, multiple: int) -> int:
         """Tokens without the padding the row can do without: the next multiple of a number, and not 0."""
         return max(1, -(-self.num_tokens // multiple)) * multiple

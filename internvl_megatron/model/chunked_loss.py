@@ -28,11 +28,11 @@ def chunked_linear_loss(
     tensor_group: dist.ProcessGroup,
     num_real_columns: int,
     chunk_tokens: int,
-) -> Tensor:
-    """Sum over positions of weight times cross entropy, an fp32 scalar.
+) -> tuple[Tensor, Tensor]:
+    """Sum over positions of weight times cross entropy, an fp32 scalar; and its terms, fp32 [n], which have no gradient.
 
-    The same as the output layer followed by `weighted_loss`, in value and gradient. Collective over the tensor-parallel ranks,
-    which have the same n; the gradient of the hidden states is summed over them.
+    The same as the output layer followed by `token_losses` and `weighted_sum`, in value and gradient. Collective over the
+    tensor-parallel ranks, which have the same n; the gradient of the hidden states is summed over them.
 
     Args:
         hidden: [n, D], the same on all tensor-parallel ranks; n > 0.
@@ -45,9 +45,9 @@ def chunked_linear_loss(
     """
     if not torch.is_grad_enabled():  # which an autograd function's forward cannot see
         hidden, weight = hidden.detach(), weight.detach()
-    loss = _ChunkedLinearLoss.apply(hidden, weight, targets, weights, tensor_group, num_real_columns, chunk_tokens)
-    assert isinstance(loss, Tensor), "autograd functions return what their forward returns"
-    return loss
+    found = _ChunkedLinearLoss.apply(hidden, weight, targets, weights, tensor_group, num_real_columns, chunk_tokens)
+    assert isinstance(found, tuple), "autograd functions return what their forward returns"
+    return found
 
 
 class _ChunkedLinearLoss(torch.autograd.Function):
@@ -61,20 +61,22 @@ class _ChunkedLinearLoss(torch.autograd.Function):
         tensor_group: dist.ProcessGroup,
         num_real_columns: int,
         chunk_tokens: int,
-    ) -> Tensor:
-        """The loss; keeps the gradients it would have if the loss were all there is."""
+    ) -> tuple[Tensor, Tensor]:
+        """The loss and its terms; keeps the gradients it would have if the loss were all there is."""
         hidden_learns, weight_learns, *_ = ctx.needs_input_grad
         grad_hidden = torch.empty_like(hidden) if hidden_learns else None
         # Chunks add up in fp32, as one matrix product over all positions would.
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if weight_learns else None
         local_targets = targets.clamp(min=0) - tensor_group.rank() * len(weight)
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        terms = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
         for first in range(0, len(hidden), chunk_tokens):
             chunk = slice(first, first + chunk_tokens)
             logits = (hidden[chunk] @ weight.t()).float()
             logits[:, num_real_columns:] = LOWEST
             losses = _cross_entropy(logits, local_targets[chunk], tensor_group)
             loss += losses @ weights[chunk]
+            torch.mul(losses, weights[chunk], out=terms[chunk])
             if grad_hidden is None and grad_weight is None:
                 continue
             grad_logits = logits.mul_(weights[chunk, None]).to(hidden.dtype)
@@ -86,7 +88,8 @@ class _ChunkedLinearLoss(torch.autograd.Function):
         # Not among autograd's saved tensors: what moves those to the host would move these there and back at once.
         ctx.gradients = grad_hidden, grad_weight
         ctx.tensor_group, ctx.weight_dtype = tensor_group, weight.dtype
-        return loss
+        ctx.mark_non_differentiable(terms)
+        return loss, terms
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]

@@ -156,8 +156,7 @@ class LanguageModel(GPTModel):
             targets: what these positions predict; None where logits are wanted.
 
         Returns:
-            Last stage: the weighted sum of the losses, an fp32 scalar, if there are targets (fp32 [n] if they have no weights);
-            else logits [n, 1, V'] of this rank's part of the vocabulary, padding columns at -inf.
+            Last stage: what `OutputLayer` makes of the targets, if there are any; else logits [n, 1, V'] of this rank's part of the vocabulary, padding columns at -inf.
             Other stages: hidden states [S', 1, D] for the next one.
         """
         decoder_input: Any = None

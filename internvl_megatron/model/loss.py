@@ -9,20 +9,18 @@ from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 from torch import Tensor
 
 
-def weighted_loss(
-    logits: Tensor, targets: Tensor, weights: Tensor, tensor_group: torch.distributed.ProcessGroup
-) -> Tensor:
-    """Sum over tokens of weight times cross entropy, an fp32 scalar.
+def weighted_sum(losses: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Sum over tokens of weight times loss, a scalar; and its terms [n], which have no gradient."""
+    terms = losses * weights
+    return terms.sum(), terms.detach()
+
+
+def token_losses(logits: Tensor, targets: Tensor, tensor_group: torch.distributed.ProcessGroup) -> Tensor:
+    """Cross entropy of every position, fp32 [n].
 
     Args:
         logits: [n, 1, V'], this rank's part of the vocabulary, of the positions that predict something.
         targets: int64 [n], the token each of them predicts; anything below 0 is read as token 0 and needs weight 0.
-        weights: fp32 [n].
         tensor_group: group over which the vocabulary is split.
     """
-    return (token_losses(logits, targets, tensor_group) * weights).sum()
-
-
-def token_losses(logits: Tensor, targets: Tensor, tensor_group: torch.distributed.ProcessGroup) -> Tensor:
-    """Cross entropy of every position, fp32 [n]; arguments as of `weighted_loss`."""
     return vocab_parallel_cross_entropy(logits.float(), targets.clamp(min=0)[:, None], tp_group=tensor_group)[:, 0]

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from internvl_megatron.config.schema import padded_vocab_size
 from internvl_megatron.model.chunked_loss import chunked_linear_loss
-from internvl_megatron.model.loss import token_losses, weighted_loss
+from internvl_megatron.model.loss import token_losses, weighted_sum
 from internvl_megatron.model.token_losses import chunked_token_losses
 
 
@@ -82,8 +82,8 @@ class OutputLayer(ColumnParallelLinear):
 
         Returns:
             Without targets: logits [n, 1, V'] of this rank's part of the vocabulary, padding columns at -inf.
-            With targets: sum of weight times cross entropy, an fp32 scalar; without weights the cross entropy of every
-            position, fp32 [n].
+            With targets: fp32 [1 + n], the sum of weight times cross entropy, and its terms, which have no gradient; without
+            weights the cross entropy of every position, fp32 [n].
         """
         if self._gathers_sequence:
             # This layer's backward sums the gradient over the tensor-parallel ranks: each keeps its slice of it.
@@ -97,16 +97,19 @@ class OutputLayer(ColumnParallelLinear):
         if targets.weights is None:
             return self._token_losses(hidden_states, targets.tokens)
         if self._loss_chunk_tokens is None:
-            return weighted_loss(self._logits(hidden_states), targets.tokens, targets.weights, self._tensor_group)
+            losses = token_losses(self._logits(hidden_states), targets.tokens, self._tensor_group)
+            return _with_terms(*weighted_sum(losses, targets.weights))
         weight: Any = self.weight
-        return chunked_linear_loss(
-            hidden_states.flatten(0, 1),
-            weight,
-            targets.tokens,
-            targets.weights,
-            self._tensor_group,
-            self._num_real_columns,
-            self._loss_chunk_tokens,
+        return _with_terms(
+            *chunked_linear_loss(
+                hidden_states.flatten(0, 1),
+                weight,
+                targets.tokens,
+                targets.weights,
+                self._tensor_group,
+                self._num_real_columns,
+                self._loss_chunk_tokens,
+            )
         )
 
     def _token_losses(self, hidden_states: Tensor, targets: Tensor) -> Tensor:
@@ -129,3 +132,8 @@ class OutputLayer(ColumnParallelLinear):
             return logits
         padding = torch.arange(logits.shape[-1], device=logits.device) >= self._num_real_columns
         return logits.masked_fill(padding, float("-inf"))
+
+
+def _with_terms(loss: Tensor, terms: Tensor) -> Tensor:
+    """One tensor, which is what passes through Megatron Core's modules and schedules."""
+    return torch.cat([loss[None], terms])

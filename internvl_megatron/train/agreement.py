@@ -14,6 +14,7 @@ import torch.distributed as dist
 from internvl_megatron.config.plan import cut_multiple
 from internvl_megatron.config.schema import RunConfig
 from internvl_megatron.data.packing import Row
+from internvl_megatron.data.positions import STRIDES
 from internvl_megatron.data.row_cost import RowCost
 from internvl_megatron.data.step_rows import ImageKey, StepRows
 from internvl_megatron.errors import DataError
@@ -45,6 +46,10 @@ class StepAgreement:
     num_failed_images: int
     attention_pairs: int
     """Sum over all samples of length squared: what the quadratic part of attention costs."""
+    num_datasets: int
+    """1 + the highest number of a data set that some sample is from."""
+    stride_counts: np.ndarray
+    """int64 [9]: images and videos whose tokens advance by each of `positions.STRIDES`."""
 
 
 def agree(batch: StepRows, groups: Groups, config: RunConfig) -> StepAgreement:
@@ -103,11 +108,14 @@ def agree(batch: StepRows, groups: Groups, config: RunConfig) -> StepAgreement:
         num_failed_images,
         int(must_stop),
         sum(int((row.segment_lengths[: row.num_samples].astype(np.int64) ** 2).sum()) for row in rows),
+        *_stride_counts(rows),
     ]
-    message = np.concatenate([totals, costs, weights.view(np.int64), np.array(tiles, dtype=np.int64).ravel()])
+    num_datasets = 1 + max((source.dataset for row in rows for source in row.sources), default=-1)
+    counts = [num_datasets, *totals]
+    message = np.concatenate([counts, costs, weights.view(np.int64), np.array(tiles, dtype=np.int64).ravel()])
     gathered = gather_integers(message, groups.host_data)
-    split = [np.split(values, len(totals) + len(rows) * np.arange(3)) for values in gathered]
-    sums = np.sum([part[0] for part in split], axis=0).tolist()
+    split = [np.split(values, len(counts) + len(rows) * np.arange(3)) for values in gathered]
+    sums = np.sum([part[0][1:] for part in split], axis=0).tolist()
     if sums[4]:
         raise error or DataError("another rank has an image that cannot be decoded; its message says which")
     return StepAgreement(
@@ -120,6 +128,8 @@ def agree(batch: StepRows, groups: Groups, config: RunConfig) -> StepAgreement:
         num_supervised_tokens=sums[2],
         num_failed_images=sums[3],
         attention_pairs=sums[5],
+        num_datasets=max(int(part[0][0]) for part in split),
+        stride_counts=np.array(sums[6:]),
     )
 
 
@@ -158,6 +168,12 @@ def _agree_in_replica(
         for index, row in enumerate(batch.rows)
     ]
     return rows, int(broken.sum()), bool(known[0])
+
+
+def _stride_counts(rows: list[Row]) -> np.ndarray:
+    """See `StepAgreement.stride_counts`. Behind tiles of a single token comes text, which counts as 256."""
+    strides = np.concatenate([row.image_strides for row in rows])
+    return np.bincount(np.searchsorted(STRIDES, strides.clip(max=STRIDES[-1])), minlength=len(STRIDES))
 
 
 def _image_of_tiles(row: Row) -> list[int]:

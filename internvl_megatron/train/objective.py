@@ -5,14 +5,18 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from internvl_megatron.config.schema import RunConfig
+from internvl_megatron.data.packing import Row
+from internvl_megatron.device import Device
 from internvl_megatron.model.output_layer import Targets
 from internvl_megatron.parallel.groups import Groups
 from internvl_megatron.train.agreement import StepAgreement
 from internvl_megatron.train.batch import DeviceRow
+from internvl_megatron.train.loss_parts import LossParts, PartSums
 
 RowLoss = Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
 """From what the output layer makes of a row's targets: the row's share of the loss, a token count that is not used by anything,
@@ -58,6 +62,8 @@ class Outcome:
     """Of a batch, the same on every rank."""
 
     loss: float
+    parts: LossParts
+    """What data sets and kinds of samples have to do with it."""
     preference: PreferenceFigures | None = None
 
 
@@ -90,24 +96,44 @@ class Objective(ABC):
 class NextToken(Objective):
     """Weighted next-token cross entropy; weights come with the data."""
 
-    def __init__(self, config: RunConfig, groups: Groups) -> None:
+    def __init__(self, config: RunConfig, groups: Groups, device: Device) -> None:
+        layout, rank = groups.layout, groups.rank
         self._normalize = config.loss.normalize
-        self._counts = groups.is_last_stage and groups.layout.tensor_index(groups.rank) == 0
+        self._device = device
+        self._counts = groups.is_last_stage and layout.tensor_index(rank) == 0
+        self._leads = self._counts and layout.context_index(rank) == 0
 
     def prepare(self, agreement: StepAgreement, forward: ForwardPass, trains: bool) -> None:
         """Nothing."""
 
     def row(self, agreement: StepAgreement, number: int, row: DeviceRow) -> tuple[Targets, RowLoss]:
-        """The row's sum, divided by the global weight."""
-        return Targets(row.targets, row.weights * self._scale(agreement, number)), _kept_as_it_is
+        """The row's sum, divided by the global weight; it is kept with what each sample adds to it, fp64 [1 + s]."""
+        whole = agreement.rows[number]
+
+        def loss(output: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            by_sample = sums_by_sample(output[1:].double(), whole, row, self._device)
+            # A copy: Megatron Core frees what it gets, which must not be a part of another tensor.
+            return output[0].clone(), NO_COUNT, torch.cat([output[:1].detach().double(), by_sample])
+
+        return Targets(row.targets, row.weights * self._scale(agreement, number)), loss
 
     def sums(self, agreement: StepAgreement, kept: Mapping[int, Tensor]) -> list[float]:
-        """The loss, which is the sum of all rows' shares."""
-        return [float(torch.stack([*kept.values()]).double().sum()) if self._counts and kept else 0.0]
+        """The loss, which is the sum of all rows' shares, and its parts."""
+        parts = PartSums(agreement.num_datasets)
+        for number, row in enumerate(agreement.rows) if self._leads else ():
+            parts.add_samples(row, row.sample_weights * self._scale(agreement, number))
+        if not (self._counts and kept):
+            return [0.0, *parts.values]
+        values = torch.cat([*kept.values()]).tolist()  # once for all rows: the host waits here
+        ends = np.cumsum([len(row) for row in kept.values()])
+        by_row = np.split(np.array(values), ends[:-1])
+        for number, row in zip(kept, by_row, strict=True):
+            parts.add_losses(agreement.rows[number], row[1:])
+        return [float(torch.tensor([row[0] for row in by_row], dtype=torch.float64).sum()), *parts.values]
 
     def outcome(self, sums: Sequence[float]) -> Outcome:
-        """The loss."""
-        return Outcome(sums[0])
+        """The loss and its parts."""
+        return Outcome(sums[0], LossParts.of_sums(sums[1:]))
 
     def _scale(self, agreement: StepAgreement, row: int) -> float:
         """1 / (weight the row's loss is divided by), or 0 where there is nothing to learn from."""
@@ -118,5 +144,10 @@ class NextToken(Objective):
         return 1.0 / weight if weight > 0 else 0.0
 
 
-def _kept_as_it_is(loss: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return loss, NO_COUNT, loss.detach()
+def sums_by_sample(values: Tensor, row: Row, on_device: DeviceRow, device: Device) -> Tensor:
+    """Sums over each sample of a row, [s], of values [n] of the targets of this rank's part of it."""
+    samples = np.searchsorted(row.sample_bounds, on_device.target_places, side="right") - 1
+    # Fillers may lie in the padding; they have weight 0.
+    places = device.put(samples.clip(max=max(0, row.num_samples - 1)))
+    sums = torch.zeros(max(1, row.num_samples), dtype=values.dtype, device=values.device)
+    return sums.index_add(0, places, values)[: row.num_samples]

@@ -43,6 +43,9 @@ def learning_rate(config: OptimizerConfig, step: int, num_steps: int) -> float:
     return config.min_learning_rate + share * (config.learning_rate - config.min_learning_rate)
 
 
+PARTS = ("vision", "projector", "language")
+"""Of the model: vision encoder, projector, language model."""
+
 BUCKET_PARAMETERS: int | None = None
 """Parameters whose gradients travel together where communication overlaps; None = Megatron Core's choice (40 M or more)."""
 
@@ -81,6 +84,8 @@ class UpdateResult:
 
     grad_norm: float
     """Norm over all parameters of both sides, before clipping."""
+    part_grad_norms: dict[str, float]
+    """The same over the trained ones of `PARTS` alone."""
     updated: bool
     """False where the step was bad: then neither side changed."""
 
@@ -92,11 +97,21 @@ class JointOptimizer:
         self,
         config: RunConfig,
         vision: MegatronOptimizer | ShardedOptimizer | None,
+        projector: Sequence[torch.nn.Parameter],
         language: MegatronOptimizer | None,
         device: torch.device,
     ) -> None:
-        """Join the sides' optimizers; None stands for a side without trainable parameters."""
+        """Join the sides' optimizers; None stands for a side without trainable parameters.
+
+        Args:
+            config: of the run.
+            vision: of vision encoder and projector.
+            projector: which of the vision side's parameters are the projector's.
+            language: of the language model.
+            device: where gradients are.
+        """
         self._device = device
+        self._projector = projector
         self.config = config.optimizer
         self.num_steps = config.num_steps
         self.vision = vision
@@ -137,33 +152,64 @@ class JointOptimizer:
         for optimizer in self.sides:
             optimizer.prepare_grads()
         # The one thing of an update that the host waits for.
-        grad_norm = math.sqrt(float(torch.stack([self._squared_norm(side) for side in self.sides]).double().sum()))
+        squares = torch.stack([self._squared_norms(side) for side in self.sides]).double().sum(dim=0).tolist()
+        grad_norm = math.sqrt(sum(squares))
+        settings = (self.config.vision, self.config.projector, self.config.language)
+        part_grad_norms = {
+            part: math.sqrt(square)
+            for part, square, setting in zip(PARTS, squares, settings, strict=True)
+            if setting.trainable
+        }
         if not (is_good(grad_norm) and math.isfinite(grad_norm)):
-            return UpdateResult(grad_norm, updated=False)
+            return UpdateResult(grad_norm, part_grad_norms, updated=False)
         for optimizer in self.sides:
             parameters: list[torch.Tensor] = [*optimizer.get_parameters()]
             if self.config.clip_grad_norm is not None and parameters:
                 has_own_place = self.config.moments == "bf16"  # Megatron Core keeps their gradients under another name
                 clip_grad_by_total_norm_fp32(parameters, self.config.clip_grad_norm, grad_norm, has_own_place)
             optimizer.step_with_ready_grads()
-        return UpdateResult(grad_norm, updated=True)
+        return UpdateResult(grad_norm, part_grad_norms, updated=True)
 
-    def _squared_norm(self, side: MegatronOptimizer | ShardedOptimizer) -> torch.Tensor:
-        """Of the gradients of a side, over all ranks that hold some of them: an fp32 scalar on the device; collective.
+    def _squared_norms(self, side: MegatronOptimizer | ShardedOptimizer) -> torch.Tensor:
+        """Of the gradients of a side by `PARTS`, over all ranks that hold some of them: fp32 [3] on the device; collective.
 
         The host reads Megatron Core's own norm of each side, and, without Transformer Engine or Apex, that of every gradient
         by itself.
         """
-        if isinstance(side, ShardedOptimizer):
-            return side.squared_norm()
-        total = torch.zeros((), device=self._device)
+        total = torch.zeros(len(PARTS), device=self._device)
         for optimizer in getattr(side, "chained_optimizers", [side]):
-            square = torch.zeros((), device=self._device)
-            if gradients := optimizer.get_grads_for_grad_norm():
-                square += torch.nn.utils.get_total_norm(gradients).square()
-            torch.distributed.all_reduce(square, group=optimizer.get_grad_stats_parallel_group())
-            total += square
+            squares = torch.zeros(len(PARTS), device=self._device)
+            for place, gradients in enumerate(self._gradients_of_parts(optimizer, side is self.language)):
+                if gradients:
+                    squares[place] += torch.nn.utils.get_total_norm(gradients).square()
+            torch.distributed.all_reduce(squares, group=optimizer.get_grad_stats_parallel_group())
+            total += squares
         return total
+
+    def _gradients_of_parts(self, optimizer: Any, is_language: bool) -> tuple[list[torch.Tensor], ...]:
+        """Those of an optimizer's gradients that this rank has to count, by `PARTS`."""
+        gradients: list[torch.Tensor] = optimizer.get_grads_for_grad_norm()
+        if is_language:
+            return [], [], gradients
+        owned = [_optimized(optimizer, parameter) for parameter in self._projector if parameter.requires_grad]
+        name = "decoupled_grad" if self.config.moments == "bf16" else "grad"
+        of_projector = {id(getattr(parameter, name)) for parameter in owned if parameter is not None}
+        vision = [gradient for gradient in gradients if id(gradient) not in of_projector]
+        return vision, [gradient for gradient in gradients if id(gradient) in of_projector], []
+
+
+def _optimized(optimizer: Any, parameter: torch.nn.Parameter) -> torch.Tensor | None:
+    """What an optimizer has in place of a parameter: this rank's shard of it, or an fp32 copy; None if that is elsewhere."""
+    if isinstance(optimizer, ShardedOptimizer):
+        return next((shard.own for shard in optimizer.shards.values() if shard.parameter is parameter), None)
+    places = getattr(optimizer, "model_param_group_index_map", None)
+    if places is None:
+        copy = getattr(parameter, "main_param", None)
+        return parameter if copy is None else copy
+    if parameter not in places:
+        return None
+    group, place = places[parameter]
+    return optimizer.optimizer.param_groups[group]["params"][place]
 
 
 def gather_in_next_forward(module: DistributedDataParallel) -> None:

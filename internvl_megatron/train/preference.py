@@ -34,7 +34,16 @@ from internvl_megatron.parallel.groups import Groups
 from internvl_megatron.parallel.host import sum_floats
 from internvl_megatron.train.agreement import StepAgreement
 from internvl_megatron.train.batch import DeviceRow
-from internvl_megatron.train.objective import NO_COUNT, ForwardPass, Objective, Outcome, PreferenceFigures, RowLoss
+from internvl_megatron.train.loss_parts import LossParts, PartSums
+from internvl_megatron.train.objective import (
+    NO_COUNT,
+    ForwardPass,
+    Objective,
+    Outcome,
+    PreferenceFigures,
+    RowLoss,
+    sums_by_sample,
+)
 
 
 class AnswerScores:
@@ -61,11 +70,7 @@ class AnswerScores:
             on_device: this rank's part of it.
             losses: of this part's targets, fp32 [n].
         """
-        samples = np.searchsorted(row.sample_bounds, on_device.target_places, side="right") - 1
-        # Fillers may lie in the padding; they have weight 0.
-        places = self._device.put(samples.clip(max=max(0, row.num_samples - 1)))
-        own = torch.zeros(max(1, row.num_samples), dtype=torch.float64, device=losses.device)
-        own = own.index_add(0, places, -losses.double() * on_device.weights)[: row.num_samples]
+        own = sums_by_sample(-losses.double() * on_device.weights, row, on_device, self._device)
         if self._context.size() == 1:
             return own
         total = own.detach().clone()
@@ -131,12 +136,12 @@ class MixedPreference(Objective):
         return Targets(row.targets, weights=None), loss
 
     def sums(self, agreement: StepAgreement, kept: Mapping[int, Tensor]) -> list[float]:
-        """Of both rewards, right orders and the three losses, each divided so that the sum is the mean."""
+        """Of both rewards, right orders and the three losses, each divided so that the sum is the mean; and the loss's parts."""
         return self._sums(agreement, kept)
 
     def outcome(self, sums: Sequence[float]) -> Outcome:
         """The loss and the figures."""
-        chosen, rejected, right, preference, quality, generation = sums
+        chosen, rejected, right, preference, quality, generation = sums[:6]
         if self._trains and self._mpo.shift == "before_step":
             self._add((chosen + rejected) / 2)
         mpo = self._mpo
@@ -151,7 +156,7 @@ class MixedPreference(Objective):
             shift=self._shift,
             num_pairs=self._num_pairs,
         )
-        return Outcome(loss, figures)
+        return Outcome(loss, LossParts.of_sums(sums[6:]), figures)
 
     @property
     def _host(self) -> dist.ProcessGroup:
@@ -182,7 +187,8 @@ class MixedPreference(Objective):
         return _PairWeights(mean, mean / np.maximum(1, tokens))
 
     def _sums(self, agreement: StepAgreement, kept: Mapping[int, Tensor]) -> list[float]:
-        total = torch.zeros(6, dtype=torch.float64)
+        total, mpo = torch.zeros(6, dtype=torch.float64), self._mpo
+        parts = PartSums(agreement.num_datasets)
         for number, logprobs in kept.items() if self._counts else ():
             weights = self._weights(agreement.rows[number])
             answers, reference = logprobs.cpu(), self._reference(agreement, number).cpu()
@@ -191,8 +197,16 @@ class MixedPreference(Objective):
             losses = preference_losses(rewards), quality_losses(rewards, self._shift)
             terms = torch.stack([rewards.chosen, rewards.rejected, is_right, *losses])
             total[:5] += terms @ torch.from_numpy(weights.mean)
-            total[5] -= answers[0::2] @ torch.from_numpy(weights.generation)
-        return total.tolist()
+            by_pair = -answers[0::2] * torch.from_numpy(weights.generation)
+            total[5] += by_pair.sum()
+            by_pair = mpo.generation_factor * by_pair
+            for factor, pair_losses in zip((mpo.preference_factor, mpo.quality_factor), losses, strict=True):
+                by_pair = by_pair + factor * pair_losses * torch.from_numpy(weights.mean)
+            # Of a pair the chosen sample is the one that counts.
+            both = np.arange(agreement.rows[number].num_samples) % 2 == 0
+            parts.add_samples(agreement.rows[number], np.where(both, np.repeat(weights.mean, 2), 0.0))
+            parts.add_losses(agreement.rows[number], np.where(both, np.repeat(by_pair.numpy(), 2), 0.0))
+        return [*total.tolist(), *parts.values]
 
     def _remember(self, sums: list[float]) -> None:
         """Let the history know this step's rewards, from what this rank adds to their means."""

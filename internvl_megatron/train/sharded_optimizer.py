@@ -89,13 +89,13 @@ class ShardedOptimizer:
             shard.own.grad = torch.zeros_like(shard.own) if gradient is None else local_shard(gradient)
         return False
 
-    def squared_norm(self) -> Tensor:
-        """Of all gradients of the side, an fp32 scalar on the device; collective over the ranks that hold their shards."""
-        square = torch.zeros((), device=self._trainable[0].device)
-        if gradients := [own.grad for own in self.get_parameters() if own.grad is not None]:
-            square += torch.nn.utils.get_total_norm(gradients).square()
-        dist.all_reduce(square, group=self._group)
-        return square
+    def get_grads_for_grad_norm(self) -> list[Tensor]:
+        """Gradients of this rank's shards."""
+        return [own.grad for own in self.get_parameters() if own.grad is not None]
+
+    def get_grad_stats_parallel_group(self) -> dist.ProcessGroup:
+        """The ranks that hold all shards."""
+        return self._group
 
     def step_with_ready_grads(self) -> bool:
         """Update this rank's shards; True, as an update always happens."""

@@ -39,6 +39,7 @@ from internvl_megatron.train.batch import device_row
 from internvl_megatron.train.bubble_encoder import BubbleEncoder
 from internvl_megatron.train.frozen_copy import FrozenCopy
 from internvl_megatron.train.host_memory import keep_on_host
+from internvl_megatron.train.loss_parts import LossParts
 from internvl_megatron.train.objective import NextToken, Objective, Outcome, PreferenceFigures, RowLoss, RowTask
 from internvl_megatron.train.optimizer import (
     JointOptimizer,
@@ -64,6 +65,8 @@ class StepResult:
     loss: float
     """Mean over the global batch, as the objective weights it; 0 if it has no supervised token."""
     grad_norm: float
+    part_grad_norms: dict[str, float]
+    """Of the trained ones of vision encoder (`vision`), `projector` and language model (`language`), before clipping."""
     learning_rate: float
     updated: bool
     """False if the step was bad (`bad_steps.py`), or there was nothing to learn from."""
@@ -80,6 +83,8 @@ class StepResult:
     """Tiles the busiest rank encoded."""
     sent_bytes: int
     """Tiles, embeddings and gradients that went from one rank to another, over all ranks."""
+    parts: LossParts
+    """What data sets and kinds of samples have to do with the loss."""
     preference: PreferenceFigures | None
     """Of pairs of answers, if that is what is trained on."""
     spans: list[Span]
@@ -98,7 +103,10 @@ class Step:
         self.language = [distributed(chunk, groups.language, config) for chunk in model.language]
         language_parts = {"*": config.optimizer.language}
         language_optimizer = megatron_optimizer(config, self.language, groups.language, language_parts)
-        self.optimizer = JointOptimizer(config, self.vision.optimizer, language_optimizer, device.torch_device)
+        projector = [*model.vision.projector.parameters()]
+        self.optimizer = JointOptimizer(
+            config, self.vision.optimizer, projector, language_optimizer, device.torch_device
+        )
         self.exchange = Exchange(
             groups,
             device,
@@ -113,7 +121,7 @@ class Step:
         self._messages = PipelineMessages(groups.language.pp, model.language[0].config)
         is_mpo = config.loss.kind == "mpo"
         self.bad_steps = BadSteps(config.bad_steps)
-        self.objective: Objective = MixedPreference(config, groups, device) if is_mpo else NextToken(config, groups)
+        self.objective: Objective = (MixedPreference if is_mpo else NextToken)(config, groups, device)
 
     def run(
         self,
@@ -155,7 +163,7 @@ class Step:
                 return found is None
 
             has_targets = agreement.row_weights.sum() > 0
-            update = self.optimizer.clip_and_step(is_good) if has_targets else UpdateResult(0.0, updated=False)
+            update = self.optimizer.clip_and_step(is_good) if has_targets else UpdateResult(0.0, {}, updated=False)
             self.vision.gather_in_next_forward()
             for chunk in self.language:
                 gather_in_next_forward(chunk)
@@ -164,6 +172,7 @@ class Step:
         return StepResult(
             loss=outcome.loss,
             grad_norm=update.grad_norm,
+            part_grad_norms=update.part_grad_norms,
             learning_rate=rate,
             updated=update.updated,
             bad=bad[0] if bad else None,
@@ -173,6 +182,7 @@ class Step:
             stop_requested=num_stopping > 0,
             most_tiles_per_rank=int(tiles_per_unit.max()),
             sent_bytes=int(sent_bytes),
+            parts=outcome.parts,
             preference=outcome.preference,
             spans=self.clock.spans(),
         )

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from internvl_megatron.checkpoint import folders
 from tools.prepare_demo import Amounts, prepare
@@ -47,6 +48,7 @@ def _command(data: Path, run: Path, *overrides: str, ranks: int = 4) -> list[str
         f"num_steps={STEPS}",
         f"checkpoint.save_every_steps={SAVE_EVERY}",
         "eval_every_steps=3",
+        "sample_every_steps=3",
         "data.tokens_per_row=512",
         "data.tiles_per_row=32",
         # The rate of a step does not depend on how many there are to be.
@@ -117,7 +119,20 @@ def test_metrics_are_complete(whole: Path) -> None:
     assert sum(row["num_tiles"] for row in rows) > 0
     assert all(0 < row["num_supervised_tokens"] < 2 * 512 for row in rows)
     assert [row["step"] for row in rows if row["eval_loss"] is not None] == [3, 6]
-    assert list((whole / "tensorboard").iterdir())
+    for row in rows:
+        for part in ("dataset", "kind"):
+            shares, losses = row[f"loss_weight_by_{part}"], row[f"loss_by_{part}"]
+            assert sum(shares.values()) == pytest.approx(1, rel=1e-6)
+            assert sum(shares[name] * losses[name] for name in shares if shares[name]) == pytest.approx(
+                row["loss"], rel=1e-6
+            )
+            assert sum(row[f"samples_by_{part}"].values()) == row["num_samples"]
+        norms = [row[f"{part}_grad_norm"] for part in ("vision", "projector", "language")]
+        assert sum(norm**2 for norm in norms) == pytest.approx(row["grad_norm"] ** 2, rel=1e-6)
+    assert {name for row in rows for name in row["loss_by_kind"]} == {"text", "image", "multi_image"}
+    events = EventAccumulator(str(whole / "tensorboard")).Reload()
+    assert [event.step for event in events.Tensors("samples/0/text/text_summary")] == [3, 6]
+    assert {"loss/loss", "eval/loss", "grad/vision_grad_norm", "speed/mfu"} <= set(events.Tags()["scalars"])
     assert json.loads((whole / "config.json").read_text())["num_steps"] == STEPS
 
 

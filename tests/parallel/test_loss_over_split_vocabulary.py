@@ -46,7 +46,7 @@ def inputs() -> Inputs:
 def loss_on_rank(info: RankInfo) -> tuple[float, np.ndarray]:
     """Loss and this rank's part of the logits' gradient; padding columns are -inf."""
     from internvl_megatron.device import open_device
-    from internvl_megatron.model.loss import weighted_loss
+    from internvl_megatron.model.loss import token_losses, weighted_sum
     from internvl_megatron.ranks import joined
 
     device = open_device("cpu")
@@ -55,7 +55,7 @@ def loss_on_rank(info: RankInfo) -> tuple[float, np.ndarray]:
         padded = F.pad(given.hidden @ given.weight.t(), (0, PADDED_SIZE - VOCAB_SIZE), value=float("-inf"))
         mine = padded.chunk(info.world_size, dim=1)[info.rank][:, None].clone().requires_grad_()
         assert dist.group.WORLD is not None
-        loss = weighted_loss(mine, given.targets, given.weights, dist.group.WORLD)
+        loss, _ = weighted_sum(token_losses(mine, given.targets, dist.group.WORLD), given.weights)
         loss.backward()
         assert mine.grad is not None
         return loss.item(), mine.grad[:, 0].numpy()
@@ -77,10 +77,11 @@ def test_loss_equals_that_over_the_real_vocabulary(run_ranks: Callable[..., list
 
 @dataclass
 class Outcome:
-    """What a rank found: the loss with and without gradients, and the gradients of its hidden states and rows."""
+    """What a rank found: the loss with and without gradients, its terms, and the gradients of its hidden states and rows."""
 
     loss: float
     loss_without_gradient: float
+    terms: np.ndarray
     hidden: np.ndarray
     weight: np.ndarray | None
 
@@ -137,13 +138,14 @@ def outcome_of(layer: Any, trainable: bool) -> Outcome:
     targets = Targets(given.targets[positions], given.weights[positions])
     with torch.no_grad():
         evaluated = layer(hidden, positions, targets)
-    loss = layer(hidden, positions, targets)
+    loss, *terms = layer(hidden, positions, targets)
     (FACTOR * loss).backward()
     assert hidden.grad is not None
     gradient = layer.weight.grad
     return Outcome(
         loss=loss.item(),
-        loss_without_gradient=evaluated.item(),
+        loss_without_gradient=evaluated[0].item(),
+        terms=np.array([term.item() for term in terms]),
         hidden=hidden.grad[:, 0].numpy(),
         weight=None if gradient is None else gradient.numpy(),
     )
@@ -157,7 +159,8 @@ def test_output_layer_with_loss_equals_plain_pytorch(
     given = inputs()
     hidden, weight = given.hidden.double().requires_grad_(), given.weight.double().requires_grad_()
     losses = F.cross_entropy(hidden @ weight.t(), given.targets, ignore_index=-100, reduction="none")
-    wanted = (losses * given.weights.double()).sum()
+    terms = losses * given.weights.double()
+    wanted = terms.sum()
     (FACTOR * wanted).backward()
     assert hidden.grad is not None
     assert weight.grad is not None
@@ -167,6 +170,7 @@ def test_output_layer_with_loss_equals_plain_pytorch(
         found: list[Outcome] = [outcomes[chunk_tokens] for outcomes in by_rank]
         for one in found:
             np.testing.assert_allclose([one.loss, one.loss_without_gradient], wanted.item(), rtol=1e-6)
+            np.testing.assert_allclose(one.terms, terms[given.weights > 0].detach().numpy(), rtol=1e-5)
         parts = [one.hidden for one in found]
         for gradient in [np.concatenate(parts)] if sequence_parallel else parts:
             assert_near(gradient, hidden.grad)
@@ -209,7 +213,7 @@ def extra_bytes(info: RankInfo, dtype: torch.dtype) -> dict[int | None, int]:
             targets = Targets(torch.randint(sizes[1], (num_tokens,)), torch.rand(num_tokens))
             account = TensorBytes()
             with account.in_this_thread():
-                layer(hidden, None, targets).backward()
+                layer(hidden, None, targets)[0].backward()
             found[size] = account.peak - 2 * (hidden.nbytes + layer.weight.nbytes)
     return found
 

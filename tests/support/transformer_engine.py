@@ -30,10 +30,10 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from internvl_megatron import cpu_shim
 from internvl_megatron.config.schema import Fp8Config, ParallelConfig, RunConfig
 from internvl_megatron.device import Device, Kernels, LayerKernel
-from tests.support.fake_world import FakeWorldDevice
 from tests.support.layouts import run_config
 from tests.support.models import small_model
 from tests.support.rows import random_step
+from tools.fake_world import FakeWorldDevice
 
 FAMILIES = ("300m", "6b")
 KINDS: tuple[LayerKernel, ...] = ("transformer_engine", "torch")

@@ -1,4 +1,4 @@
-"""Metrics survive kills and resumes, and are valid JSON whatever the numbers."""
+"""Metrics survive kills and resumes, are valid JSON whatever the numbers, and show on boards in groups."""
 
 import json
 import math
@@ -7,8 +7,9 @@ from dataclasses import fields, replace
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from internvl_megatron.boards import TENSORBOARD_FOLDER, TensorBoard
 from internvl_megatron.errors import DataError
-from internvl_megatron.metrics import METRICS_FILE, TENSORBOARD_FOLDER, MetricsWriter, StepMetrics, read_metrics
+from internvl_megatron.metrics import GROUPS, METRICS_FILE, MetricsWriter, StepMetrics, read_metrics
 
 ONE = StepMetrics(
     step=0,
@@ -24,11 +25,14 @@ ONE = StepMetrics(
     mfu=0.4,
     model_tflops_per_second_per_rank=0.02,
     peak_memory_bytes=2**33,
+    loss_by_dataset={"birds": 2.0, "silent": None},
+    images_by_delta={"1/256": 3, "128/256": 1, "256/256": 2},
 )
 
 
 def write(folder, steps, resume_step=None, loss=2.5):
-    writer = MetricsWriter(folder, resume_step)
+    board = TensorBoard(folder, 0 if resume_step is None else resume_step + 1)
+    writer = MetricsWriter(folder, resume_step, [board])
     for step in steps:
         writer.write(replace(ONE, step=step, loss=loss, eval_loss=3.0 if step % 2 else None))
     writer.close()
@@ -55,7 +59,10 @@ def test_a_line_is_in_the_file_as_soon_as_it_is_written(tmp_path):
 
 def test_numbers_that_json_cannot_hold_become_null(tmp_path):
     writer = MetricsWriter(tmp_path)
-    writer.write(replace(ONE, loss=math.nan, grad_norm=math.inf, mfu=-math.inf, eval_loss=math.nan))
+    numbers = {"a": math.nan, "b": 1.0}
+    writer.write(
+        replace(ONE, loss=math.nan, grad_norm=math.inf, mfu=-math.inf, eval_loss=math.nan, loss_by_dataset=numbers)
+    )
     writer.close()
 
     def refuse(text):
@@ -64,6 +71,7 @@ def test_numbers_that_json_cannot_hold_become_null(tmp_path):
     row = json.loads((tmp_path / METRICS_FILE).read_text(), parse_constant=refuse)
     assert [row[key] for key in ("loss", "grad_norm", "mfu", "eval_loss")] == [None] * 4
     assert row["learning_rate"] == 1e-3
+    assert row["loss_by_dataset"] == {"a": None, "b": 1.0}
 
 
 def test_resume_drops_later_steps_and_half_a_line(tmp_path):
@@ -131,7 +139,24 @@ def test_tensorboard_shows_each_step_once(tmp_path):
     write(tmp_path, range(5))
     write(tmp_path, [3, 4, 5], resume_step=2, loss=1.0)
     events = EventAccumulator(str(tmp_path / TENSORBOARD_FOLDER)).Reload()
-    shown = [(event.step, event.value) for event in events.Scalars("train/loss")]
+    shown = [(event.step, event.value) for event in events.Scalars("loss/loss")]
     assert shown == [(0, 2.5), (1, 2.5), (2, 2.5), (3, 1.0), (4, 1.0), (5, 1.0)]
     assert [event.step for event in events.Scalars("eval/loss")] == [1, 3, 5]
-    assert {"train/mfu", "train/peak_memory_bytes", "train/updated"} <= set(events.Tags()["scalars"])
+    tags = set(events.Tags()["scalars"])
+    assert {"speed/mfu", "memory/peak_memory_bytes", "grad/updated", "loss/loss_by_dataset/birds"} <= tags
+    assert not any("silent" in tag for tag in tags)
+
+
+def test_every_field_is_shown_in_one_group():
+    shown = [name for names in GROUPS.values() for name in names]
+    assert sorted([*shown, "step", "images_by_delta"]) == sorted(field.name for field in fields(StepMetrics))
+
+
+def test_deltas_show_as_a_histogram(tmp_path):
+    write(tmp_path, [1])
+    events = EventAccumulator(str(tmp_path / TENSORBOARD_FOLDER)).Reload()
+    (event,) = events.Histograms("data/log2_delta")
+    found = event.histogram_value
+    assert (found.min, found.max, found.num, found.sum) == (-8, 0, 6, 3 * -8 - 1)
+    counts = {limit: count for limit, count in zip(found.bucket_limit, found.bucket, strict=True) if count}
+    assert counts == {-4.5: 3, -0.5: 1, 0.5: 2}, "bars end halfway to the next value that there is"

@@ -99,7 +99,7 @@ def test_changed_fields() -> None:
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_recipe_runs_in_its_own_layout(name: str) -> None:
-    config = apply_overrides(find_recipe(name), ["data.meta=m.json", "data.tokenizer=t"])
+    config = apply_overrides(find_recipe(name), ["data.meta=m.json", "data.tokenizer=t", "checkpoint.load=w"])
     assert config.name == name
     replica = config.parallel.tensor_size * config.parallel.pipeline_size
     for num_replicas in (1, 2):

@@ -13,8 +13,8 @@ from internvl_megatron.config.schema import ParallelConfig, RunConfig
 from internvl_megatron.device import open_device
 from internvl_megatron.ranks import RankInfo, joined
 from internvl_megatron.scaling.counts import parameter_counts
-from tests.support.fake_world import FakeWorldDevice
 from tests.support.layouts import ADAMW, LAYOUTS, Ranks, Scenario, run_config
+from tools.fake_world import FakeWorldDevice
 
 pytestmark = pytest.mark.parallel
 
