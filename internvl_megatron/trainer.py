@@ -139,7 +139,7 @@ class Trainer:
             skipped = sum(self.loader.skipped().values()) if self.is_leader else 0
             stops = self.signals.received is not None
             result = self.trainer_step.run(batch, self.step, following, skipped, stops)
-            self.saver.poll()
+            self._poll_saver()
             seconds = time.perf_counter() - start
             self.step += 1
             self.num_tokens += result.agreement.num_tokens
@@ -152,7 +152,7 @@ class Trainer:
             self._check_gradients(result)
             if result.bad is not None and self._react(result.bad):
                 continue
-            self.saver.poll()
+            self._poll_saver()
             is_due = any(map(self._due, (checkpoint.save_every_steps, checkpoint.milestone_every_steps)))
             if interrupted or is_due or self.step == config.num_steps:
                 self._save()
@@ -383,6 +383,13 @@ class Trainer:
         if not checkpoint.asynchronous:
             self.saver.wait()
 
+    def _poll_saver(self) -> None:
+        self.saver.poll()
+        if self.events is not None:
+            for failure in self.saver.failures:
+                self.events.write(self.step, "save failed", failure)
+            self.saver.failures.clear()
+
     def _finish_saving(self) -> None:
         """Wait for the run's last checkpoint, and try it once more if it failed.
 
@@ -391,8 +398,11 @@ class Trainer:
         """
         if self.saver.wait():
             return
+        self._poll_saver()
         self._save()
-        if not self.saver.wait():
+        is_saved = self.saver.wait()
+        self._poll_saver()
+        if not is_saved:
             raise CheckpointError(
                 f"{self.saver.root}: step {self.step}, the last, could not be saved, and the reason is above; mend it "
                 "and run the same command again: it continues from the newest checkpoint"

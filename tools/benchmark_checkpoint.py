@@ -25,7 +25,7 @@ from tools.machine_record import machine_record
 
 BYTES_PER_PARAMETER = 16
 """In fp32: the weight, and AdamW's copy of it and two moments."""
-TILES_PER_IMAGE = 4
+TILES_PER_IMAGE = 1
 
 
 def config_of_size(num_bytes: float) -> RunConfig:
@@ -34,7 +34,7 @@ def config_of_size(num_bytes: float) -> RunConfig:
     parallel = replace(base.parallel, tensor_size=1, pipeline_size=1)
     hidden = 64 * round((num_bytes / BYTES_PER_PARAMETER / 4 / 11.5) ** 0.5 / 64)
     language = replace(base.model.language, hidden_size=hidden, ffn_hidden_size=3 * hidden, head_size=hidden // 4)
-    data = replace(base.data, tokens_per_row=512, tiles_per_row=32)
+    data = replace(base.data, tokens_per_row=192, tiles_per_row=32)
     return replace(base, model=replace(base.model, language=language), parallel=parallel, data=data)
 
 
@@ -85,7 +85,7 @@ def save_rank(info: RankInfo, config: RunConfig, folder: str, repeats: int) -> d
             )
 
         for repeat in range(repeats + 1):  # the first save gets its memory
-            alone = statistics.median(train() for _ in range(3))
+            alone = statistics.median(train() for _ in range(2))
             began = time.perf_counter()
             start_save()
             assert saver.wait(), "the disk takes it"

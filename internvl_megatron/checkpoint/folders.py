@@ -77,6 +77,13 @@ def finished(root: Path) -> list[Path]:
     return sorted(folders, key=lambda path: path.name)
 
 
+def without_marker(root: Path) -> list[Path]:
+    """Folders with the name of a checkpoint that are none, since their marker is missing."""
+    if not root.is_dir():
+        return []
+    return [path for path in root.iterdir() if _NAME.fullmatch(path.name) and not (path / MARKER).is_file()]
+
+
 def finish(root: Path, info: CheckpointInfo) -> Path:
     """Turn a completely written folder into a checkpoint."""
     source, target = writing_path(root, info.step), path_of(root, info.step)
@@ -89,6 +96,7 @@ def finish(root: Path, info: CheckpointInfo) -> Path:
     _sync_folder(source)
     replaced = target.with_name(f"{target.name}.replaced")
     if target.exists():
+        shutil.rmtree(replaced, ignore_errors=True)
         target.rename(replaced)
     source.rename(target)
     _sync_folder(root)
@@ -133,11 +141,8 @@ def set_aside(folder: Path) -> Path:
 
 def remove_partial(root: Path) -> None:
     """Remove what was half-written, or half-removed, when a process ended."""
-    for pattern in ("step-*.writing", "step-*.replaced"):
+    for pattern in ("step-*.writing", "step-*.replaced", "step-*.removing"):
         for path in root.glob(pattern):
-            shutil.rmtree(path)
-    for path in root.glob("step-*"):
-        if _NAME.fullmatch(path.name) and not (path / MARKER).is_file():
             shutil.rmtree(path)
 
 
@@ -146,9 +151,8 @@ def clean(root: Path, keep_last: int, milestone_every_steps: int | None = None) 
     for path in finished(root)[: -max(1, keep_last)]:
         if milestone_every_steps is not None and int(path.name.removeprefix("step-")) % milestone_every_steps == 0:
             continue
-        # Without its marker it is no checkpoint any more: an interrupted removal leaves nothing that looks whole.
-        (path / MARKER).unlink()
-        shutil.rmtree(path)
+        # Under another name it is no checkpoint any more: an interrupted removal leaves nothing that looks whole.
+        shutil.rmtree(path.rename(path.with_name(f"{path.name}.removing")))
 
 
 def _sum_of(fields: dict[str, object]) -> int:

@@ -31,6 +31,9 @@ def newest_intact(root: Path, groups: Groups, contents: bool, sets_aside: bool) 
     # One rank lists them: others may not see yet what was renamed a moment ago.
     listed = json.dumps([path.name for path in folders.finished(root)]).encode() if groups.rank == 0 else None
     names = json.loads(broadcast_bytes(listed, 0, groups.host_world))
+    if groups.rank == 0:
+        for path in folders.without_marker(root):
+            log.error("%s has no %s and cannot be used", path, folders.MARKER)
     damaged: list[str] = []
     for name in reversed(names):
         damage = _damage(root / name, groups, contents)

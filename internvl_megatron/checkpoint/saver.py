@@ -70,6 +70,8 @@ class Saver:
         self.groups = groups
         self.num_failed = 0
         """Saves that came to nothing, since this process began."""
+        self.failures: list[str] = []
+        """On rank 0, why: for whoever keeps a record, and empties it."""
         self.blocked_seconds = 0.0
         """Training has waited for the last save."""
         self._settings = settings
@@ -201,6 +203,7 @@ class Saver:
         self._last_failed = True
         self.num_failed += 1
         if self.groups.rank == 0:
+            self.failures.append(text)
             log.error("%s", text)
 
 

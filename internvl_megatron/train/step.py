@@ -146,22 +146,22 @@ class Step:
         phase, kept = self.clock.phase, dict[int, Tensor]()
         self.clock.clear()
         agreement, tiles_per_unit = self._gradients(batch, step, following, kept)
+        totals = [self.exchange.sent_bytes, num_skipped_samples, float(stop_requested)]
+        totals += self.objective.sums(agreement, kept)
+        sent_bytes, num_skipped, num_stopping, *sums = sum_floats(totals, self.groups.host_world)
+        outcome, bad = self.objective.outcome(sums), list[BadStep]()
+
+        def is_good(grad_norm: float) -> bool:
+            found = self.bad_steps.judge(outcome.loss, grad_norm)
+            bad.extend([] if found is None else [found])
+            return found is None
+
         with phase("update"):
             self._reduce(agreement)
             own_sum = self._gradient_sum() if checks else None
-            totals = [self.exchange.sent_bytes, num_skipped_samples, float(stop_requested)]
-            totals += self.objective.sums(agreement, kept)
-            sent_bytes, num_skipped, num_stopping, *sums = sum_floats(totals, self.groups.host_world)
-            outcome = self.objective.outcome(sums)
             if self.model.amax_histories is not None:
                 self.model.amax_histories.end_step(self.groups.language.tp_dp_cp)
-            rate, bad = self.optimizer.set_learning_rate(step), list[BadStep]()
-
-            def is_good(grad_norm: float) -> bool:
-                found = self.bad_steps.judge(outcome.loss, grad_norm)
-                bad.extend([] if found is None else [found])
-                return found is None
-
+            rate = self.optimizer.set_learning_rate(step)
             has_targets = agreement.row_weights.sum() > 0
             update = self.optimizer.clip_and_step(is_good) if has_targets else UpdateResult(0.0, {}, updated=False)
             self.vision.gather_in_next_forward()

@@ -42,6 +42,25 @@ def test_clean_keeps_the_newest_and_never_the_last_one_less(tmp_path: Path) -> N
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000030"]
 
 
+def test_milestones_stay(tmp_path: Path) -> None:
+    for step in range(1, 8):
+        _write(tmp_path, step)
+        folders.clean(tmp_path, keep_last=1, milestone_every_steps=3)
+    assert [path.name[-1] for path in folders.finished(tmp_path)] == ["3", "6", "7"]
+
+
+def test_what_was_half_written_or_half_removed_goes_and_nothing_else(tmp_path: Path) -> None:
+    folders.set_aside(_write(tmp_path, 1))
+    _write(tmp_path, 2)
+    folders.path_of(tmp_path, 3).mkdir()  # its marker is lost: somebody may want the rest
+    for end in ("writing", "replaced", "removing"):
+        (tmp_path / f"step-00000004.{end}").mkdir()
+    folders.remove_partial(tmp_path)
+    left = ["step-00000001.damaged", "step-00000002", "step-00000003"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == left
+    assert folders.without_marker(tmp_path) == [folders.path_of(tmp_path, 3)]
+
+
 def test_writing_the_same_step_again_replaces_it(tmp_path: Path) -> None:
     (_write(tmp_path, 5) / "old").touch()
     assert not (_write(tmp_path, 5) / "old").exists()
