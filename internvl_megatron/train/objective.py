@@ -111,9 +111,11 @@ class NextToken(Objective):
         whole = agreement.rows[number]
 
         def loss(output: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            by_sample = sums_by_sample(output[1:].double(), whole, row, self._device)
+            # Without their graph, which would keep the row's activations for as long as they are kept.
+            values = output.detach().double()
+            by_sample = sums_by_sample(values[1:], whole, row, self._device)
             # A copy: Megatron Core frees what it gets, which must not be a part of another tensor.
-            return output[0].clone(), NO_COUNT, torch.cat([output[:1].detach().double(), by_sample])
+            return output[0].clone(), NO_COUNT, torch.cat([values[:1], by_sample])
 
         return Targets(row.targets, row.weights * self._scale(agreement, number)), loss
 

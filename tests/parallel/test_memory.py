@@ -2,7 +2,7 @@
 
 Peak bytes of tensors on a rank = uint8 pixels of the tiles it encodes in a window
                                 + the embeddings of the image tokens it owns in a window, once
-                                + 4 bytes a micro-batch for its loss, where the loss is computed
+                                + 8 bytes a micro-batch for its loss, and for what each of its samples adds, where the loss is computed
                                 + what does not depend on M.
 
 Where encoding fills the pauses of the pipeline (`vision_in_bubbles`) a rank that has encoded for others may keep the embeddings
@@ -40,7 +40,7 @@ NUM_REPEATS = 3
 """The smallest of so many peaks counts: the backend's thread may let go of a message a moment after it is through."""
 TILES_PER_ROW = 8
 ROW: list[Sample] = [[5, Picture(TILES_PER_ROW // 2, 64), 3, Picture(TILES_PER_ROW // 2, 256), 6]]
-FP32_BYTES = 4
+FP32_BYTES, FP64_BYTES = 4, 8
 SMALL_BYTES = 1024
 """Numbers and indices of a micro-batch more that is under way."""
 
@@ -148,7 +148,7 @@ def bytes_per_row(case: Case, rank: int) -> int:
     config, ranks, layout = case.config(), case.ranks, case.ranks.layout
     model, parallel = config.model, config.parallel
     is_first, is_last = layout.stage(rank) == 0, layout.stage(rank) == layout.pipeline_size - 1
-    loss = FP32_BYTES if is_last else 0
+    loss = FP64_BYTES * (1 + len(ROW)) if is_last else 0
     if parallel.vision_window_rows is not None:
         return loss
     tiles = TILES_PER_ROW / (ranks.num_ranks / layout.data_size)
