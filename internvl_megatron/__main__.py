@@ -5,21 +5,18 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import get_args
 
 from internvl_megatron.checkpoint.weights import check_start
 from internvl_megatron.config.overrides import apply_overrides
 from internvl_megatron.config.plan import plan
 from internvl_megatron.config.recipes import RECIPES, find_recipe, summary
 from internvl_megatron.config.schema import RunConfig
-from internvl_megatron.device import DeviceName
 from internvl_megatron.errors import UserError
+from internvl_megatron.inference_commands import add_commands
 from internvl_megatron.metrics import RunSummary
 from internvl_megatron.ranks import RankInfo
 
 TRAIN_RANK = "internvl_megatron.trainer:train_rank"
-ANSWER_PROMPTS = "internvl_megatron.inference.run:answer_prompts"
 EXIT_USER_ERROR = 2
 EXIT_FAILED = 1
 EXIT_INTERRUPTED = 130
@@ -63,17 +60,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     train.set_defaults(run=_train)
 
-    generate = commands.add_parser("generate", help="answer a question from a run or converted weights")
-    generate.add_argument(
-        "run_folder",
-        type=Path,
-        help="folder of a run (its newest checkpoint), of one of its checkpoints, or of converted weights",
-    )
-    generate.add_argument("question", help="the question; <image> marks where an image goes")
-    generate.add_argument("--image", action="append", default=[], help="an image file; may be given several times")
-    generate.add_argument("--max-new-tokens", type=int, default=64)
-    generate.add_argument("--device", choices=get_args(DeviceName), default="auto")
-    generate.set_defaults(run=_generate)
+    add_commands(commands)
 
     doctor = commands.add_parser("doctor", help="versions, device, and what optional parts are active")
     doctor.set_defaults(run=_doctor)
@@ -134,17 +121,6 @@ def _joined(train_rank: Callable[..., RunSummary], info: RankInfo, config: RunCo
         sys.stderr.write(f"internvl-megatron: rank {info.rank}: {text}")
         sys.stderr.flush()
         os._exit(EXIT_USER_ERROR if is_user_error else EXIT_FAILED)
-
-
-def _generate(options: argparse.Namespace) -> int:
-    from internvl_megatron.inference.prompt import Prompt
-    from internvl_megatron.launcher import launch
-
-    prompt = Prompt(options.question, tuple(options.image))
-    arguments = (options.run_folder, [prompt], options.max_new_tokens, options.device)
-    answers = launch(ANSWER_PROMPTS, 1, *arguments, device=options.device)[0]
-    print(answers[0])
-    return 0
 
 
 def _doctor(_options: argparse.Namespace) -> int:

@@ -6,6 +6,7 @@
     python -m tools.benchmark index ...        see tools/benchmark_data_index.py
     python -m tools.benchmark loader ...       see tools/benchmark_loader.py
     python -m tools.benchmark packing ...      see tools/benchmark_packing.py
+    python -m tools.benchmark generation ...   see tools/benchmark_generation.py
 
 `step`: one rank, fresh weights, synthetic packed rows (one picture and its text per sample), real step: vision encoder, projector,
 language model, loss, backward, clipping, AdamW. The record names machine, versions and date.
@@ -34,7 +35,14 @@ from internvl_megatron.data.packing import Row, SampleSource
 from internvl_megatron.data.step_rows import DecodedTiles
 from internvl_megatron.launcher import launch
 from internvl_megatron.ranks import RankInfo
-from tools import benchmark_data_index, benchmark_gpu, benchmark_loader, benchmark_packing, benchmark_schedule
+from tools import (
+    benchmark_data_index,
+    benchmark_generation,
+    benchmark_gpu,
+    benchmark_loader,
+    benchmark_packing,
+    benchmark_schedule,
+)
 
 TEXT_TOKENS_PER_SAMPLE = 128
 ANSWER_TOKENS_PER_SAMPLE = 48
@@ -210,6 +218,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     benchmark_schedule.add_command(commands)
     benchmark_data_index.add_command(commands)
     benchmark_packing.add_command(commands)
+    benchmark_generation.add_command(commands)
     options = parser.parse_args(arguments)
     return options.run(options)
 

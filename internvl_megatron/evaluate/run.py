@@ -1,10 +1,16 @@
-"""Answer a questions file with a trained run; the body of one rank."""
+"""Answer a questions file with a trained run; the bodies of one rank."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from internvl_megatron.device import DeviceName
 from internvl_megatron.evaluate.questions import TaskScore, evaluate_questions
-from internvl_megatron.inference.run import open_generator
+from internvl_megatron.inference.best_of_n import draw_answers
+from internvl_megatron.inference.critic import Solution, score_solutions
+from internvl_megatron.inference.prompt import Prompt
+from internvl_megatron.inference.run import load_generator, open_generator, open_place
+from internvl_megatron.inference.settings import Generation, Setup
+from internvl_megatron.inference.steps import JUDGE_INSTRUCTION
 from internvl_megatron.ranks import RankInfo
 
 MAX_NEW_TOKENS = 16
@@ -16,3 +22,22 @@ def answer_questions(
     """Answer with the run's newest checkpoint, write the answers file and score it."""
     with open_generator(info, run_folder, device) as generator:
         return evaluate_questions(questions, answers, lambda prompts: generator.answer(prompts, MAX_NEW_TOKENS))
+
+
+def best_of_n_rank(
+    info: RankInfo,
+    models: tuple[Path, Path],
+    prompts: Sequence[Prompt],
+    num_answers: int,
+    settings: Generation,
+    device: DeviceName = "auto",
+    setup: Setup | None = None,
+    instruction: str = JUDGE_INSTRUCTION,
+) -> list[tuple[list[str], list[float]]]:
+    """Answers to every prompt and their scores, by the model that answers and the critic, loaded one after the other."""
+    policy, critic = models
+    with open_place(info, device, setup or Setup()) as place:
+        answers = draw_answers(load_generator(policy, place), prompts, num_answers, settings)
+        solutions = [Solution(prompt, text) for prompt, own in zip(prompts, answers, strict=True) for text in own]
+        scores = iter(score_solutions(load_generator(critic, place), solutions, instruction))
+        return [(own, [next(scores) for _ in own]) for own in answers]

@@ -57,7 +57,7 @@ class AnswerText:
                 self._append(whole[len(known) :])
         shown = self.text
         if not (is_end or self.is_stopped):
-            shown = shown[: len(shown) - self._num_held_back(shown)]
+            shown = shown[: len(shown) - self._num_held_back(shown)].rstrip()
         piece = shown[self._num_shown :]
         self._num_shown += len(piece)
         return piece

@@ -5,7 +5,7 @@ it, and its score is the probability of + where it stands, of + and - alone. A s
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -73,7 +73,8 @@ def score_steps(
 def judge_prompt(asked: Prompt, steps: Sequence[str], instruction: str) -> Prompt:
     """The conversation up to the verdict on the last step, with + for those before it."""
     *before, last = judged_turns(asked.question, steps)
-    return Prompt(last, asked.images, system=instruction, history=tuple((turn, GOOD) for turn in before))
+    history = tuple((turn, GOOD) for turn in before)
+    return replace(asked, question=last, system=instruction, history=history, answer_start="", seed=None)
 
 
 def verdict_tokens(tokenizer: Tokenizer) -> tuple[int, int]:

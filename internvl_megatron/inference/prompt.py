@@ -26,6 +26,11 @@ class Prompt:
     """Text the answer begins with; what is returned goes on behind it."""
     seed: int | None = None
     """Where tokens are drawn: what this prompt's draws depend on, in place of its number among the prompts."""
+    video: str | None = None
+    """Path of a video, or of a folder of frames, in place of images; `<video>` says where its frames go, without one they come
+    first."""
+    num_frames: int = 16
+    """Of the video: one is drawn, always the same, from each of so many equal parts."""
 
 
 @dataclass(frozen=True)

@@ -1,19 +1,24 @@
 """A prompt on its way to an answer: tokens, positions and images, made by the training pipeline's own template and tiling."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from torch import Tensor
 
 from internvl_megatron.config.schema import RunConfig
-from internvl_megatron.data.conversation import Turn, answer_header, render_prompt
-from internvl_megatron.data.images import ImageRef, image_size
+from internvl_megatron.data.conversation import Turn, answer_header, place_frames, render_prompt
+from internvl_megatron.data.files import is_folder
+from internvl_megatron.data.images import MAX_IMAGE_PIXELS, ImageRef, choose_files, image_size
 from internvl_megatron.data.positions import UNITS_PER_POSITION, v2pe_numerators
 from internvl_megatron.data.tiling import choose_grid, num_tiles
 from internvl_megatron.data.tokenizer import Tokenizer
+from internvl_megatron.data.video import VideoFrames, check_video
 from internvl_megatron.errors import ConfigError, DataError
 from internvl_megatron.inference.prompt import Prompt
+
+VIDEO_SEED = 0
+"""Draws frames of videos."""
 
 
 @dataclass(frozen=True)
@@ -80,10 +85,10 @@ class Renderer:
             raise ConfigError(
                 f"v2pe_numerator: must be 1 to {UNITS_PER_POSITION} (delta 1/256 to 1), not {v2pe_numerator}"
             )
-        made: dict[tuple[object, ...], RenderedPrompt] = {}
+        made: dict[Prompt, RenderedPrompt] = {}
         rendered = []
         for number, prompt in enumerate(prompts):
-            key = (prompt.question, prompt.images, prompt.system, prompt.history, prompt.answer_start)
+            key = replace(prompt, seed=None)
             if key not in made:
                 where = f"prompt {number + 1} of {len(prompts)}: " if len(prompts) > 1 else ""
                 try:
@@ -96,14 +101,20 @@ class Renderer:
 
     def render(self, prompt: Prompt, v2pe_numerator: int) -> RenderedPrompt:
         """Template, tiling and positions of a prompt. Raises `DataError`."""
-        images = [self._plan_image(path, len(prompt.images)) for path in prompt.images]
-        context_tokens = [image.num_tiles * self._config.model.vision.tokens_per_tile for image in images]
-        system = self._config.data.system_prompt if prompt.system is None else prompt.system
         said = [Turn(role, text) for turn in prompt.history for role, text in zip(("human", "gpt"), turn, strict=True)]
         turns = [*said, Turn("human", prompt.question)]
+        if prompt.video is None:
+            images = [self._plan_image(path, len(prompt.images)) for path in prompt.images]
+            block_tiles = [image.num_tiles for image in images]
+        else:
+            images = [_plan_video(prompt)]
+            block_tiles = [1] * prompt.num_frames
+            turns = place_frames(turns, prompt.num_frames)
+        context_tokens = [tiles * self._config.model.vision.tokens_per_tile for tiles in block_tiles]
+        system = self._config.data.system_prompt if prompt.system is None else prompt.system
         tokens = render_prompt(turns, context_tokens, self._tokenizer, system, prompt.answer_start)
         starts = tokens.image_starts.tolist()
-        strides = [v2pe_numerator] * len(images)
+        strides = [v2pe_numerator] * len(starts)
         places = [np.arange(start, start + count) for start, count in zip(starts, context_tokens, strict=True)]
         return RenderedPrompt(
             token_ids=tokens.token_ids,
@@ -132,3 +143,18 @@ class Renderer:
                 "cut images into fewer tiles (data.max_tiles), let image tokens take less (v2pe_numerator), or raise "
                 "max_positions"
             )
+
+
+def _plan_video(prompt: Prompt) -> ImageRef:
+    """Which frames of a prompt's video are seen, a tile each."""
+    assert prompt.video is not None, "the prompt has a video"
+    if prompt.images:
+        raise DataError(f"video {prompt.video}: a prompt has images or a video, not both; leave one of them out")
+    if prompt.num_frames < 1:
+        raise DataError(f"video {prompt.video}: num_frames must be at least 1, not {prompt.num_frames}")
+    files: tuple[str, ...] = ()
+    if is_folder(prompt.video):
+        files = choose_files(prompt.video, prompt.num_frames, VIDEO_SEED)
+    else:
+        check_video(prompt.video, None, MAX_IMAGE_PIXELS)
+    return ImageRef(prompt.video, (1, 1), prompt.num_frames, None, video=VideoFrames(VIDEO_SEED, None, files))

@@ -5,38 +5,33 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from checkpoint_convert.hf_config import CONFIG_FILE as HF_CONFIG_FILE
+from checkpoint_convert.sources import HuggingFaceSource
 from internvl_megatron.checkpoint import folders, save_load, weights
 from internvl_megatron.config.overrides import CONFIG_FILE, from_json
 from internvl_megatron.config.plan import tensor_problems
 from internvl_megatron.config.schema import DataConfig, Fp8Config, KernelConfig, ParallelConfig, RunConfig
+from internvl_megatron.data.positions import UNITS_PER_POSITION
 from internvl_megatron.data.tokenizer import load_tokenizer
 from internvl_megatron.device import Device, DeviceName, open_device
 from internvl_megatron.errors import CheckpointError, ConfigError
 from internvl_megatron.inference.generate import Generator
 from internvl_megatron.inference.prompt import Prompt
-from internvl_megatron.inference.settings import Generation, Limits
+from internvl_megatron.inference.scoring import score_continuations
+from internvl_megatron.inference.settings import Generation, Setup
 from internvl_megatron.logs import configure_logging
 from internvl_megatron.model.build import build_model
-from internvl_megatron.parallel.groups import make_groups
+from internvl_megatron.parallel.groups import Groups, make_groups
 from internvl_megatron.parallel.layout import Layout
 from internvl_megatron.ranks import RankInfo, joined
 
 TIMEOUT_SECONDS = 600
-
-
-@dataclass(frozen=True)
-class Setup:
-    """How a generator uses its ranks. Those beyond `tensor_size` x `pipeline_size` make more replicas, which share the prompts."""
-
-    tensor_size: int = 1
-    pipeline_size: int = 1
-    limits: Limits = field(default_factory=Limits)
 
 
 def answer_prompts(
@@ -67,6 +62,29 @@ def generate_rank(
     return [answer.text for answer in answers]
 
 
+def score_rank(
+    info: RankInfo,
+    folder: Path,
+    prompts: Sequence[Prompt],
+    answers: Sequence[str],
+    v2pe_numerator: int = UNITS_PER_POSITION,
+    with_end: bool = False,
+    device: DeviceName = "auto",
+    setup: Setup | None = None,
+) -> list[tuple[float, list[tuple[str, float]]]]:
+    """Log-probability of each answer to one prompt, and of its tokens with their texts; the body of one rank."""
+    with open_generator(info, folder, device, setup=setup) as generator:
+        (scores,) = score_continuations(generator, prompts, [answers], v2pe_numerator, with_end)
+        tokenizer = generator.tokenizer
+    return [
+        (
+            score.total,
+            [(tokenizer.decode([token]), value) for token, value in zip(score.token_ids, score.logprobs, strict=True)],
+        )
+        for score in scores
+    ]
+
+
 def prompt_logits(
     info: RankInfo, folder: Path, prompt: Prompt, num_positions: int, device: DeviceName = "auto"
 ) -> np.ndarray:
@@ -82,6 +100,16 @@ def prompt_logits(
         return generator.logits(prompt, num_positions)
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where generators live: this rank's device and its process groups."""
+
+    info: RankInfo
+    device: Device
+    setup: Setup
+    groups: Groups
+
+
 @contextmanager
 def open_generator(
     info: RankInfo,
@@ -90,29 +118,65 @@ def open_generator(
     change: Callable[[RunConfig], RunConfig] = lambda config: config,
     setup: Setup | None = None,
 ) -> Iterator[Generator]:
-    """A generator around a run's newest checkpoint, or around converted weights.
+    """A generator around a run's newest checkpoint or other weights (`load_generator`)."""
+    with open_place(info, device_name, setup or Setup()) as place:
+        yield load_generator(folder, place, change)
+
+
+@contextmanager
+def open_place(info: RankInfo, device_name: DeviceName, setup: Setup) -> Iterator[Place]:
+    """Join the other ranks for the duration of a block.
 
     Raises:
-        CheckpointError: there is no finished checkpoint, or it is damaged.
-        ConfigError: the run's saved configuration cannot be read, or the model cannot be divided as it should be.
+        ConfigError: the ranks cannot be divided into replicas.
     """
-    setup = setup or Setup()
     configure_logging(info.rank)
     logging.getLogger("internvl_megatron").setLevel(logging.WARNING)
     if info.local_world_size > 1:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // info.local_world_size))
+    tensor, pipeline = setup.tensor_size, setup.pipeline_size
+    if min(tensor, pipeline) < 1 or info.world_size % (tensor * pipeline):
+        raise ConfigError(
+            f"tensor_size={tensor} x pipeline_size={pipeline} ranks a replica do not divide the {info.world_size} ranks; "
+            "change them, or start a multiple of their product (--nproc)"
+        )
     device = open_device(device_name, info.local_rank)
-    config, checkpoint = weights_to_load(folder, device)
-    config = divided(change(config), setup, info.world_size)
-    tokenizer = load_tokenizer(config.data.tokenizer)
-    layout = Layout(
-        setup.tensor_size, setup.pipeline_size, info.world_size // (setup.tensor_size * setup.pipeline_size)
-    )
     with joined(info, device, TIMEOUT_SECONDS):
-        groups = make_groups(layout, device, TIMEOUT_SECONDS)
-        model = build_model(config, groups, device, initialize=False)
-        save_load.load_weights(checkpoint, config.model, model, groups)
-        yield Generator(config, model, groups, tokenizer, device, setup.limits)
+        layout = Layout(tensor, pipeline, info.world_size // (tensor * pipeline))
+        yield Place(info, device, setup, make_groups(layout, device, TIMEOUT_SECONDS))
+
+
+def load_generator(
+    folder: Path, place: Place, change: Callable[[RunConfig], RunConfig] = lambda config: config
+) -> Generator:
+    """Load a model: of a run (its newest checkpoint), a checkpoint of a run, converted weights, or a Hugging Face checkpoint in
+    either layout. Collective over all ranks.
+
+    Raises:
+        CheckpointError: there is nothing of the kind, or it is damaged.
+        ConfigError: the run's saved configuration cannot be read, or the model cannot be divided over these ranks.
+    """
+    source = HuggingFaceSource(folder) if is_hugging_face_folder(folder) else None
+    if source is None:
+        config, checkpoint = weights_to_load(folder, place.device)
+    else:
+        dtype, data = place.device.preferred_dtype, DataConfig(tokenizer=str(folder))
+        config, checkpoint = RunConfig(name=folder.name, model=source.model, data=data, dtype=dtype), folder
+    config = divided(change(config), place.setup, place.info.world_size)
+    tokenizer = load_tokenizer(config.data.tokenizer)
+    model = build_model(config, place.groups, place.device, initialize=False)
+    if source is None:
+        save_load.load_weights(checkpoint, config.model, model, place.groups)
+    else:
+        for name, parameter in model.named_parameters():
+            model.load_full(name, parameter, source.read(name))
+    return Generator(config, model, place.groups, tokenizer, place.device, place.setup.limits)
+
+
+def is_hugging_face_folder(folder: Path) -> bool:
+    """Whether a folder looks like a Hugging Face checkpoint: weights and a `config.json`, and nothing of ours."""
+    is_ours = weights.is_weights_folder(folder) or (folder / folders.CHECKPOINTS).is_dir()
+    return not is_ours and (folder / HF_CONFIG_FILE).is_file() and any(folder.glob("*.safetensors"))
 
 
 def divided(config: RunConfig, setup: Setup, num_ranks: int) -> RunConfig:
@@ -123,16 +187,8 @@ def divided(config: RunConfig, setup: Setup, num_ranks: int) -> RunConfig:
         ConfigError: it cannot be divided like that.
     """
     tensor, pipeline, num_layers = setup.tensor_size, setup.pipeline_size, config.model.language.num_layers
-    problems = []
-    if min(tensor, pipeline) < 1 or num_ranks % (tensor * pipeline):
-        problems.append(
-            f"tensor_size={tensor} x pipeline_size={pipeline} ranks a replica do not divide the {num_ranks} ranks; change "
-            "them, or start a multiple of their product (--nproc)"
-        )
     if pipeline > num_layers:
-        problems.append(f"pipeline_size={pipeline}: the language model has {num_layers} layers")
-    if problems:
-        raise ConfigError("\n".join(problems))
+        raise ConfigError(f"pipeline_size={pipeline}: the language model has {num_layers} layers; take fewer stages")
     base, more = divmod(num_layers, pipeline)
     layers = tuple(base + (stage < more) for stage in range(pipeline))
     parallel = ParallelConfig(

@@ -1,6 +1,6 @@
 """How prompts are answered: settings that a command line can make without torch."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from internvl_megatron.errors import ConfigError
 
@@ -58,6 +58,9 @@ class Sampling:
 GREEDY = Sampling()
 """The most likely token at every step."""
 
+DRAWN = Sampling(temperature=0.6, top_p=0.95)
+"""How Best-of-N draws the answers after the first (VLMEvalKit, for InternVL3; VisualPRM's paper has temperature 0.7)."""
+
 
 @dataclass(frozen=True)
 class Generation:
@@ -97,3 +100,12 @@ class Limits:
         for name in ("max_sequences", "cache_tokens", "max_positions"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}: must be at least 1, not {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
+class Setup:
+    """How a generator uses its ranks. Those beyond `tensor_size` x `pipeline_size` make more replicas, which share the prompts."""
+
+    tensor_size: int = 1
+    pipeline_size: int = 1
+    limits: Limits = field(default_factory=Limits)

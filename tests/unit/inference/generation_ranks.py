@@ -45,14 +45,20 @@ class Small:
 
 @contextmanager
 def small_generator(
-    info: RankInfo, family: str = "300m", tensor: int = 1, pipeline: int = 1, limits: Limits | None = None
+    info: RankInfo,
+    family: str = "300m",
+    tensor: int = 1,
+    pipeline: int = 1,
+    limits: Limits | None = None,
+    end_scale: float = 3.0,
 ) -> Iterator[Small]:
     """Both on this rank; tiles of 28 pixels and 4 tokens, rows of 220 tokens. Collective over all ranks."""
     from internvl_megatron.data.fast_tokenizer import FastTokenizer
     from internvl_megatron.data.tokenizer_build import train_small_tokenizer
     from internvl_megatron.device import open_device
     from internvl_megatron.inference.generate import Generator
-    from internvl_megatron.inference.run import Setup, divided
+    from internvl_megatron.inference.run import divided
+    from internvl_megatron.inference.settings import Setup
     from internvl_megatron.model.build import build_model
     from internvl_megatron.parallel.groups import make_groups
     from internvl_megatron.parallel.layout import Layout
@@ -77,7 +83,7 @@ def small_generator(
     reference.config.image_token_id = tokenizer.image_context_id
     with torch.no_grad():
         # The end of the turn wins now and then, so that answers end at different lengths.
-        reference.lm_head.weight[tokenizer.turn_end_id] *= 6
+        reference.lm_head.weight[tokenizer.turn_end_id] *= end_scale
     with joined(info, device, 60):
         layout = Layout(tensor, pipeline, info.world_size // (tensor * pipeline))
         groups = make_groups(layout, device, 60)
@@ -102,7 +108,10 @@ def compare(info: RankInfo, family: str, prompts: list[Prompt], max_new_tokens: 
         modes = [model.vision.training, model.language[0].training]
         delta = numerator / 256
         expected = [greedy(small, prompt, max_new_tokens, delta)[0] for prompt in prompts]
-    texts = [small.tokenizer.decode([i for i in ids if i != small.tokenizer.turn_end_id]).strip() for ids in expected]
+    texts = []
+    for prompt, ids in zip(prompts, expected, strict=True):
+        text = small.tokenizer.decode([i for i in ids if i != small.tokenizer.turn_end_id]).rstrip()
+        texts.append(text if prompt.answer_start else text.lstrip())
     return Answers(ours, alone, texts, [len(ids) for ids in expected], num_rounds, longest, vision_batches, modes)
 
 
