@@ -1,7 +1,7 @@
 # `make demo` and `make test` are the two commands; each sets up $(VENV) on first use.
 #   make demo FRESH=1    train again from the start          make test ARGS="-k packing"    choose tests
 #   make ... VENV=path   use another virtual environment     make ... PYTHON=path           build it with this Python
-# `make pipeline` runs pre-training, SFT, MPO and a process reward model on real pictures (20 minutes on two cores).
+# `make pipeline` runs pre-training, SFT, MPO and a process reward model on real pictures, on two CPU ranks.
 # `make real-weights` fetches trained weights (180 MB) and tests the converters with them.
 
 VENV ?= .venv

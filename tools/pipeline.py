@@ -272,8 +272,16 @@ def preferred(one: float, other: float) -> float:
 
 
 def share(values: Iterable[float]) -> float:
-    """The mean."""
+    """The mean.
+
+    Raises:
+        UserError: of nothing.
+    """
     listed = [float(value) for value in values]
+    if not listed:
+        raise UserError(
+            "nothing to take a mean of: all held-out solutions are right, or all wrong; train longer, or shorter"
+        )
     return sum(listed) / len(listed)
 
 

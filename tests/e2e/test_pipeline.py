@@ -1,6 +1,6 @@
 """All stages on real pictures: pre-training, fine-tuning, MPO and a process reward model, against held-out questions.
 
-`make pipeline` runs the same; about 20 minutes on two cores. Seeds are fixed; thresholds are those of docs/mpo.md and docs/prm.md.
+`make pipeline` runs the same. Seeds are fixed.
 """
 
 from pathlib import Path
