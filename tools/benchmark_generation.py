@@ -96,7 +96,9 @@ def time_ours(info: RankInfo, model: str, batches: list[int], new_tokens: int, t
             del max_new_tokens
             ids = _prompts(len(prompts), config.model.language.vocab_size)
             no_images = np.empty(0, dtype=np.int64)
-            return [RenderedPrompt(own, np.arange(len(own), dtype=np.int32) * v2pe_numerator, (), no_images) for own in ids]
+            return [
+                RenderedPrompt(own, np.arange(len(own), dtype=np.int32) * v2pe_numerator, (), no_images) for own in ids
+            ]
 
         # Tokens instead of texts: both get the same.
         generator.renderer.render_all = rendered
