@@ -75,6 +75,7 @@ def test_generate(made, capsys):
     assert answers[0] + "\n" == greedy
 
 
+@pytest.mark.slow
 def test_streaming(made):
     """In a process of its own: ranks write to the standard output themselves."""
     command = [

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from internvl_megatron.errors import UserError
 from internvl_megatron.inference.prompt import Answer, Prompt
 from internvl_megatron.inference.settings import Generation, Limits, Sampling
 from internvl_megatron.ranks import RankInfo
@@ -112,7 +113,14 @@ def nested(info: RankInfo, prompts: list[Prompt]) -> tuple[list[list[str]], list
         return three, five, small.generator.answer(prompts, 6)
 
 
-def refused(info: RankInfo, prompts: list[Prompt], limit: int) -> None:
-    """Answer in a context of 300 positions."""
+def refused(info: RankInfo, cases: list[tuple[list[Prompt], int]]) -> list[str]:
+    """What is said to prompts and lengths that cannot be answered in a context of 300 positions."""
+    said = []
     with small_generator(info, limits=Limits(max_positions=300)) as small:
-        small.generator.generate(prompts, Generation(limit))
+        for prompts, limit in cases:
+            try:
+                small.generator.generate(prompts, Generation(limit))
+                said.append("")
+            except UserError as error:
+                said.append(str(error))
+    return said
