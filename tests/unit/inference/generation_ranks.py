@@ -162,7 +162,7 @@ def cached_logits(
             seen[request.number, len(request.answer_ids)] = row
         return choose(run, requests, logits)
 
-    generate._Run._choose = recorded
+    setattr(generate._Run, "_choose", recorded)
     differences = []
     with small_generator(info, limits=Limits(max_sequences=3)) as small:
         for numerator in numerators:

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from internvl_megatron.evaluate.questions import Question
-from internvl_megatron.evaluate.scaling_report import Candidates, ScalingPoint, scaling_curve, write_report
+from internvl_megatron.evaluate.scaling_report import Candidates, scaling_curve, write_report
 from internvl_megatron.inference.choosing import best, most_frequent
 
 
@@ -39,15 +39,20 @@ def candidates():
 
 def test_curve(candidates):
     """By hand: right are 1,4 of the first, 1,5 of the second, 2,5 of the third."""
-    third = pytest.approx
-    assert scaling_curve(candidates) == [
-        ScalingPoint(1, critic=third(2 / 3), vote=third(2 / 3), any_right=third(2 / 3), mean=third(2 / 3)),
-        ScalingPoint(2, critic=third(2 / 3), vote=third(2 / 3), any_right=1.0, mean=third(1 / 2)),
+    expected = {
+        # answers: critic, vote, any right, mean
+        1: (2 / 3, 2 / 3, 2 / 3, 2 / 3),
+        2: (2 / 3, 2 / 3, 1, 1 / 2),
         # critic: 12.0 right, (b) right, 6 wrong; votes: 12 and 13 tie, 12 came first: right; c; 6.
-        ScalingPoint(4, critic=third(2 / 3), vote=third(1 / 3), any_right=1.0, mean=third((2 + 1 + 1) / 12)),
+        4: (2 / 3, 1 / 3, 1, (2 + 1 + 1) / 12),
         # votes: 13 three times; c; 6 and 7 tie.
-        ScalingPoint(5, critic=third(2 / 3), vote=0.0, any_right=1.0, mean=third((2 + 2 + 2) / 15)),
-    ]
+        5: (2 / 3, 0, 1, (2 + 2 + 2) / 15),
+    }
+    points = scaling_curve(candidates)
+    assert [point.num_answers for point in points] == list(expected)
+    for point in points:
+        found = (point.critic, point.vote, point.any_right, point.mean)
+        assert found == pytest.approx(expected[point.num_answers])
 
 
 def test_report(candidates, tmp_path):

@@ -1,5 +1,7 @@
 """Choosing tokens: filters against transformers' own, draws against the probabilities they stand for."""
 
+from typing import Any, cast
+
 import numpy as np
 import pytest
 import torch
@@ -47,7 +49,7 @@ def test_filters_are_those_of_transformers(scores, sampling):
         theirs.append(TopKLogitsWarper(sampling.top_k))
     if sampling.top_p < 1:
         theirs.append(TopPLogitsWarper(sampling.top_p))
-    expected = theirs(torch.from_numpy(seen), scores.clone())
+    expected = theirs(cast(Any, torch.from_numpy(seen)), scores.clone())
     ours = filtered(penalised(scores, sampling.repetition_penalty, list(seen)), sampling)
     torch.testing.assert_close(ours, expected, rtol=0, atol=0)
     assert torch.isfinite(ours).any(dim=-1).all()
