@@ -135,6 +135,7 @@ def test_a_bad_step_takes_the_run_back_and_its_data_are_passed_over(
     assert (info.step, info.num_rewinds, info.num_rewound_steps) == (STEPS, 1, BAD + 1 - SAVE_EVERY)
 
 
+@pytest.mark.slow
 def test_a_bad_step_ends_the_run_which_goes_on_after_it(run_ranks: RunRanks, data: Path, tmp_path: Path) -> None:
     config = _config(data, tmp_path, "bad_steps.on_nonfinite=stop")
     with pytest.raises(RankFailedError, match=r"step 4 is bad and ends the run: loss .*, gradient norm inf") as failed:
@@ -144,6 +145,7 @@ def test_a_bad_step_ends_the_run_which_goes_on_after_it(run_ranks: RunRanks, dat
     assert [row["step"] for row in _lines(tmp_path / "metrics.jsonl")] == list(range(1, STEPS + 1))
 
 
+@pytest.mark.slow
 def test_gradients_that_come_out_otherwise_the_second_time_end_the_run(
     run_ranks: RunRanks, data: Path, tmp_path: Path
 ) -> None:

@@ -155,6 +155,7 @@ def test_cut_off_preferences_end_the_same(
     assert files(out) == files(preferences)
 
 
+@pytest.mark.slow
 def test_divided_preferences_are_the_same(data: Path, weights: Path, preferences: Path, tmp_path: Path) -> None:
     arguments = [str(tmp_path), *options(data, weights), "--num-rollouts", "3"]
     assert build_preferences.main([*arguments, "--part", "1/2"]) == 0

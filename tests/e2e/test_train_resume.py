@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -65,7 +66,7 @@ def _train(data: Path, run: Path, *overrides: str, ranks: int = 4) -> subprocess
     )
 
 
-def _metrics(run: Path) -> list[dict[str, float]]:
+def _metrics(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
@@ -193,6 +194,7 @@ def test_a_killed_rank_ends_all_and_the_run_continues(data: Path, whole: Path, t
     assert _losses(tmp_path) == _losses(whole)
 
 
+@pytest.mark.slow
 def test_continuing_under_another_layout(data: Path, whole: Path, tmp_path: Path) -> None:
     half = _train(data, tmp_path, "num_steps=4")
     assert half.returncode == 0, half.stderr

@@ -39,8 +39,8 @@ def prompts(tmp_path):
 @pytest.mark.parametrize(
     ("tensor", "pipeline", "num_ranks", "family"),
     [
-        (2, 1, 2, "300m"),
-        (1, 2, 2, "300m"),
+        pytest.param(2, 1, 2, "300m", marks=pytest.mark.slow),
+        pytest.param(1, 2, 2, "300m", marks=pytest.mark.slow),
         (2, 2, 4, "300m"),
         (1, 1, 2, "300m"),
         pytest.param(4, 1, 4, "6b", marks=pytest.mark.slow),
@@ -67,6 +67,7 @@ def test_equals_transformers(run_ranks, prompts, tensor, pipeline, num_ranks, fa
     assert max(tiles) - min(tiles) <= len(prompts), "a difference of one at every admission"
 
 
+@pytest.mark.slow
 def test_draws_do_not_depend_on_the_layout(run_ranks, prompts):
     one = run_ranks(answer_divided, 1, 1, 1, prompts, MAX_NEW_TOKENS, "300m")[0]
     two = run_ranks(answer_divided, 2, 1, 2, prompts, MAX_NEW_TOKENS, "300m")[0]

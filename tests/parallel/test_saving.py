@@ -138,6 +138,7 @@ def test_what_is_written_later_is_the_state_when_it_was_saved(run_ranks: RunRank
     assert failed.value.failures[0].is_user_error
 
 
+@pytest.mark.slow
 def test_a_tool_turns_one_format_into_the_other(
     run_ranks: RunRanks, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
