@@ -15,7 +15,7 @@ from internvl_megatron.parallel.bubble_plan import can_fill_bubbles
 from internvl_megatron.scaling.collective_time import Network
 from internvl_megatron.scaling.counts import parameter_counts
 from internvl_megatron.scaling.gpus import GpuKind
-from internvl_megatron.scaling.kernel_time import Kernels
+from internvl_megatron.scaling.kernel_time import Kernels, Passes
 from internvl_megatron.scaling.language_time import (
     OURS,
     LanguageRun,
@@ -108,7 +108,7 @@ def vision_run(config: RunConfig, plan: RunPlan) -> VisionRun:
 
 
 def predict_step(config: RunConfig, plan: RunPlan, workload: Workload, gpu: GpuKind) -> StepTime:
-    """Predict the time of a step; `parallel.vision_placement` is `all_ranks`.
+    """Predict the time of a step; `parallel.vision_placement` is not `colocated`.
 
     Args:
         config: checked by `plan`.
@@ -116,33 +116,36 @@ def predict_step(config: RunConfig, plan: RunPlan, workload: Workload, gpu: GpuK
         workload: its rows.
         gpu: kind of all GPUs.
     """
-    assert config.parallel.vision_placement == "all_ranks", "the other placements are not timed"
+    assert config.parallel.vision_placement != "colocated", "tensor-parallel encoders are not timed"
     precision = "bf16" if config.fp8.language == "none" else "fp8"
     kernels, network = Kernels(gpu, precision, LANGUAGE_FACTOR[precision]), Network(gpu)
     run = language_run(config, plan, workload)
     num_rows, window_rows = plan.rows_per_replica, config.parallel.vision_window_rows or plan.rows_per_replica
     stages = stage_times(run, kernels, network, OURS)
+    vision = _Vision(config, plan, workload, gpu)
+    in_first_stage = plan.vision_layout.first_stage_only
+    if in_first_stage:
+        stages[0] = replace(stages[0], kernels=stages[0].kernels.plus(vision.beside_a_row()))
     busiest = max(stages, key=lambda stage: stage.row)
     fills = _fills_bubbles(config, plan)
-    num_windows = 1 if workload.tiles_per_row == 0 else -(-num_rows // window_rows)
+    num_windows = 1 if workload.tiles_per_row == 0 or in_first_stage else -(-num_rows // window_rows)
     # Every window of rows fills and empties the pipeline.
     pauses = num_windows * pipeline_seconds(run, stages)[1]
-    vision = _Vision(config, plan, workload, gpu)
-    encode, backprop = vision.window(min(window_rows, num_rows))
+    encode, backprop = (0.0, 0.0) if in_first_stage else vision.window(min(window_rows, num_rows))
     outside = num_windows * (encode + backprop)
     if fills:
         first, last = vision.row()
         filled = min(pauses, outside - first - last)
         pauses, outside = pauses - filled, outside - filled
     exposed, update = data_parallel_seconds(run, stages, kernels, network, OURS)
-    reduce, vision_update = vision.reduce(encode + backprop)
+    reduce, vision_update = vision.reduce(backprop)
     return StepTime(
         language=num_rows * sum(busiest.kernels),
         language_messages=num_rows * (sum(busiest.messages) + sum(busiest.to_neighbours)),
         pauses=pauses,
         imbalance=_imbalance(config, plan, workload, run, kernels),
         vision=outside,
-        vision_messages=num_windows * vision.messages(min(window_rows, num_rows)),
+        vision_messages=0.0 if in_first_stage else num_windows * vision.messages(min(window_rows, num_rows)),
         data_parallel=exposed + reduce,
         update=update + vision_update,
     )
@@ -163,6 +166,15 @@ class _Vision:
         layout = self._plan.layout
         tiles = self._workload.tiles_per_row * num_rows * layout.data_size
         return math.ceil(tiles / layout.world_size) if tiles else 0
+
+    def beside_a_row(self) -> Passes:
+        """Seconds in which the ranks of the first stage encode a row's tiles."""
+        tiles = math.ceil(self._workload.tiles_per_row / self._plan.layout.stage_size)
+        if not tiles:
+            return Passes(0.0, 0.0)
+        return tile_passes(replace(self._run, chunk_tiles=min(self._run.chunk_tiles, tiles)), self._kernels).times(
+            tiles
+        )
 
     def window(self, num_rows: int) -> tuple[float, float]:
         """Seconds of (encode, backprop) of one window."""
@@ -202,7 +214,7 @@ class _Vision:
 def _fills_bubbles(config: RunConfig, plan: RunPlan) -> bool:
     """As `WindowMaker` decides."""
     parallel = config.parallel
-    one_window = (parallel.vision_window_rows or plan.rows_per_replica) >= plan.rows_per_replica
+    one_window = parallel.vision_window_rows is None
     whole = parallel.pad_rows and one_window and parallel.vision_sharding == "replicated"
     return parallel.vision_in_bubbles and whole and can_fill_bubbles(plan.vision_layout, plan.rows_per_replica)
 

@@ -74,3 +74,14 @@ def test_replicas_that_trade_no_rows_wait() -> None:
     rows = replace(ROWS, pairs_spread=0.5)
     assert predicted(rows=rows).imbalance == 0
     assert predicted("data.balance_rows=false", rows=rows).imbalance > 0
+
+
+def test_an_encoder_in_the_first_stage_makes_it_the_busiest() -> None:
+    """All ranks' encoders in pauses against the first stage's: the decoupled schedule is what this project is for."""
+    shared = ("parallel.vision_sharding=replicated", "parallel.vision_shard_ranks=null", *ONE_WINDOW)
+    decoupled = predicted(*shared)
+    first = predicted(*shared, "parallel.vision_placement=first_stage")
+    even = predicted(*shared, "parallel.vision_placement=first_stage", "parallel.stage_layers=20,20,20,20")
+    assert decoupled.total < first.total < even.total
+    assert (first.vision, first.vision_messages) == (0, 0)
+    assert even.language == pytest.approx(decoupled.language + decoupled.vision * 4, rel=0.35)
