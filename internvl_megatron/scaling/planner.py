@@ -2,7 +2,7 @@
 
 What is searched: tensor, context and pipeline sizes, model chunks, the division of layers, whether and over how many ranks the vision
 side is sharded, its window, and what is computed again. `plan()` says what is valid, `rank_bytes` what fits, `predict_step` how long
-it takes. Where keeping more fits, computing it again is not tried: it takes longer.
+it takes. Ways that are sure to be slower than one that fits are not tried (`_Tries.fitting`).
 """
 
 from collections import Counter
@@ -16,7 +16,7 @@ from internvl_megatron.config.schema import RunConfig
 from internvl_megatron.errors import ConfigError
 from internvl_megatron.scaling.counts import layer_flops, output_layer_flops
 from internvl_megatron.scaling.gpus import GpuKind
-from internvl_megatron.scaling.memory import USED_SHARE, RankBytes, rank_bytes
+from internvl_megatron.scaling.memory import OTHER_BYTES, USED_SHARE, RankBytes, rank_bytes
 from internvl_megatron.scaling.predicted_step import StepTime, Workload, predict_step
 
 TENSOR_SIZES = (1, 2, 4, 8)
@@ -24,7 +24,7 @@ TENSOR_SIZES = (1, 2, 4, 8)
 CONTEXT_SIZES = (1, 2, 4, 8, 16)
 MOST_STAGES = 20
 VIRTUAL_SIZES = (1, 2, 4, 5, 8, 10)
-WINDOW_ROWS = (2, 4, 8, 16, 32)
+WINDOW_ROWS = (32, 16, 8, 4, 2)
 SHARD_RANKS = (8, 64)
 
 Settings = dict[str, Any]
@@ -73,36 +73,17 @@ def search(config: RunConfig, num_gpus: int, gpu: GpuKind, workload: Workload) -
         ConfigError: no layout fits; says what comes nearest.
     """
     best: dict[str, Choice] = {}
-    smallest: dict[str, float] = {}
-    invalid: Counter[str] = Counter()
-    num_tried = 0
+    tries = _Tries(config, num_gpus, USED_SHARE * gpu.memory_bytes)
     for sizes in _sizes(config, num_gpus, workload):
-        fitting: set[tuple[Any, ...]] = set()
-        for way in _ways(config, num_gpus, sizes):
-            kept = tuple(way[f"parallel.vision_{field}"] for field in ("shard_ranks", "window_rows"))
-            if kept in fitting and way["parallel.vision_recompute"] != "none":
-                continue
-            num_tried += 1
-            candidate = with_values(config, way)
-            try:
-                made = plan(candidate, num_gpus)
-            except ConfigError as error:
-                invalid[_field(error)] += 1
-                if not kept[0] and not kept[1]:
-                    break  # nothing is sharded, no window: it is the sizes
-                continue
-            name, memory = str(made.layout), rank_bytes(candidate, made)
-            if memory.total > USED_SHARE * gpu.memory_bytes:
-                smallest[name] = min(memory.total, smallest.get(name, memory.total))
-                continue
-            fitting.add(kept)
-            choice = Choice(way, candidate, made, memory, predict_step(candidate, made, workload, gpu))
-            if name not in best or choice.time.total < best[name].time.total:
-                best[name] = choice
-    too_large = {name: size for name, size in smallest.items() if name not in best}
+        for settings, candidate, made, memory in tries.fitting(sizes):
+            name, time = str(made.layout), predict_step(candidate, made, workload, gpu)
+            if name not in best or time.total < best[name].time.total:
+                best[name] = Choice(settings, candidate, made, memory, time)
+    too_large = {name: size for name, size in tries.smallest.items() if name not in best}
     if not best:
-        raise ConfigError(_nothing_fits(config, num_gpus, gpu, too_large, invalid))
-    return Search(sorted(best.values(), key=lambda choice: choice.time.total), too_large, invalid, num_tried)
+        raise ConfigError(_nothing_fits(config, num_gpus, gpu, too_large, tries.invalid))
+    choices = sorted(best.values(), key=lambda choice: choice.time.total)
+    return Search(choices, too_large, tries.invalid, tries.num_tried)
 
 
 def judge(config: RunConfig, num_gpus: int, workload: Workload, gpu: GpuKind) -> tuple[RankBytes, StepTime]:
@@ -156,22 +137,86 @@ def _head_in_layers(config: RunConfig, workload: Workload) -> float:
     return output_layer_flops(language, round(workload.supervised_per_row)) / layer
 
 
-def _ways(config: RunConfig, num_gpus: int, sizes: Settings) -> Iterator[Settings]:
-    """Everything else that is chosen, for some sizes: those that keep more come before those that compute it again."""
-    replica = sizes["parallel.tensor_size"] * sizes["parallel.context_size"] * sizes["parallel.pipeline_size"]
-    rows = config.rows_per_step // (num_gpus // replica)
-    windows = [None, *(size for size in WINDOW_ROWS if size < rows)]
-    for shard_ranks in (0, *(size for size in SHARD_RANKS if size <= num_gpus and num_gpus % size == 0)):
-        for window in windows:
+class _Tries:
+    """Ways to run layouts: what `plan()` and the memory say of them."""
+
+    def __init__(self, config: RunConfig, num_gpus: int, limit_bytes: float) -> None:
+        self._config, self._num_gpus, self._limit = config, num_gpus, limit_bytes
+        self.num_tried = 0
+        self.invalid: Counter[str] = Counter()
+        self.smallest: dict[str, float] = {}
+        """Bytes by layout, of ways that do not fit."""
+
+    def fitting(self, sizes: Settings) -> Iterator[tuple[Settings, RunConfig, RunPlan, RankBytes]]:
+        """Ways that fit and of which none is sure to be slower than another.
+
+        What is computed again takes longer than what is kept, a shorter window longer than a longer one, and computing the
+        language model again longer than the same of the encoder: these are tried while nothing better fits.
+        """
+        plain = self._planned(sizes | _WITHOUT)
+        if plain is None:
+            return
+        windows = [None, *(size for size in WINDOW_ROWS if size < plain.rows_per_replica)]
+        shard_ranks = [size for size in SHARD_RANKS if size <= self._num_gpus and self._num_gpus % size == 0]
+        for ranks in (None, *shard_ranks):
+            sharded = {
+                "parallel.vision_sharding": "replicated" if ranks is None else "sharded",
+                "parallel.vision_shard_ranks": ranks,
+            }
+            state = rank_bytes(with_values(self._config, sizes | _WITHOUT | sharded), plain).state
+            if state + OTHER_BYTES > self._limit:
+                self._note(plain, state + OTHER_BYTES)
+                continue
+            longest = len(windows)
             for again in ("none", "full"):
-                for vision_again in ("none", "layer", "full"):
-                    yield sizes | {
-                        "parallel.vision_sharding": "sharded" if shard_ranks else "replicated",
-                        "parallel.vision_shard_ranks": shard_ranks or None,
-                        "parallel.vision_window_rows": window,
-                        "parallel.language_recompute": again,
-                        "parallel.vision_recompute": vision_again,
-                    }
+                for place, window in enumerate(windows[:longest]):
+                    settings = sizes | sharded | {"parallel.vision_window_rows": window}
+                    found = self._least_again(settings | {"parallel.language_recompute": again}, plain)
+                    if found is None:
+                        continue
+                    longest = min(longest, place)
+                    yield found
+                    if found[0]["parallel.vision_recompute"] == "none":
+                        break  # a shorter window gains nothing
+
+    def _least_again(
+        self, settings: Settings, plain: RunPlan
+    ) -> tuple[Settings, RunConfig, RunPlan, RankBytes] | None:
+        """The way that computes least of the encoder again and fits; None if none does."""
+        for vision_again in ("none", "layer", "full"):
+            self.num_tried += 1
+            way = settings | {"parallel.vision_recompute": vision_again}
+            candidate = with_values(self._config, way)
+            memory = rank_bytes(
+                candidate, plain
+            )  # which looks at sizes, rows and layers in the plan, the same in all ways
+            if memory.total > self._limit:
+                self._note(plain, memory.total)
+            elif (made := self._planned(way)) is not None:
+                return way, candidate, made, memory
+        return None
+
+    def _planned(self, settings: Settings) -> RunPlan | None:
+        """None if it is not valid."""
+        try:
+            return plan(with_values(self._config, settings), self._num_gpus)
+        except ConfigError as error:
+            self.invalid[_field(error)] += 1
+            return None
+
+    def _note(self, made: RunPlan, num_bytes: float) -> None:
+        name = str(made.layout)
+        self.smallest[name] = min(num_bytes, self.smallest.get(name, num_bytes))
+
+
+_WITHOUT: Settings = {
+    "parallel.vision_sharding": "replicated",
+    "parallel.vision_shard_ranks": None,
+    "parallel.vision_window_rows": None,
+    "parallel.language_recompute": "none",
+    "parallel.vision_recompute": "none",
+}
+"""Nothing sharded, no window, nothing computed again: if this is not valid, the sizes are not."""
 
 
 def _field(error: ConfigError) -> str:
