@@ -17,6 +17,7 @@ import numpy as np
 
 from internvl_megatron.config.models import INTERNVL3
 from internvl_megatron.config.overrides import with_values
+from internvl_megatron.config.plan import plan
 from internvl_megatron.config.recipes import find_recipe
 from internvl_megatron.config.schema import RunConfig
 from internvl_megatron.data.files import write_whole
@@ -33,6 +34,33 @@ SEED = 1
 TOKENS_OF_RUN = 200e9
 """Of InternVL3's pre-training (paper, sec. 2.2)."""
 SHOWN_LOSERS = 6
+FIRST_STAGE: dict[str, Any] = {
+    "parallel.vision_placement": "first_stage",
+    "parallel.vision_sharding": "replicated",
+    "parallel.vision_shard_ranks": None,
+    "parallel.vision_window_rows": None,
+    "parallel.vision_recompute": "layer",
+    "parallel.sequence_parallel": True,
+}
+HAND_LAYOUTS: dict[str, dict[str, dict[str, Any]]] = {
+    "78B": {
+        "LoongForge's for InternVL2.5-78B (sft_internvl2_5_78b.sh)": FIRST_STAGE
+        | {
+            "parallel.tensor_size": 8,
+            "parallel.pipeline_size": 4,
+            "parallel.stage_layers": (1, 26, 26, 27),
+            "parallel.language_recompute": "full",
+        },
+        "MindSpeed-MM's for InternVL3-78B (llm_pp_layers 40,40)": FIRST_STAGE
+        | {
+            "parallel.tensor_size": 8,
+            "parallel.pipeline_size": 2,
+            "parallel.stage_layers": (40, 40),
+            "parallel.language_recompute": "full",
+        },
+    }
+}
+"""Layouts other trainers were published with, by size; what they compute again is not known, and here as the recipe has it."""
 
 
 @cache
@@ -120,6 +148,11 @@ def _way(choice: Choice) -> str:
     return ", ".join(words)
 
 
+def _layers(choice: Choice) -> str:
+    layers = choice.plan.stage_layers
+    return f"{layers[0]} layers a stage" if len(set(layers)) == 1 else f"layers {_text(layers)}"
+
+
 def report(found: Search, config: RunConfig, workload: Workload, num_gpus: int, gpu: GpuKind) -> str:
     """The best layout, why it is, why others lose."""
     best = found.choices[0]
@@ -128,7 +161,7 @@ def report(found: Search, config: RunConfig, workload: Workload, num_gpus: int, 
         f"{config.name} on {num_gpus} x {gpu.name}: {config.rows_per_step} rows of {config.data.tokens_per_row} tokens a step, "
         f"{workload.tiles_per_row:.1f} tiles a row, rows {workload.tokens_per_row / config.data.tokens_per_row:.0%} full",
         "",
-        f"best: {best.layout}, layers {_text(best.plan.stage_layers)}, {_way(best)}",
+        f"best: {best.layout}, {_layers(best)}, {_way(best)}",
         f"  predicted step {best.time.total:.2f} s: {_parts(best.time)}",
         f"  {speed['tokens_per_second_and_gpu']:.0f} tokens/s and GPU, MFU {speed['mfu']:.1%} (causal, encoder counted, all positions in the "
         f"output layer); 200 B tokens in {speed['days_of_200b_tokens']:.1f} days, {speed['gpu_hours_of_200b_tokens']:,.0f} GPU-hours",
@@ -145,7 +178,9 @@ def report(found: Search, config: RunConfig, workload: Workload, num_gpus: int, 
     if smallest:
         lines.append(f"too large for {USED_SHARE:.0%} of the memory, whatever is computed again:")
         lines += [f"  {name}: {size / 1e9:.0f} GB" for name, size in smallest]
-    lines.append(_of_recipe(config, num_gpus, workload, gpu, best))
+    named = {"the recipe's own layout": {}, **HAND_LAYOUTS.get(_size_of(config), {})}
+    for name, values in named.items():
+        lines.append(_made_by_hand(name, with_values(config, values), num_gpus, workload, gpu, best))
     lines.append(
         f"tried {found.num_tried} settings; {len(found.choices)} layouts fit, {len(found.too_large)} do not; refused by plan(): "
         + ", ".join(f"{field} {count}" for field, count in found.invalid.most_common(4))
@@ -153,14 +188,28 @@ def report(found: Search, config: RunConfig, workload: Workload, num_gpus: int, 
     return "\n".join(lines)
 
 
-def _of_recipe(config: RunConfig, num_gpus: int, workload: Workload, gpu: GpuKind, best: Choice) -> str:
-    """How the recipe's own layout does."""
+def _size_of(config: RunConfig) -> str:
+    return next(
+        size
+        for size, model in INTERNVL3.items()
+        if model.language.hidden_size == config.model.language.hidden_size
+        and model.language.num_layers == config.model.language.num_layers
+    )
+
+
+def _made_by_hand(name: str, config: RunConfig, num_gpus: int, workload: Workload, gpu: GpuKind, best: Choice) -> str:
+    """How a layout that nobody searched for does."""
     try:
         memory, time = judge(config, num_gpus, workload, gpu)
     except ConfigError as error:
-        return f"the recipe's own layout does not go: {str(error).splitlines()[0]}"
-    fits = "fits" if memory.total <= USED_SHARE * gpu.memory_bytes else f"does not fit ({memory.total / 1e9:.0f} GB)"
-    return f"the recipe's own layout {fits} and takes {time.total:.2f} s, {time.total / best.time.total:.2f} times the best"
+        return f"{name} does not go: {str(error).splitlines()[0]}"
+    if config.parallel.vision_placement == "first_stage":
+        fits = "(encoder on the first stage, whose memory is not estimated)"
+    elif memory.total <= USED_SHARE * gpu.memory_bytes:
+        fits = "fits"
+    else:
+        fits = f"does not fit ({memory.total / 1e9:.0f} GB)"
+    return f"{name}, {plan(config, num_gpus).layout}: {fits}, {time.total:.2f} s, {time.total / best.time.total:.2f} times the best"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -25,7 +25,7 @@ from internvl_megatron.scaling.gpus import GPUS, GpuKind
 from internvl_megatron.scaling.memory import USED_SHARE, rank_bytes
 from internvl_megatron.scaling.planner import Search, judge, search
 from internvl_megatron.scaling.predicted_step import StepTime, Workload, predict_step
-from tools.plan import drawn_workload, figures, planned_config
+from tools.plan import FIRST_STAGE, drawn_workload, figures, planned_config
 
 H100 = GPUS["h100-80g"]
 TOKENS_PER_ROW = 32768
@@ -85,15 +85,8 @@ def fastest_first_stage(found: Search, num_gpus: int, workload: Workload) -> Jud
         parallel = choice.config.parallel
         if parallel.pipeline_size == 1 or parallel.virtual_size > 1:
             continue
-        values = {
-            "parallel.vision_placement": "first_stage",
-            "parallel.vision_sharding": "replicated",
-            "parallel.vision_shard_ranks": None,
-            "parallel.vision_window_rows": None,
-            "parallel.vision_recompute": "layer",
-            "parallel.stage_layers": None,
-        }
-        config = with_values(choice.config, values)
+        own = {"parallel.sequence_parallel": parallel.sequence_parallel, "parallel.stage_layers": None}
+        config = with_values(choice.config, FIRST_STAGE | own)
         try:
             _, time = judge(config, num_gpus, workload, H100)
         except ConfigError:
