@@ -202,14 +202,14 @@ def decoupled() -> str:
 
 
 def weak_scaling(folder: Path) -> str:
-    """One row a GPU and step more than it has replicas for, the layout of 64 GPUs' best, from 64 to 4096 GPUs, and far more."""
+    """A row a GPU, the layout of 64 GPUs' best, from 64 to 4096 GPUs, and far more."""
     curves: dict[str, list[float]] = {}
     rows = []
     best = searched("78b", 64).choices[0]
     for precision in ("bf16", "fp8"):
         speeds = []
         for num_gpus in (*WEAK_SCALING_GPUS, LARGEST_WORLD):
-            values = {"rows_per_step": 4 * num_gpus, "fp8.language": "none" if precision == "bf16" else "current"}
+            values = {"rows_per_step": num_gpus, "fp8.language": "none" if precision == "bf16" else "current"}
             config = with_values(best.config, values)
             _, time = judge(config, num_gpus, of(config), H100)
             speeds.append(figures(time, config, of(config), num_gpus, H100)["tokens_per_second_and_gpu"])
@@ -217,9 +217,11 @@ def weak_scaling(folder: Path) -> str:
         curves[precision] = speeds[:-1]
     head = ("tokens/s/GPU", *map(str, WEAK_SCALING_GPUS), str(LARGEST_WORLD))
     figure = lines_figure(WEAK_SCALING_GPUS, curves, "H100", "tokens/s/GPU")
-    return f"Layout {best.layout} on 64 and copies of it, 4 rows a GPU.\n\n{table(head, rows)}\n\n" + save(
-        figure, folder / "weak_scaling.png"
+    said = (
+        f"Layout {best.layout} on 64 and copies of it, a row a GPU. Published rows lose more: from 64 to 2048 H100 the Llama 70B keeps "
+        "98.4 % in bf16 and 95.2 % in FP8 (dgxc-benchmarking v25.02). Slow ranks and busy switches are not in this model."
     )
+    return f"{said}\n\n{table(head, rows)}\n\n{save(figure, folder / 'weak_scaling.png')}"
 
 
 def strong_scaling() -> str:
@@ -296,7 +298,7 @@ def too_many() -> str:
     config = searched("78b", 64).choices[0].config
     count, days, gpus = INTERRUPTIONS
     minutes = days * 24 * 60 / count * gpus / LARGEST_WORLD
-    made = plan(with_values(config, {"rows_per_step": 4 * LARGEST_WORLD}), LARGEST_WORLD)
+    made = plan(with_values(config, {"rows_per_step": LARGEST_WORLD}), LARGEST_WORLD)
     least = made.layout.data_size * made.layout.pipeline_size
     return (
         f"{made.layout.data_size} copies of the layout above. Rows: as many as stages for each copy are {least:,} a step, "

@@ -19,6 +19,7 @@ from internvl_megatron.scaling.kernel_time import Kernels, Passes
 from internvl_megatron.scaling.language_time import (
     OURS,
     LanguageRun,
+    StageTime,
     data_parallel_seconds,
     pipeline_seconds,
     stage_times,
@@ -107,6 +108,16 @@ def vision_run(config: RunConfig, plan: RunPlan) -> VisionRun:
     )
 
 
+def predicted_stages(config: RunConfig, plan: RunPlan, workload: Workload, gpu: GpuKind) -> list[StageTime]:
+    """Seconds of every pipeline stage on one row, without an encoder in the first one."""
+    return stage_times(language_run(config, plan, workload), _kernels(config, gpu), Network(gpu), OURS)
+
+
+def _kernels(config: RunConfig, gpu: GpuKind) -> Kernels:
+    precision = "bf16" if config.fp8.language == "none" else "fp8"
+    return Kernels(gpu, precision, LANGUAGE_FACTOR[precision])
+
+
 def predict_step(config: RunConfig, plan: RunPlan, workload: Workload, gpu: GpuKind) -> StepTime:
     """Predict the time of a step; `parallel.vision_placement` is not `colocated`.
 
@@ -117,11 +128,10 @@ def predict_step(config: RunConfig, plan: RunPlan, workload: Workload, gpu: GpuK
         gpu: kind of all GPUs.
     """
     assert config.parallel.vision_placement != "colocated", "tensor-parallel encoders are not timed"
-    precision = "bf16" if config.fp8.language == "none" else "fp8"
-    kernels, network = Kernels(gpu, precision, LANGUAGE_FACTOR[precision]), Network(gpu)
+    kernels, network = _kernels(config, gpu), Network(gpu)
     run = language_run(config, plan, workload)
     num_rows, window_rows = plan.rows_per_replica, config.parallel.vision_window_rows or plan.rows_per_replica
-    stages = stage_times(run, kernels, network, OURS)
+    stages = predicted_stages(config, plan, workload, gpu)
     vision = _Vision(config, plan, workload, gpu)
     in_first_stage = plan.vision_layout.first_stage_only
     if in_first_stage:
