@@ -8,7 +8,7 @@ minutes.
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
@@ -118,7 +118,7 @@ def save(figure: Figure, file: Path) -> str:
     return f"![{file.stem.replace('_', ' ')}]({file.name})"
 
 
-def lines_figure(x: Sequence[float], curves: dict[str, Sequence[float]], x_label: str, y_label: str) -> Figure:
+def lines_figure(x: Sequence[float], curves: Mapping[str, Sequence[float]], x_label: str, y_label: str) -> Figure:
     """Curves over a logarithmic axis."""
     figure = Figure(figsize=(6, 3.2))
     axes = figure.add_subplot()

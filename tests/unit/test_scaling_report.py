@@ -6,6 +6,8 @@ import pytest
 
 pytest.importorskip("matplotlib", reason="figures need matplotlib (pip install 'internvl_megatron[demo]')")
 
+from matplotlib.patches import Rectangle
+
 from internvl_megatron.config.plan import plan
 from internvl_megatron.scaling.gpus import GPUS
 from internvl_megatron.scaling.planner import Search, search
@@ -53,9 +55,10 @@ def test_the_first_stage_s_layout_is_one_that_train_takes(found: Search) -> None
 def test_bars_are_whole(found: Search) -> None:
     times = {choice.layout: choice.time for choice in found.choices[:3]}
     axes = parts_figure(times).axes[0]
-    ends = {bar.get_y(): 0.0 for bar in axes.patches}
+    ends: dict[float, float] = {}
     for bar in axes.patches:
-        ends[bar.get_y()] = max(ends[bar.get_y()], bar.get_x() + bar.get_width())
+        assert isinstance(bar, Rectangle)
+        ends[bar.get_y()] = max(ends.get(bar.get_y(), 0.0), bar.get_x() + bar.get_width())
     assert list(ends.values()) == pytest.approx([1.0] * 3)
     shown = sum(any(asdict(time)[part] for time in times.values()) for part in asdict(times[found.choices[0].layout]))
     assert len(axes.containers) == shown

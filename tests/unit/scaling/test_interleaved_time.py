@@ -1,6 +1,7 @@
 """The interleaved schedule against Megatron Core's own functions, 1F1B, and closed forms."""
 
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ def test_passes_run_in_megatron_core_s_order(num_ranks: int, num_chunks: int, nu
     table = get_schedule_table(num_rows, num_chunks, num_ranks)
     for rank in range(num_ranks):
         group = SimpleNamespace(size=lambda: num_ranks, rank=lambda rank=rank: rank)
-        told = SimpleNamespace(pp_group=group, virtual_pipeline_model_parallel_size=num_chunks)
+        told: Any = SimpleNamespace(pp_group=group, virtual_pipeline_model_parallel_size=num_chunks)
         total, _, warmup, left = get_pp_rank_microbatches(num_rows, num_chunks, num_ranks, p2p_communicator=told)
         kinds = ["forward"] * warmup + ["forward", "backward"] * left + ["backward"] * warmup
         order = passes_of_rank(rank, num_ranks, num_chunks, num_rows)
