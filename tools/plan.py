@@ -150,7 +150,7 @@ def _way(choice: Choice) -> str:
 
 def _layers(choice: Choice) -> str:
     layers = choice.plan.stage_layers
-    return f"{layers[0]} layers a stage" if len(set(layers)) == 1 else f"layers {_text(layers)}"
+    return f"layers a stage: {layers[0]}" if len(set(layers)) == 1 else f"layers {_text(layers)}"
 
 
 def report(found: Search, config: RunConfig, workload: Workload, num_gpus: int, gpu: GpuKind) -> str:
