@@ -123,6 +123,12 @@ def language_flops(language: LanguageConfig) -> LanguageFlops:
     )
 
 
+def language_layer_parameters(language: LanguageConfig) -> int:
+    """Of one layer: matrices, biases and two norms."""
+    qkv_bias = _qkv_rows(language) if language.qkv_bias else 0
+    return _language_layer_weights(language) + qkv_bias + 2 * language.hidden_size
+
+
 def _patch_values(vision: VisionConfig) -> int:
     """Input values of one patch."""
     return _PIXEL_CHANNELS * vision.patch_pixels**2
@@ -182,7 +188,5 @@ def _language_layer_weights(language: LanguageConfig) -> int:
 
 
 def _language_parameters(language: LanguageConfig, vocab_rows: int) -> int:
-    qkv_bias = _qkv_rows(language) if language.qkv_bias else 0
-    layer = _language_layer_weights(language) + qkv_bias + 2 * language.hidden_size
     tables = 2 * vocab_rows * language.hidden_size
-    return tables + language.num_layers * layer + language.hidden_size
+    return tables + language.num_layers * language_layer_parameters(language) + language.hidden_size

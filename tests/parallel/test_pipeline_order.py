@@ -10,6 +10,7 @@ import pytest
 from internvl_megatron.parallel.bubble_plan import BubblePlan
 from internvl_megatron.ranks import RankInfo
 from internvl_megatron.scaling.bubble_time import operations_of_stage
+from internvl_megatron.scaling.interleaved_time import passes_of_rank
 from internvl_megatron.scaling.pipeline_time import passes_of_stage
 from tests.support.layouts import LAYOUTS, Ranks, Scenario
 from tests.support.training import replica_rows
@@ -26,6 +27,8 @@ class _Traced:
     by their chunk."""
     plan: BubblePlan | None
     """None where the phases are apart."""
+    chunks: list[int]
+    """Chunk of the rank's model, of every forward pass; numbered as they come."""
 
 
 def _trace(info: RankInfo, ranks: Ranks, scenario: Scenario) -> _Traced:
@@ -43,13 +46,19 @@ def _trace(info: RankInfo, ranks: Ranks, scenario: Scenario) -> _Traced:
     torch.set_num_threads(1)
     device = open_device("cpu")
     config = scenario.config(ranks)
-    traced = _Traced([], None)
+    traced = _Traced([], None, [])
     count: Counter[str] = Counter()
+    models: list[Any] = []
 
     def traced_pass(kind: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def run(*args: Any, **kwargs: Any) -> Any:
             traced.operations.append((kind, count[kind]))
             count[kind] += 1
+            if kind == "forward":
+                model = args[2]
+                if model not in models:
+                    models.append(model)
+                traced.chunks.append(models.index(model))
             return function(*args, **kwargs)
 
         return run
@@ -92,6 +101,20 @@ def test_stages_run_their_passes_in_this_order(
         expected = passes_of_stage(ranks.layout.stage(rank), ranks.pipeline_size, num_rows)
         passes = [operation for operation in traced.operations if operation[0] in ("forward", "backward")]
         assert passes == expected, f"rank {rank}"
+
+
+@pytest.mark.parametrize("num_rows", [2, 6])
+def test_ranks_run_the_passes_of_their_chunks_in_this_order(
+    run_ranks: Callable[..., list[Any]], num_rows: int
+) -> None:
+    """Which chunk runs backward no function is told; it is the order of the kinds that is compared there."""
+    ranks = LAYOUTS["PP2xVPP2"]
+    scenario = Scenario(changes={"num_steps": 1, "rows_per_step": num_rows})
+    for rank, traced in enumerate(run_ranks(_trace, ranks.num_ranks, ranks, scenario)):
+        expected = passes_of_rank(rank, 2, 2, num_rows)
+        passes = [kind for kind, _ in traced.operations if kind in ("forward", "backward")]
+        assert passes == [work.kind for work in expected], f"rank {rank}"
+        assert traced.chunks == [work.chunk for work in expected if work.kind == "forward"], f"rank {rank}"
 
 
 @pytest.mark.parametrize("layout", ["PP4", "PP2xDP2"])

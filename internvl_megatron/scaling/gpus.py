@@ -1,0 +1,64 @@
+"""GPU kinds a step is predicted for, and the links between them: one table, from the makers' data sheets.
+
+Peaks are dense; bandwidths are in one direction. Machines have eight GPUs, each with a network card of its own ("rail").
+"""
+
+from dataclasses import dataclass
+
+from internvl_megatron.errors import ConfigError
+
+GPUS_PER_MACHINE = 8
+
+
+@dataclass(frozen=True)
+class GpuKind:
+    """One kind of GPU in the machine it is sold in."""
+
+    name: str
+    memory_bytes: float
+    bf16_flops: float
+    """FLOP/s of dense matrix products."""
+    fp8_flops: float | None
+    """None where it has no FP8."""
+    memory_bandwidth: float
+    """Bytes/s of its own memory."""
+    machine_bandwidth: float
+    """Bytes/s to the other GPUs of the machine (NVLink), one direction."""
+    network_bandwidth: float
+    """Bytes/s to other machines, one direction."""
+    source: str
+
+
+GPUS = {
+    kind.name: kind
+    for kind in (
+        GpuKind(
+            "a100-80g", 80e9, 312e12, None, 2.039e12, 300e9, 25e9,
+            "NVIDIA A100 data sheet (SXM, 80 GB); DGX A100: eight 200 Gb/s HDR cards",
+        ),
+        GpuKind(
+            "h100-80g", 80e9, 989e12, 1979e12, 3.35e12, 450e9, 50e9,
+            "NVIDIA H100 data sheet (SXM); DGX H100: eight 400 Gb/s NDR cards",
+        ),
+        GpuKind(
+            "h200-141g", 141e9, 989e12, 1979e12, 4.8e12, 450e9, 50e9,
+            "NVIDIA H200 data sheet (SXM); DGX H200: eight 400 Gb/s NDR cards",
+        ),
+        GpuKind(
+            "b200-180g", 180e9, 2250e12, 4500e12, 8e12, 900e9, 50e9,
+            "NVIDIA DGX B200 data sheet: 36 PFLOP/s dense FP8, 64 TB/s, 1.4 TB over eight GPUs; eight 400 Gb/s cards",
+        ),
+    )
+}  # fmt: skip
+"""By name."""
+
+
+def find_gpu(name: str) -> GpuKind:
+    """A kind by its name.
+
+    Raises:
+        ConfigError: there is none; names all.
+    """
+    if name not in GPUS:
+        raise ConfigError(f"there is no GPU kind {name!r}; known are {', '.join(GPUS)}")
+    return GPUS[name]

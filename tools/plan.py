@@ -1,0 +1,248 @@
+"""Plan a training run: the fastest layout on so many GPUs, why the others lose, and the overrides that `train` takes.
+
+    python -m tools.plan 78b --gpus 512 --gpu h100-80g --rows 32768 --image-share 0.5 [--fp8 current] [--output FILE]
+
+Rows are drawn as `image_text_rows` says. Times are predictions: docs/scaling.md says how far they were off where that could be checked.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from internvl_megatron.config.models import INTERNVL3
+from internvl_megatron.config.overrides import with_values
+from internvl_megatron.config.plan import plan
+from internvl_megatron.config.recipes import find_recipe
+from internvl_megatron.config.schema import RunConfig
+from internvl_megatron.data.files import write_whole
+from internvl_megatron.errors import ConfigError, UserError
+from internvl_megatron.scaling.counts import step_flops
+from internvl_megatron.scaling.gpus import GPUS, GpuKind, find_gpu
+from internvl_megatron.scaling.memory import USED_SHARE
+from internvl_megatron.scaling.planner import Choice, Search, judge, search, slower_because
+from internvl_megatron.scaling.predicted_step import StepTime, Workload
+from tools.image_text_rows import draw_rows
+
+DRAWN_ROWS = 200
+SEED = 1
+TOKENS_OF_RUN = 200e9
+"""Of InternVL3's pre-training (paper, sec. 2.2)."""
+SHOWN_LOSERS = 6
+FIRST_STAGE: dict[str, Any] = {
+    "parallel.vision_placement": "first_stage",
+    "parallel.vision_sharding": "replicated",
+    "parallel.vision_shard_ranks": None,
+    "parallel.vision_window_rows": None,
+    "parallel.vision_recompute": "layer",
+    "parallel.sequence_parallel": True,
+}
+HAND_LAYOUTS: dict[str, dict[str, dict[str, Any]]] = {
+    "78B": {
+        "LoongForge's for InternVL2.5-78B (sft_internvl2_5_78b.sh)": FIRST_STAGE
+        | {
+            "parallel.tensor_size": 8,
+            "parallel.pipeline_size": 4,
+            "parallel.stage_layers": (1, 26, 26, 27),
+            "parallel.language_recompute": "full",
+        },
+        "MindSpeed-MM's for InternVL3-78B (llm_pp_layers 40,40)": FIRST_STAGE
+        | {
+            "parallel.tensor_size": 8,
+            "parallel.pipeline_size": 2,
+            "parallel.stage_layers": (40, 40),
+            "parallel.language_recompute": "full",
+        },
+    }
+}
+"""Layouts other trainers were published with, by size; what they compute again is not known, and here as the recipe has it."""
+
+
+@cache
+def drawn_workload(tokens_per_row: int, tiles_per_row: int, image_share: float) -> Workload:
+    """Averages over rows that are drawn."""
+    rows = draw_rows(image_share, DRAWN_ROWS, tokens_per_row, tiles_per_row, SEED)
+    pairs = np.array([sum(sample.num_tokens**2 for sample in row) for row in rows], dtype=float)
+    return Workload(
+        tokens_per_row=float(np.mean([sum(sample.num_tokens for sample in row) for row in rows])),
+        pairs_per_row=float(pairs.mean()),
+        supervised_per_row=float(np.mean([sum(sample.num_supervised_tokens for sample in row) for row in rows])),
+        tiles_per_row=float(np.mean([sum(sample.num_tiles for sample in row) for row in rows])),
+        pairs_spread=float(pairs.std() / pairs.mean()),
+    )
+
+
+def planned_config(size: str, num_gpus: int, tokens_per_row: int, rows_per_step: int | None, fp8: str) -> RunConfig:
+    """Pre-training of a size, before a layout is chosen. Raises ConfigError for a size there is not."""
+    known = {name.lower(): name for name in INTERNVL3}
+    if size.lower() not in known:
+        raise ConfigError(f"there is no size {size!r}; known are {', '.join(known)}")
+    config = find_recipe(f"internvl3_{size.lower()}_pretrain", num_gpus)
+    tiles = max(13, config.data.tiles_per_row * tokens_per_row // config.data.tokens_per_row)
+    values: dict[str, Any] = {"data.tokens_per_row": tokens_per_row, "data.tiles_per_row": tiles, "fp8.language": fp8}
+    if rows_per_step is not None:
+        values["rows_per_step"] = rows_per_step
+    config = with_values(config, values)
+    return replace(config, data=replace(config.data, meta="given later", tokenizer="given later"))
+
+
+def overrides_of(choice: Choice, config: RunConfig) -> list[str]:
+    """What `train` is given beside the recipe's name."""
+    values = choice.settings | {
+        "data.tokens_per_row": config.data.tokens_per_row,
+        "data.tiles_per_row": config.data.tiles_per_row,
+        "rows_per_step": config.rows_per_step,
+        "fp8.language": config.fp8.language,
+    }
+    return [f"{path}={_text(value)}" for path, value in values.items()]
+
+
+def _text(value: Any) -> str:
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def figures(time: StepTime, config: RunConfig, workload: Workload, num_gpus: int, gpu: GpuKind) -> dict[str, float]:
+    """Speeds that people compare."""
+    rows = config.rows_per_step
+    tokens = rows * workload.tokens_per_row
+    work = step_flops(
+        config.model, round(tokens), round(rows * workload.tiles_per_row), round(rows * workload.pairs_per_row)
+    )
+    days = TOKENS_OF_RUN / tokens * time.total / 86400
+    return {
+        "tokens_per_second_and_gpu": tokens / time.total / num_gpus,
+        "mfu": work.total / time.total / num_gpus / gpu.bf16_flops,
+        "days_of_200b_tokens": days,
+        "gpu_hours_of_200b_tokens": 24 * days * num_gpus,
+    }
+
+
+def _parts(time: StepTime) -> str:
+    """Of a step, in seconds, largest first."""
+    parts = sorted(asdict(time).items(), key=lambda part: -part[1])
+    return ", ".join(f"{name.replace('_', ' ')} {seconds:.2f}" for name, seconds in parts if seconds >= 0.005)
+
+
+def _way(choice: Choice) -> str:
+    """What is not in the layout's name."""
+    parallel = choice.config.parallel
+    words = [
+        f"encoder sharded over {parallel.vision_shard_ranks}"
+        if parallel.vision_sharding == "sharded"
+        else "encoder replicated",
+        f"windows of {parallel.vision_window_rows} rows" if parallel.vision_window_rows else "one window",
+    ]
+    if parallel.language_recompute != "none":
+        words.append("layers computed again")
+    if parallel.vision_recompute != "none":
+        words.append(f"encoder computed again ({parallel.vision_recompute})")
+    return ", ".join(words)
+
+
+def _layers(choice: Choice) -> str:
+    layers = choice.plan.stage_layers
+    return f"layers a stage: {layers[0]}" if len(set(layers)) == 1 else f"layers {_text(layers)}"
+
+
+def report(found: Search, config: RunConfig, workload: Workload, num_gpus: int, gpu: GpuKind) -> str:
+    """The best layout, why it is, why others lose."""
+    best = found.choices[0]
+    speed = figures(best.time, config, workload, num_gpus, gpu)
+    lines = [
+        f"{config.name} on {num_gpus} x {gpu.name}: {config.rows_per_step} rows of {config.data.tokens_per_row} tokens a step, "
+        f"{workload.tiles_per_row:.1f} tiles a row, rows {workload.tokens_per_row / config.data.tokens_per_row:.0%} full",
+        "",
+        f"best: {best.layout}, {_layers(best)}, {_way(best)}",
+        f"  predicted step {best.time.total:.2f} s: {_parts(best.time)}",
+        f"  {speed['tokens_per_second_and_gpu']:.0f} tokens/s and GPU, MFU {speed['mfu']:.1%} (causal, encoder counted, all positions in the "
+        f"output layer); 200 B tokens in {speed['days_of_200b_tokens']:.1f} days, {speed['gpu_hours_of_200b_tokens']:,.0f} GPU-hours",
+        f"  estimated memory of the fullest rank {best.memory.total / 1e9:.0f} of {gpu.memory_bytes / 1e9:.0f} GB",
+        "",
+        "others:",
+    ]
+    for choice in found.choices[1 : 1 + SHOWN_LOSERS]:
+        because = ", ".join(
+            f"{part.replace('_', ' ')} +{loss:.2f} s" for part, loss in slower_because(choice, best)[:2]
+        )
+        lines.append(f"  {choice.layout}: {choice.time.total / best.time.total - 1:+.1%} ({because}; {_way(choice)})")
+    smallest = sorted(found.too_large.items(), key=lambda item: item[1])[:SHOWN_LOSERS]
+    if smallest:
+        lines.append(f"too large for {USED_SHARE:.0%} of the memory, whatever is computed again:")
+        lines += [f"  {name}: {size / 1e9:.0f} GB" for name, size in smallest]
+    named = {"the recipe's own layout": {}, **HAND_LAYOUTS.get(_size_of(config), {})}
+    for name, values in named.items():
+        lines.append(_made_by_hand(name, with_values(config, values), num_gpus, workload, gpu, best))
+    lines.append(
+        f"tried {found.num_tried} settings; {len(found.choices)} layouts fit, {len(found.too_large)} do not; refused by plan(): "
+        + ", ".join(f"{field} {count}" for field, count in found.invalid.most_common(4))
+    )
+    return "\n".join(lines)
+
+
+def _size_of(config: RunConfig) -> str:
+    return next(
+        size
+        for size, model in INTERNVL3.items()
+        if model.language.hidden_size == config.model.language.hidden_size
+        and model.language.num_layers == config.model.language.num_layers
+    )
+
+
+def _made_by_hand(name: str, config: RunConfig, num_gpus: int, workload: Workload, gpu: GpuKind, best: Choice) -> str:
+    """How a layout that nobody searched for does."""
+    try:
+        memory, time = judge(config, num_gpus, workload, gpu)
+    except ConfigError as error:
+        return f"{name} does not go: {str(error).splitlines()[0]}"
+    if config.parallel.vision_placement == "first_stage":
+        fits = "(encoder on the first stage, whose memory is not estimated)"
+    elif memory.total <= USED_SHARE * gpu.memory_bytes:
+        fits = "fits"
+    else:
+        fits = f"does not fit ({memory.total / 1e9:.0f} GB)"
+    return f"{name}, {plan(config, num_gpus).layout}: {fits}, {time.total:.2f} s, {time.total / best.time.total:.2f} times the best"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Search and print; exit status 0, or 2 if the user can mend what is wrong."""
+    parser = argparse.ArgumentParser(description="Find the fastest layout.")
+    parser.add_argument("size", help=f"{', '.join(INTERNVL3).lower()}")
+    parser.add_argument("--gpus", type=int, required=True, help="all are used")
+    parser.add_argument("--gpu", default="h100-80g", help=", ".join(GPUS))
+    parser.add_argument("--rows", type=int, default=32768, help="tokens of a row (default: %(default)s)")
+    parser.add_argument("--rows-per-step", type=int, help="rows of a step (default: the recipe's)")
+    parser.add_argument("--image-share", type=float, default=0.5, help="of the tokens (default: %(default)s)")
+    parser.add_argument("--fp8", choices=("none", "current", "blockwise"), default="none")
+    parser.add_argument("--output", type=Path, help="file for the overrides, one a line: train RECIPE $(cat FILE)")
+    options = parser.parse_args(arguments)
+    try:
+        if options.gpus < 1 or options.rows < 1 or not 0 <= options.image_share < 0.95:
+            raise UserError("--gpus and --rows are at least 1, --image-share is from 0 to below 0.95")
+        gpu = find_gpu(options.gpu)
+        config = planned_config(options.size, options.gpus, options.rows, options.rows_per_step, options.fp8)
+        workload = drawn_workload(options.rows, config.data.tiles_per_row, options.image_share)
+        found = search(config, options.gpus, gpu, workload)
+    except UserError as error:
+        print(f"plan: {error}", file=sys.stderr)
+        return 2
+    print(report(found, config, workload, options.gpus, gpu))
+    overrides = overrides_of(found.choices[0], config)
+    if options.output is not None:
+        write_whole(options.output, "".join(f"{override}\n" for override in overrides))
+        print(f"\ninternvl-megatron train {config.name} $(cat {options.output}) data.meta=... data.tokenizer=...")
+    else:
+        print("\n" + "\n".join(overrides))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
