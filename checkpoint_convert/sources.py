@@ -21,6 +21,7 @@ from internvl_megatron.config.overrides import CONFIG_FILE as RUN_CONFIG_FILE
 from internvl_megatron.config.overrides import from_json
 from internvl_megatron.config.schema import ModelConfig
 from internvl_megatron.errors import CheckpointError, ConfigError
+from internvl_megatron.model.bit_sum import bit_sum
 
 ADAPTER_ENDS = (".lora_a", ".lora_b")
 """What the names of an adapter's two matrices end with (`model.adapter`, which costs seconds to import)."""
@@ -208,7 +209,7 @@ class AdapterSource(TrainingSource):
         if name not in self.sums:
             return self.stored.read(name)
         below = self.base.read(name).to(self.base_dtype)
-        found = {name: adapter_base.bit_sum(below, self.base_dtype)}
+        found = {name: bit_sum(below, self.base_dtype)}
         adapter_base.check_sums(self.path, {name: self.sums[name]}, found, str(self.base.path))
         if name not in self.adapted:
             return below

@@ -17,16 +17,21 @@ from internvl_megatron.device import DeviceName
 from internvl_megatron.errors import UserError
 from internvl_megatron.metrics import RunSummary
 from internvl_megatron.ranks import RankInfo
+from internvl_megatron.stop_signals import EXIT_INTERRUPTED, exit_code
 
 TRAIN_RANK = "internvl_megatron.trainer:train_rank"
 ANSWER_PROMPTS = "internvl_megatron.inference.run:answer_prompts"
 EXIT_USER_ERROR = 2
 EXIT_FAILED = 1
-EXIT_INTERRUPTED = 130
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; the exit code is 0, 1 (a rank failed), 2 (the user can mend it) or 130 (interrupted)."""
+    """Run one command.
+
+    Returns:
+        Exit code: 0; 1, a rank failed; 2, the user can mend it; 75, the system stopped a run, which has saved: start it again; 130,
+        interrupted with Ctrl-C; 128 and a signal's number, ended at once by a second signal, or before there was anything to save.
+    """
     options = _parser().parse_args(arguments)
     from internvl_megatron.launcher import InterruptedRunError, RankFailedError
 
@@ -39,8 +44,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         first = error.failures[0]
         print(f"internvl-megatron: {first.text if first.is_user_error else error}", file=sys.stderr)
         return EXIT_USER_ERROR if first.is_user_error else EXIT_FAILED
-    except (InterruptedRunError, KeyboardInterrupt) as error:
-        print(f"internvl-megatron: {error or 'interrupted'}", file=sys.stderr)
+    except InterruptedRunError as error:
+        print(f"internvl-megatron: {error}", file=sys.stderr)
+        return exit_code(error.signal_number) if error.in_order else 128 + error.signal_number
+    except KeyboardInterrupt:
+        print("internvl-megatron: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
 
 
@@ -109,7 +117,7 @@ def _train(options: argparse.Namespace) -> int:
 
         summary = _joined(train_rank, info, config)
         if info.rank != 0:
-            return 0
+            return 0  # under srun one exit code is enough, and the others must not end the step before it
     else:
         if num_ranks < 1:
             raise UserError(f"--nproc {num_ranks}: start at least one rank")
@@ -118,7 +126,7 @@ def _train(options: argparse.Namespace) -> int:
     loss = "" if summary.loss is None else f", loss {summary.loss:.4f}"
     held_out = "" if summary.eval_loss is None else f", held-out loss {summary.eval_loss:.4f}"
     print(f"{config.name}: step {summary.step} of {config.num_steps}{loss}{held_out}; see {config.folder}")
-    return 0
+    return 0 if summary.stop_signal is None else exit_code(summary.stop_signal)
 
 
 def _joined(train_rank: Callable[..., RunSummary], info: RankInfo, config: RunConfig) -> RunSummary:

@@ -247,6 +247,20 @@ class Device:
         return _measured_matmul_flops(self, dtype)
 
 
+def copy_to_host(tensors: "Sequence[torch.Tensor]", targets: "Sequence[torch.Tensor | None]") -> "list[torch.Tensor]":
+    """Copies in host memory, complete when this returns; into the n-th target where it fits the n-th tensor."""
+    import torch
+
+    copies = []
+    for tensor, target in zip(tensors, targets, strict=True):
+        if target is None or target.shape != tensor.shape or target.dtype != tensor.dtype:
+            target = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=tensor.is_cuda)
+        copies.append(target.copy_(tensor, non_blocking=True))
+    if any(tensor.is_cuda for tensor in tensors):
+        torch.cuda.current_stream().synchronize()
+    return copies
+
+
 @cache
 def _side_stream(index: int) -> "torch.cuda.Stream":
     import torch

@@ -15,3 +15,7 @@ class DataError(UserError):
 
 class CheckpointError(UserError):
     """A checkpoint is missing, incomplete or does not fit the model."""
+
+
+class TrainingError(UserError):
+    """A run has met what its configuration does not let it go on after."""

@@ -25,6 +25,7 @@ from typing import Any
 from internvl_megatron.device import DeviceName, uses_gpu
 from internvl_megatron.errors import UserError
 from internvl_megatron.ranks import RankInfo
+from internvl_megatron.stop_signals import STOP_SIGNALS
 
 PR_SET_PDEATHSIG = 1
 SECONDS_FOR_REPORTS = 2.0
@@ -59,7 +60,13 @@ class RankFailedError(RuntimeError):
 
 
 class InterruptedRunError(RuntimeError):
-    """The run was interrupted by the user (Ctrl-C or SIGTERM) and has ended in order."""
+    """The run was interrupted by a signal."""
+
+    def __init__(self, signal_number: int, in_order: bool) -> None:
+        super().__init__("interrupted; every rank ended in order" if in_order else "interrupted")
+        self.signal_number = signal_number
+        self.in_order = in_order
+        """Every rank ended by itself, and a run has saved; otherwise the ranks were killed."""
 
 
 def launch(target: Callable[..., Any] | str, num_ranks: int, *args: Any, device: DeviceName = "auto") -> list[Any]:
@@ -70,11 +77,11 @@ def launch(target: Callable[..., Any] | str, num_ranks: int, *args: Any, device:
 
     The target may be given as "module:function": then this process need not import what only the ranks use.
 
-    Ctrl-C or SIGTERM asks all ranks to stop in order (they get SIGTERM); a second one kills them.
+    Ctrl-C, SIGTERM or SIGUSR1 asks all ranks to stop in order (they get SIGTERM); a second one kills them.
 
     Raises:
         RankFailedError: a rank raised or was killed; the others have been killed.
-        InterruptedRunError: the run was interrupted and every rank ended by itself.
+        InterruptedRunError: the run was interrupted.
     """
     if uses_gpu(device):
         context = multiprocessing.get_context("spawn")
@@ -110,6 +117,7 @@ class _Watch:
         self.results: dict[int, Any] = {}
         self.failures: dict[int, Failure] = {}
         self.interrupts = 0
+        self.signal_number = 0
 
     def until_done(self) -> list[Any]:
         with _signals_to(self._interrupt):
@@ -123,7 +131,7 @@ class _Watch:
                 self._end_all(kill=bool(self.failures) or not self._all_reported())
         if self.interrupts and all(failure.is_signal for failure in self.failures.values()):
             # Before training has begun, or at the second interrupt, there is nothing to save: ranks are just killed.
-            raise InterruptedRunError("interrupted" if self.failures else "interrupted; every rank ended in order")
+            raise InterruptedRunError(self.signal_number, in_order=not self.failures)
         if self.failures:
             raise RankFailedError(list(self.failures.values()))
         return [self.results[rank] for rank in range(len(self.ranks))]
@@ -153,8 +161,9 @@ class _Watch:
             else:
                 self.failures[rank] = value
 
-    def _interrupt(self) -> None:
+    def _interrupt(self, signal_number: int) -> None:
         self.interrupts += 1
+        self.signal_number = signal_number
         if self.interrupts == 1:
             sys.stderr.write("stopping after this step; interrupt again to stop at once\n")
         for process in self.ranks:
@@ -215,12 +224,12 @@ def _end_of(exit_code: int | None) -> str:
 
 
 @contextlib.contextmanager
-def _signals_to(handle: Callable[[], None]) -> Any:
-    """Route SIGINT and SIGTERM to `handle` inside the block (main thread only, as Python wants it)."""
+def _signals_to(handle: Callable[[int], None]) -> Any:
+    """Route the signals that stop a run to `handle` inside the block (main thread only, as Python wants it)."""
     try:
-        previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        previous = {number: signal.getsignal(number) for number in STOP_SIGNALS}
         for number in previous:
-            signal.signal(number, lambda _number, _frame: handle())
+            signal.signal(number, lambda number, _frame: handle(number))
     except ValueError:  # not the main thread: the caller handles signals
         previous = {}
     try:

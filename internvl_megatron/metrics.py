@@ -91,6 +91,14 @@ class StepMetrics:
     eval_preference_accuracy: float | None = None
     """Of the held-out pairs after this step."""
     eval_reward_margin: float | None = None
+    num_bad_steps: int = 0
+    """Steps since the run began that did not count: not finite, or a spike; those that rewinding took back too."""
+    num_rewinds: int = 0
+    """Times the run went back to a checkpoint."""
+    num_failed_saves: int = 0
+    """Checkpoints that could not be written, since this process began."""
+    save_blocked_seconds: float = 0.0
+    """Training waited so long for the last checkpoint that was begun."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +109,8 @@ class RunSummary:
     loss: float | None
     """Loss of the last step; None if no step was left to take."""
     eval_loss: float | None
-    interrupted: bool
+    stop_signal: int | None
+    """The signal that ended it early; None = it took its last step."""
 
 
 class MetricsWriter:

@@ -14,6 +14,9 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from internvl_megatron.checkpoint import adapter_base, folders, save_load, weights
+from internvl_megatron.checkpoint.intact import newest_intact
+from internvl_megatron.checkpoint.optimizer_layout import optimizer_layout
+from internvl_megatron.checkpoint.saver import Saver
 from internvl_megatron.config.overrides import CONFIG_FILE, changed_fields, from_json, to_json
 from internvl_megatron.config.plan import cut_multiple, plan
 from internvl_megatron.config.ramp import rows_of_step
@@ -31,7 +34,7 @@ from internvl_megatron.data.step_rows import StepRows
 from internvl_megatron.data.stream import SampleStream
 from internvl_megatron.data.tokenizer import Tokenizer, load_tokenizer
 from internvl_megatron.device import Device, open_device
-from internvl_megatron.errors import ConfigError
+from internvl_megatron.errors import CheckpointError, ConfigError, TrainingError
 from internvl_megatron.logs import configure_logging
 from internvl_megatron.metrics import MetricsWriter, RunSummary, StepMetrics
 from internvl_megatron.model.build import build_model, check_copies_agree, torch_dtype
@@ -39,7 +42,10 @@ from internvl_megatron.parallel.groups import make_groups
 from internvl_megatron.parallel.host import broadcast_bytes, exchange_bytes, sum_floats
 from internvl_megatron.preference_run import PreferenceRun, preference_metrics
 from internvl_megatron.ranks import RankInfo, joined
+from internvl_megatron.run_events import RunEvents
 from internvl_megatron.scaling.counts import parameter_counts, step_flops
+from internvl_megatron.stop_signals import StopSignals
+from internvl_megatron.train.bad_steps import BadStep
 from internvl_megatron.train.objective import Outcome
 from internvl_megatron.train.phases import total_seconds
 from internvl_megatron.train.step import Step, StepResult
@@ -93,8 +99,9 @@ class Trainer:
         self.groups = make_groups(
             self.plan.layout, device, config.parallel.collective_timeout_seconds, self.plan.vision_layout
         )
-        checkpoints = folders.finished(self.root / folders.CHECKPOINTS)
-        starts_fresh = not checkpoints and config.checkpoint.load is None
+        self.saver = Saver(self.root / folders.CHECKPOINTS, config.checkpoint, self.groups)
+        newest = newest_intact(self.saver.root, self.groups, config.checkpoint.verify == "contents", sets_aside=True)
+        starts_fresh = newest is None and config.checkpoint.load is None
         self.model = build_model(config, self.groups, device, initialize=starts_fresh)
         self.trainer_step = Step(config, self.model, self.groups, device)
         self.tokenizer = open_tokenizer(config)
@@ -110,18 +117,20 @@ class Trainer:
         self.step = 0
         self.num_tokens = 0
         self.num_samples = 0
+        self.num_rewound_steps = 0
+        self.events = RunEvents(self.root) if self.is_main else None
         self._base: adapter_base.Base | None = None
-        self._resume(checkpoints)
+        self._resume(newest)
         check_copies_agree(self.model, self.groups)
         self._write_config()
         self.metrics = MetricsWriter(self.root, self.step or None) if self.is_main else None
         self.peak_flops = self._peak_flops()
-        self._stop_requested = False
-        signal.signal(signal.SIGTERM, self._request_stop)
+        self.signals = StopSignals()
 
     def run(self) -> RunSummary:
         """Train until the last step, or until some rank is asked to stop; a checkpoint ends both."""
         config, loss, held_out, interrupted = self.config, None, None, False
+        checkpoint = config.checkpoint
         progress = tqdm(
             total=config.num_steps,
             initial=self.step,
@@ -134,7 +143,9 @@ class Trainer:
             batch = self.loader.next_step()
             following = self.loader.peek() if self.step + 1 < config.num_steps else None
             skipped = sum(self.loader.skipped().values()) if self.is_leader else 0
-            result = self.trainer_step.run(batch, self.step, following, skipped, self._stop_requested)
+            stops = self.signals.received is not None
+            result = self.trainer_step.run(batch, self.step, following, skipped, stops)
+            self.saver.poll()
             seconds = time.perf_counter() - start
             self.step += 1
             self.num_tokens += result.agreement.num_tokens
@@ -142,15 +153,24 @@ class Trainer:
             loss, interrupted = result.loss, result.stop_requested
             held_out = self._evaluate() if self._due(config.eval_every_steps) else None
             self._report(result, seconds, held_out)
+            self._check_gradients(result)
             progress.set_postfix(loss=f"{loss:.3f}", refresh=False)
+            if result.bad is not None and self._react(result.bad):
+                progress.n = self.step
+                continue
             progress.update()
-            if interrupted or self._due(config.checkpoint.save_every_steps) or self.step == config.num_steps:
+            self.saver.poll()
+            is_due = any(map(self._due, (checkpoint.save_every_steps, checkpoint.milestone_every_steps)))
+            if interrupted or is_due or self.step == config.num_steps:
                 self._save()
         progress.close()
-        return RunSummary(self.step, loss, None if held_out is None else held_out.loss, interrupted)
+        self._finish_saving()
+        stop_signal = (self.signals.received or signal.SIGTERM) if interrupted else None
+        return RunSummary(self.step, loss, None if held_out is None else held_out.loss, stop_signal)
 
     def close(self) -> None:
-        """End the loader's threads and close the metrics files."""
+        """End threads and close the metrics files."""
+        self.saver.close()
         self.loader.close()
         if self.metrics is not None:
             self.metrics.close()
@@ -234,27 +254,88 @@ class Trainer:
     def _evaluate(self) -> Outcome | None:
         return None if self.eval_batch is None else self.trainer_step.judge(self.eval_batch)
 
-    def _resume(self, checkpoints: list[Path]) -> None:
+    def _resume(self, newest: Path | None) -> None:
         """Continue from the newest checkpoint of this run, or start from the weights the configuration names."""
-        if checkpoints:
+        if newest is not None:
             self._check_same_run()
         needs_first_weights = self.model.has_adapters or self.preference.needs_first_weights
-        if self.config.checkpoint.load is not None and (needs_first_weights or not checkpoints):
+        if self.config.checkpoint.load is not None and (needs_first_weights or newest is None):
             self._load_weights(Path(self.config.checkpoint.load))
-        if needs_first_weights or not checkpoints:
+        if needs_first_weights or newest is None:
             self.preference.set_reference()
-        if checkpoints:
+        if newest is not None:
+            own_layout = optimizer_layout(self.config, self.groups)
             info, positions = save_load.load(
-                checkpoints[-1], self.model, self.trainer_step.optimizer, self.groups, self._base
+                newest, self.model, self.trainer_step.optimizer, self.groups, self._base, own_layout
             )
-            self.loader.load_state_dict(positions, info.step)
-            self.step, self.num_tokens, self.num_samples = info.step, info.num_tokens, info.num_samples
-            self.preference.continue_from(info)
-            log.info("continuing from %s (step %d, written as %s)", checkpoints[-1], info.step, info.layout)
+            self.num_rewound_steps = info.num_rewound_steps
+            self.loader.load_state_dict(positions, info.step + info.num_rewound_steps)
+            judge = self.trainer_step.bad_steps
+            judge.num_bad, judge.num_rewinds = info.num_bad_steps, info.num_rewinds
+            self._continue_from(info)
+            log.info("continuing from %s (step %d, written as %s)", newest, info.step, info.layout)
         elif self.config.checkpoint.load is not None:
             if self.is_main:
                 weights.copy_companions(Path(self.config.checkpoint.load), self.root)
             log.info("starting from the weights of %s", self.config.checkpoint.load)
+
+    def _continue_from(self, info: folders.CheckpointInfo) -> None:
+        """Take over what a checkpoint says of the steps before it."""
+        self.step, self.num_tokens, self.num_samples = info.step, info.num_tokens, info.num_samples
+        self.preference.continue_from(info)
+        self.trainer_step.bad_steps.continue_from(info.recent_losses)
+
+    def _check_gradients(self, result: StepResult) -> None:
+        """End the run if a step computed twice gave two results.
+
+        Raises:
+            TrainingError: on all ranks; names those that differ.
+        """
+        if result.differing_ranks:
+            text = f"step {self.step}: ranks {result.differing_ranks} computed other gradients the second time"
+            self._note("corruption", text)
+            raise TrainingError(
+                f"{text}: look at their machines; the run continues from its newest checkpoint. If they only compute in "
+                "another order each time, as some GPU kernels do, set bad_steps.recheck_every_steps=None"
+            )
+
+    def _react(self, bad: BadStep) -> bool:
+        """Do what the configuration says after a bad step, which has changed nothing; whether the run has gone back.
+
+        Raises:
+            TrainingError: the run is to stop, or cannot go back.
+        """
+        self._note(f"{bad.kind} {bad.action}", bad.reason)
+        if bad.action == "skip":
+            return False
+        if bad.action == "stop":
+            self._save()
+            self._finish_saving()
+            raise TrainingError(
+                f"step {self.step} is bad and ends the run: {bad.reason}. It has saved; the same command goes on after this "
+                "step's data. bad_steps.* says what happens to such steps"
+            )
+        self.saver.wait()
+        newest = newest_intact(self.saver.root, self.groups, contents=True, sets_aside=True)
+        if newest is None:
+            raise TrainingError(
+                f"step {self.step} is bad ({bad.reason}), and there is no checkpoint yet to go back to: set "
+                "checkpoint.save_every_steps, or bad_steps.on_nonfinite=skip"
+            )
+        own_layout = optimizer_layout(self.config, self.groups)
+        info, _ = save_load.load(newest, self.model, self.trainer_step.optimizer, self.groups, self._base, own_layout)
+        self.num_rewound_steps += self.step - info.step
+        self._note("rewound", f"to {newest.name}; data of {self.step - info.step} steps are passed over")
+        self._continue_from(info)
+        if self.metrics is not None:  # the steps that are taken again replace those that were taken back
+            self.metrics.close()
+            self.metrics = MetricsWriter(self.root, self.step)
+        return True
+
+    def _note(self, event: str, text: str) -> None:
+        if self.events is not None:
+            log.warning("step %d: %s: %s", self.step, event, text)
+            self.events.write(self.step, event, text)
 
     def _load_weights(self, source: Path) -> None:
         """Load the weights to start from, or that adapters or rewards of pairs belong to."""
@@ -285,28 +366,46 @@ class Trainer:
             temporary.replace(self.root / CONFIG_FILE)
 
     def _save(self) -> None:
+        """Begin to save."""
         config = self.config
+        checkpoint, milestone = config.checkpoint, config.checkpoint.milestone_every_steps
+        is_milestone = milestone is not None and self.step % milestone == 0
+        fits_all = is_milestone or self.step == config.num_steps or checkpoint.optimizer_format == "layout_free"
+        has_state = config.optimizer.name == "adamw"
         info = folders.CheckpointInfo(
             step=self.step,
             num_tokens=self.num_tokens,
             num_samples=self.num_samples,
             layout=str(self.plan.layout),
-            optimizer_state=config.optimizer.name == "adamw",
+            optimizer_state=has_state,
+            num_bad_steps=self.trainer_step.bad_steps.num_bad,
+            num_rewinds=self.trainer_step.bad_steps.num_rewinds,
+            num_rewound_steps=self.num_rewound_steps,
+            recent_losses=self.trainer_step.bad_steps.recent_losses,
+            optimizer_layout=None if fits_all or not has_state else optimizer_layout(config, self.groups),
             **self.preference.checkpoint_fields(),
         )
         self.trainer_step.gather_parameters()
-        state: dict[str, Any] | None = self.loader.state_dict() if self.is_leader else None
-        path = save_load.save(
-            self.root / folders.CHECKPOINTS,
-            info,
-            self.model,
-            self.trainer_step.optimizer,
-            self.groups,
-            state,
-            config.checkpoint.keep_last,
-            self._base,
-        )
-        log.info("saved %s", path)
+        position: dict[str, Any] | None = self.loader.state_dict() if self.is_leader else None
+        optimizer = self.trainer_step.optimizer
+        self.saver.start(save_load.state_to_save(info, self.model, optimizer, self.groups, position, self._base))
+        if not checkpoint.asynchronous:
+            self.saver.wait()
+
+    def _finish_saving(self) -> None:
+        """Wait for the run's last checkpoint, and try it once more if it failed.
+
+        Raises:
+            CheckpointError: it failed again.
+        """
+        if self.saver.wait():
+            return
+        self._save()
+        if not self.saver.wait():
+            raise CheckpointError(
+                f"{self.saver.root}: step {self.step}, the last, could not be saved, and the reason is above; mend it "
+                "and run the same command again: it continues from the newest checkpoint"
+            )
 
     def _report(self, result: StepResult, seconds: float, held_out: Outcome | None) -> None:
         """Write the step's metrics (rank 0)."""
@@ -347,6 +446,10 @@ class Trainer:
                 sent_bytes=result.sent_bytes,
                 row_fill=agreement.num_tokens / (num_rows * self.config.data.tokens_per_row),
                 row_cost_imbalance=balance.after if balance is not None else None,
+                num_bad_steps=self.trainer_step.bad_steps.num_bad,
+                num_rewinds=self.trainer_step.bad_steps.num_rewinds,
+                num_failed_saves=self.saver.num_failed,
+                save_blocked_seconds=self.saver.blocked_seconds,
                 row_cost_imbalance_before=balance.before if balance is not None else None,
                 **{f"{name}_seconds": value for name, value in total_seconds(result.spans).items()},
                 **preference_metrics(result.preference, held_out),
@@ -358,9 +461,6 @@ class Trainer:
         dist.barrier(group=self.groups.host_world)
         mine = self.device.peak_flops(torch_dtype(self.config.dtype))
         return sum_floats([mine], self.groups.host_world)[0]
-
-    def _request_stop(self, _signal: int, _frame: object) -> None:
-        self._stop_requested = True
 
 
 def _writable(folder: Path) -> Path:

@@ -3,6 +3,7 @@
     python -m tools.benchmark step [--model 1b|demo] [--device auto|cpu|cuda] [--steps N] [--output FILE]
     python -m tools.benchmark gpu ...          see tools/benchmark_gpu.py
     python -m tools.benchmark schedule ...     see tools/benchmark_schedule.py
+    python -m tools.benchmark checkpoint ...   see tools/benchmark_checkpoint.py
     python -m tools.benchmark index ...        see tools/benchmark_data_index.py
     python -m tools.benchmark loader ...       see tools/benchmark_loader.py
     python -m tools.benchmark packing ...      see tools/benchmark_packing.py
@@ -34,7 +35,14 @@ from internvl_megatron.data.packing import Row, SampleSource
 from internvl_megatron.data.step_rows import DecodedTiles
 from internvl_megatron.launcher import launch
 from internvl_megatron.ranks import RankInfo
-from tools import benchmark_data_index, benchmark_gpu, benchmark_loader, benchmark_packing, benchmark_schedule
+from tools import (
+    benchmark_checkpoint,
+    benchmark_data_index,
+    benchmark_gpu,
+    benchmark_loader,
+    benchmark_packing,
+    benchmark_schedule,
+)
 
 TEXT_TOKENS_PER_SAMPLE = 128
 ANSWER_TOKENS_PER_SAMPLE = 48
@@ -210,6 +218,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     benchmark_schedule.add_command(commands)
     benchmark_data_index.add_command(commands)
     benchmark_packing.add_command(commands)
+    benchmark_checkpoint.add_command(commands)
     options = parser.parse_args(arguments)
     return options.run(options)
 

@@ -10,17 +10,11 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
 from internvl_megatron.checkpoint import folders
 from internvl_megatron.errors import CheckpointError
 
 BASE_FILE = "base.json"
 FORMAT_VERSION = 1
-
-_CHUNK = 2**24
-"""Elements summed at a time: integers are widened to 64 bits first."""
 
 
 @dataclass(frozen=True)
@@ -54,10 +48,10 @@ def refuse_adapters(folder: Path) -> None:
         )
 
 
-def write_base(folder: Path, base: Base) -> None:
-    """Note in a checkpoint what its adapters belong to."""
+def base_bytes(base: Base) -> bytes:
+    """`base.json`: the note in a checkpoint on what its adapters belong to."""
     content = {"format_version": FORMAT_VERSION, **asdict(base)}
-    (folder / BASE_FILE).write_text(json.dumps(content, indent=1) + "\n")
+    return (json.dumps(content, indent=1) + "\n").encode()
 
 
 def read_base(folder: Path) -> Base:
@@ -118,10 +112,3 @@ def check_sums(folder: Path, wanted: Mapping[str, int], found: Mapping[str, int]
             f"{folder}: its adapters were trained on other weights than those of {where}: {len(differing)} of "
             f"{len(wanted)} parameters differ, the first is {differing[0]}; give those it was trained on"
         )
-
-
-def bit_sum(values: Tensor, dtype: torch.dtype) -> int:
-    """Sum of a tensor's bit patterns in a number format, as integers: exact, so parts of a tensor may be summed in any order."""
-    integers = {4: torch.int32, 2: torch.int16}[dtype.itemsize]
-    parts = values.reshape(-1).split(_CHUNK)
-    return sum(int(part.to(dtype).view(integers).sum(dtype=torch.int64)) for part in parts)

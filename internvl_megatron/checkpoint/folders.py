@@ -1,14 +1,16 @@
 """Checkpoint folders: which exist, which are finished, which may go.
 
 A checkpoint is written into `step-00001000.writing` and renamed to `step-00001000` when every rank has finished and the
-marker file is in it. A folder without marker, or with another name, is not a checkpoint.
+marker file is in it. A folder without marker, or with another name, is not a checkpoint. One that was found damaged is
+renamed to `step-00001000.damaged`, so that it does not count among those that are kept.
 """
 
 import json
 import os
 import re
 import shutil
-from dataclasses import asdict, dataclass
+import zlib
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from internvl_megatron.errors import CheckpointError
@@ -17,8 +19,14 @@ CHECKPOINTS = "checkpoints"
 """Folder of a run that holds its checkpoints."""
 
 MARKER = "checkpoint.json"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
+READABLE_VERSIONS = (2, 3)
+"""Version 2 has neither checksums nor optimizer state that belongs to a layout."""
 _NAME = re.compile(r"step-(\d{8})")
+
+
+class OtherVersionError(CheckpointError):
+    """A checkpoint of a program that is newer, or much older."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +47,16 @@ class CheckpointInfo:
     reward_total: float = 0.0
     """Preference training: sum of all pairs' mean rewards so far."""
     num_rewarded_pairs: int = 0
+    num_bad_steps: int = 0
+    num_rewinds: int = 0
+    num_rewound_steps: int = 0
+    """Steps whose data were passed over when the run went back to a checkpoint."""
+    recent_losses: list[float] = field(default_factory=list)
+    """Of the last good steps, by which spikes are told."""
+    optimizer_layout: str | None = None
+    """Layout that the optimizer's state belongs to (`optimizer_layout.py`); None = any layout can go on from it."""
+    files_sum: int | None = None
+    """CRC-32 of the list of checksums (`file_sums.py`); None = it was written before there was one."""
 
 
 def path_of(root: Path, step: int) -> Path:
@@ -62,14 +80,19 @@ def finished(root: Path) -> list[Path]:
 def finish(root: Path, info: CheckpointInfo) -> Path:
     """Turn a completely written folder into a checkpoint."""
     source, target = writing_path(root, info.step), path_of(root, info.step)
+    fields = asdict(info)
     marker = source / MARKER
     with marker.open("w") as file:
-        json.dump({"format_version": FORMAT_VERSION, **asdict(info)}, file, indent=1)
+        json.dump({"format_version": FORMAT_VERSION, **fields, "marker_sum": _sum_of(fields)}, file, indent=1)
         file.flush()
         os.fsync(file.fileno())
+    _sync_folder(source)
+    replaced = target.with_name(f"{target.name}.replaced")
     if target.exists():
-        shutil.rmtree(target)
+        target.rename(replaced)
     source.rename(target)
+    _sync_folder(root)
+    shutil.rmtree(replaced, ignore_errors=True)
     return target
 
 
@@ -77,7 +100,7 @@ def read_info(folder: Path) -> CheckpointInfo:
     """The marker of a checkpoint.
 
     Raises:
-        CheckpointError: the folder is not a finished checkpoint of this version.
+        CheckpointError: the folder is not a finished checkpoint of a version this program reads.
     """
     marker = folder / MARKER
     if not marker.is_file():
@@ -86,22 +109,57 @@ def read_info(folder: Path) -> CheckpointInfo:
         )
     try:
         fields = json.loads(marker.read_text())
-        version = fields.pop("format_version")
+        version, wanted = fields.pop("format_version"), fields.pop("marker_sum", None)
+        if version not in READABLE_VERSIONS:
+            raise OtherVersionError(
+                f"{marker}: format version {version}, this program reads version {READABLE_VERSIONS[-1]}"
+            )
         info = CheckpointInfo(**fields)
+    except OtherVersionError:
+        raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{marker}: not a checkpoint marker ({error}); use another checkpoint") from error
-    if version != FORMAT_VERSION:
-        raise CheckpointError(f"{marker}: format version {version}, this program reads version {FORMAT_VERSION}")
+    if version > READABLE_VERSIONS[0] and wanted != _sum_of(fields):
+        raise CheckpointError(f"{marker}: damaged (its fields do not have its sum); use another checkpoint")
     return info
 
 
-def clean(root: Path, keep_last: int) -> None:
-    """Remove half-written folders and all but the newest finished checkpoints (at least one always stays)."""
-    if not root.is_dir():
-        return
-    for path in root.glob("step-*.writing"):
-        shutil.rmtree(path)
+def set_aside(folder: Path) -> Path:
+    """Rename a damaged checkpoint so that it is none any more; earlier ones of its step that were set aside go."""
+    target = folder.with_name(f"{folder.name}.damaged")
+    shutil.rmtree(target, ignore_errors=True)
+    return folder.rename(target)
+
+
+def remove_partial(root: Path) -> None:
+    """Remove what was half-written, or half-removed, when a process ended."""
+    for pattern in ("step-*.writing", "step-*.replaced"):
+        for path in root.glob(pattern):
+            shutil.rmtree(path)
+    for path in root.glob("step-*"):
+        if _NAME.fullmatch(path.name) and not (path / MARKER).is_file():
+            shutil.rmtree(path)
+
+
+def clean(root: Path, keep_last: int, milestone_every_steps: int | None = None) -> None:
+    """Remove old checkpoints: the newest `keep_last` stay (at least one always does), and milestones for ever."""
     for path in finished(root)[: -max(1, keep_last)]:
+        if milestone_every_steps is not None and int(path.name.removeprefix("step-")) % milestone_every_steps == 0:
+            continue
         # Without its marker it is no checkpoint any more: an interrupted removal leaves nothing that looks whole.
         (path / MARKER).unlink()
         shutil.rmtree(path)
+
+
+def _sum_of(fields: dict[str, object]) -> int:
+    """CRC-32 of a marker's fields, in any order."""
+    return zlib.crc32(json.dumps(fields, sort_keys=True).encode())
+
+
+def _sync_folder(folder: Path) -> None:
+    """Have the names in a folder on the disk, not only the files' contents."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,49 +1,39 @@
 """Save and load the state of a run through Megatron Core's distributed checkpoints.
 
 The two sides of the model live in different process groups, so each describes its shards with its own groups, and the
-two optimizers' keys carry different prefixes. Optimizer state is saved in the layout-free format
-(`fully_reshardable`): any layout can continue from it.
+two optimizers' keys carry different prefixes. Optimizer state has two formats: any layout can continue from the layout-free one
+(`fully_reshardable`); the fast one (`dp_reshardable`) is what each rank has, and belongs to a layout (`optimizer_layout.py`).
 
 Of a model with adapters, what is trained is saved, and a note on where the rest is (`adapter_base`).
 """
 
 import json
-import shutil
 import types
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, cast
 
 import torch
-import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
-from megatron.core.dist_checkpointing.mapping import ShardedStateDict
-from megatron.core.dist_checkpointing.strategies.torch import (
-    MCoreSavePlanner,
-    TorchDistSaveShardedStrategy,
-    _replace_state_dict_keys_with_sharded_keys,
-    mcore_to_pyt_state_dict,
-)
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.dist_checkpointing.utils import add_prefix_for_sharding
 from megatron.core.optimizer import MegatronOptimizer
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystemWriter
-from torch.distributed.checkpoint.state_dict_saver import save as save_with_torch
 
 from internvl_megatron.checkpoint import adapter_base, folders, fp8_state, vision_state, weights
 from internvl_megatron.checkpoint.adapter_base import Base
+from internvl_megatron.checkpoint.intact import newest_intact
 from internvl_megatron.checkpoint.metadata_guard import check_metadata, plain_data_only
 from internvl_megatron.checkpoint.module_state import Part, load_parameters, parameters_only
+from internvl_megatron.checkpoint.saver import SavedState, Saver
 from internvl_megatron.checkpoint.weight_sums import frozen_sums
-from internvl_megatron.config.schema import ModelConfig
+from internvl_megatron.config.schema import CheckpointConfig, ModelConfig
 from internvl_megatron.errors import CheckpointError
 from internvl_megatron.model.build import Model, torch_dtype
 from internvl_megatron.parallel.groups import Groups
 from internvl_megatron.train.optimizer import JointOptimizer
 from internvl_megatron.train.sharded_optimizer import ShardedOptimizer
-
-OPTIMIZER_FORMAT = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
 
 MAX_REASON_CHARACTERS = 400
 """Of torch's messages, which list every missing tensor of every rank."""
@@ -54,22 +44,43 @@ _LOAD_ERRORS = (
 )  # fmt: skip
 
 
-class InProcessSave(TorchDistSaveShardedStrategy):
-    """Megatron Core's format written by torch's own writer in this process.
+def state_to_save(
+    info: folders.CheckpointInfo,
+    model: Model,
+    optimizer: JointOptimizer | None,
+    groups: Groups,
+    loader_state: dict[str, Any] | None,
+    base: Base | None = None,
+) -> SavedState:
+    """Describe a checkpoint for `Saver.start`; collective where `info` says that optimizer state fits any layout.
 
-    Its default writer starts a new interpreter per rank for every save, which takes longer than training a small model.
+    Args:
+        info: what the marker says.
+        model: this rank's modules; all parameters up to date.
+        optimizer: both optimizers; None where `info` says that no optimizer state is saved.
+        groups: process groups.
+        loader_state: position of this replica's data streams, on its leader; None elsewhere.
+        base: of a model with adapters, what they belong to.
     """
-
-    def save(self, sharded_state_dict: ShardedStateDict, checkpoint_dir: Path) -> None:
-        """Write this rank's shards; collective."""
-        renamed, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, self.keep_only_main_replica)
-        save_with_torch(
-            mcore_to_pyt_state_dict(renamed, False),
-            storage_writer=FileSystemWriter(checkpoint_dir, sync_files=True),
-            planner=MCoreSavePlanner(
-                dedup_replicated_tensors=False, flatten_state_dict=False, flatten_sharded_tensors=False
-            ),
-        )
+    assert (base is not None) == model.has_adapters, (
+        "adapters are saved with a note on their base, and nothing else is"
+    )
+    state = _model_state(model, groups, _saved(model))
+    _divide_among_copies(model, groups, state)
+    own_prefixes: tuple[str, ...] = ()
+    if info.optimizer_state:
+        assert optimizer is not None, "the marker promises optimizer state, and there is no optimizer"
+        state |= _optimizer_state(optimizer, state, info.optimizer_layout, is_loading=False)
+        if info.optimizer_layout is None:
+            sides = _sides(optimizer).items()
+            own_prefixes = tuple(f"{name}." for name, side in sides if not isinstance(side, ShardedOptimizer))
+    state["fp8"] = fp8_state.histories_state(model.amax_histories, groups)
+    files = {}
+    if loader_state is not None:
+        files[f"loader/replica-{groups.layout.replica(groups.rank):05d}.json"] = json.dumps(loader_state).encode()
+    if base is not None and groups.rank == 0:
+        files[adapter_base.BASE_FILE] = adapter_base.base_bytes(base)
+    return SavedState(info, state, files, own_prefixes)
 
 
 def save(
@@ -82,45 +93,20 @@ def save(
     keep_last: int,
     base: Base | None = None,
 ) -> Path:
-    """Write a checkpoint; collective over all ranks. Until it is finished the previous one stays untouched.
-
-    Args:
-        root: folder of the run's checkpoints, on storage all ranks share.
-        info: what the marker says.
-        model: this rank's modules.
-        optimizer: both optimizers; None where `info` says that no optimizer state is saved.
-        groups: process groups.
-        loader_state: position of this replica's data streams, on its leader; None elsewhere.
-        keep_last: finished checkpoints to keep.
-        base: of a model with adapters, what they belong to.
+    """Write a checkpoint and wait for it; collective over all ranks. Arguments are those of `state_to_save`.
 
     Returns:
         The finished checkpoint's folder.
+
+    Raises:
+        CheckpointError: it could not be written.
     """
-    assert (base is not None) == model.has_adapters, (
-        "adapters are saved with a note on their base, and nothing else is"
-    )
-    folder = folders.writing_path(root, info.step)
-    if groups.rank == 0:
-        shutil.rmtree(folder, ignore_errors=True)
-        (folder / "loader").mkdir(parents=True)
-    _wait_for_all(groups)
-    state = _model_state(model, groups, _saved(model))
-    state["fp8"] = fp8_state.histories_state(model.amax_histories, groups)
-    if info.optimizer_state:
-        assert optimizer is not None, "the marker promises optimizer state, and there is no optimizer"
-        state |= _optimizer_state(optimizer, state, is_loading=False)
-    dist_checkpointing.save(state, str(folder), sharded_strategy=InProcessSave(), validate_access_integrity=True)
-    if loader_state is not None:
-        replica = groups.layout.replica(groups.rank)
-        (folder / "loader" / f"replica-{replica:05d}.json").write_text(json.dumps(loader_state))
-    _wait_for_all(groups)
-    if groups.rank == 0:
-        if base is not None:
-            adapter_base.write_base(folder, base)
-        folders.finish(root, info)
-        folders.clean(root, keep_last)
-    _wait_for_all(groups)
+    saver = Saver(root, CheckpointConfig(keep_last=keep_last), groups)
+    saver.start(state_to_save(info, model, optimizer, groups, loader_state, base))
+    is_saved = saver.wait()
+    saver.close()
+    if not is_saved:
+        raise CheckpointError(f"{root}: step {info.step} could not be saved; rank 0 has said why")
     return folders.path_of(root, info.step)
 
 
@@ -130,7 +116,7 @@ def load_weights(folder: Path, config: ModelConfig, model: Model, groups: Groups
     Adapters stay as they are, unless the folder has some: then what they belong to is loaded as well.
 
     Returns:
-        The folder the weights are in: of a run, its newest checkpoint.
+        The folder the weights are in: of a run, its newest checkpoint whose files are whole.
 
     Raises:
         CheckpointError: the folder is neither, or does not fit the model.
@@ -138,20 +124,22 @@ def load_weights(folder: Path, config: ModelConfig, model: Model, groups: Groups
     if weights.is_weights_folder(folder):
         weights.load_into(folder, model, config)
         return folder
-    found = [folder] if (folder / folders.MARKER).is_file() else folders.finished(folder / folders.CHECKPOINTS)
-    if not found:
+    found: Path | None = folder
+    if not (folder / folders.MARKER).is_file():
+        found = newest_intact(folder / folders.CHECKPOINTS, groups, contents=False, sets_aside=False)
+    if found is None:
         raise CheckpointError(weights.why_not(folder))
-    folders.read_info(found[-1])
+    folders.read_info(found)
     part: Part = "base" if model.has_adapters else "whole"
-    if adapter_base.is_adapter_checkpoint(found[-1]):
+    if adapter_base.is_adapter_checkpoint(found):
         if not model.has_adapters:
-            adapter_base.refuse_adapters(found[-1])
-        base, part = adapter_base.read_base(found[-1]), "trained"
-        below = load_weights(adapter_base.base_folder(found[-1], base), config, model, groups)
+            adapter_base.refuse_adapters(found)
+        base, part = adapter_base.read_base(found), "trained"
+        below = load_weights(adapter_base.base_folder(found, base), config, model, groups)
         sums = frozen_sums(model, groups, torch_dtype(base.dtype))
-        adapter_base.check_sums(found[-1], base.sums, sums, str(below))
-    _apply_model(_load(found[-1], _model_state(model, groups, part)), model, part)
-    return found[-1]
+        adapter_base.check_sums(found, base.sums, sums, str(below))
+    _apply_model(_load(found, _model_state(model, groups, part)), model, part)
+    return found
 
 
 def base_of(folder: Path, dtype: str, model: Model, groups: Groups) -> Base:
@@ -160,7 +148,12 @@ def base_of(folder: Path, dtype: str, model: Model, groups: Groups) -> Base:
 
 
 def load(
-    folder: Path, model: Model, optimizer: JointOptimizer, groups: Groups, base: Base | None = None
+    folder: Path,
+    model: Model,
+    optimizer: JointOptimizer,
+    groups: Groups,
+    base: Base | None = None,
+    own_layout: str | None = None,
 ) -> tuple[folders.CheckpointInfo, dict[str, Any]]:
     """Load weights and optimizer state, under any layout; collective.
 
@@ -170,14 +163,21 @@ def load(
         optimizer: to be filled.
         groups: process groups.
         base: of a model with adapters, what has been loaded into it.
+        own_layout: this run's, as the fast format has it (`optimizer_layout.py`); None = layout-free state only.
 
     Returns:
         The marker, and the positions of all data streams by stream number.
 
     Raises:
-        CheckpointError: the folder is no finished checkpoint, or does not fit the model.
+        CheckpointError: the folder is no finished checkpoint, or does not fit the model or the layout.
     """
     info, part = folders.read_info(folder), _saved(model)
+    if info.optimizer_layout not in (None, own_layout):
+        raise CheckpointError(
+            f"{folder}: its optimizer state is in the fast format and fits only the layout it was saved under "
+            f"({info.optimizer_layout}); this run has {own_layout}. Make it layout-free: python -m "
+            f"tools.convert_optimizer {folder.parent.parent}; or start from its weights alone (checkpoint.load={folder} in another folder)"
+        )
     if base is not None:
         adapter_base.check_sums(folder, adapter_base.read_base(folder).sums, base.sums, base.path)
     state = _model_state(model, groups, part)
@@ -186,14 +186,19 @@ def load(
         for side in _sides(optimizer).values():
             if not isinstance(side, ShardedOptimizer):
                 _create_state(side)
-        state |= _optimizer_state(optimizer, state, is_loading=True)
+        state |= _optimizer_state(optimizer, state, info.optimizer_layout, is_loading=True)
     loaded = _load(folder, state)
     _apply_model(loaded, model, part)
     fp8_state.apply_histories(model.amax_histories, loaded.get("fp8", {}))
     if info.optimizer_state:
         with torch.no_grad():
             for name, side in _sides(optimizer).items():
-                _apply_optimizer(side, loaded[name])
+                try:
+                    _apply_optimizer(side, loaded[name])
+                except AssertionError as error:  # Megatron Core compares its buffers with the saved ones
+                    raise CheckpointError(
+                        f"{folder}: its optimizer state does not fit this layout: {error}"
+                    ) from error
     else:
         optimizer.reload_parameters()
     return info, _loader_state(folder)
@@ -223,16 +228,45 @@ def _model_state(model: Model, groups: Groups, part: Part = "whole") -> dict[str
     }
 
 
-def _optimizer_state(optimizer: JointOptimizer, model_state: dict[str, Any], is_loading: bool) -> dict[str, Any]:
+def _optimizer_state(
+    optimizer: JointOptimizer, model_state: dict[str, Any], own_layout: str | None, is_loading: bool
+) -> dict[str, Any]:
+    """Of both sides, in the layout-free format or (with a layout) the fast one."""
+    kind = "fully_reshardable" if own_layout is None else "dp_reshardable"
+    settings = {"distrib_optim_sharding_type": kind, "chained_optim_avoid_prefix": True}
     state = {}
     for name, side in _sides(optimizer).items():
         module = model_state[name.removesuffix("_optimizer")]
         if isinstance(side, ShardedOptimizer):
             state[name] = vision_state.optimizer_state(side, module, is_loading)
         else:
-            state[name] = side.sharded_state_dict(module, is_loading, metadata=OPTIMIZER_FORMAT)
+            state[name] = side.sharded_state_dict(module, is_loading, metadata=settings)
         add_prefix_for_sharding(state[name], f"{name}.")
     return state
+
+
+def _divide_among_copies(model: Model, groups: Groups, state: dict[str, Any]) -> None:
+    """Let the ranks that have copies of the same parameters each write some of them.
+
+    Every rank of such a group has the same entries in the same order, so all come to the same answer without asking.
+    """
+    sides = [(list(state["language"].values()), groups.language.dp_cp)]
+    if model.vision_mesh is None:  # shards are divided already
+        sides.append(([state["vision"]], groups.vision.dp_cp))
+    for parts, copies in sides:
+        entries = [
+            entry
+            for part in parts
+            for entry in part.values()
+            if isinstance(entry, (ShardedTensor, ShardedTensorFactory))
+        ]
+        load = [0] * copies.size()
+        sizes = [entry.data.numel() if entry.data is not None else 0 for entry in entries]
+        for size, entry in sorted(zip(sizes, entries, strict=True), key=lambda pair: -pair[0]):
+            owner = load.index(min(load))
+            load[owner] += size
+            *others, place = cast(tuple[int, ...], entry.replica_id)
+            entry.replica_id = (*others, (place - owner) % copies.size())
 
 
 def _load(folder: Path, state: dict[str, Any]) -> dict[str, Any]:
@@ -320,7 +354,3 @@ def _loader_state(folder: Path) -> dict[str, Any]:
         except ValueError as error:
             raise CheckpointError(f"{path}: not valid JSON ({error}); use an older checkpoint") from error
     return state
-
-
-def _wait_for_all(groups: Groups) -> None:
-    dist.barrier(group=groups.host_world)

@@ -8,8 +8,8 @@ from collections.abc import Callable
 import torch
 from torch.distributed.tensor import DTensor
 
-from internvl_megatron.checkpoint.adapter_base import bit_sum
 from internvl_megatron.model.adapter import is_adapter
+from internvl_megatron.model.bit_sum import bit_sum
 from internvl_megatron.model.build import Model, is_split
 from internvl_megatron.model.vision_shards import local_shard
 from internvl_megatron.parallel.groups import Groups

@@ -376,9 +376,42 @@ class CheckpointConfig:
     save_every_steps: int | None = None
     """None = only at the end of the run."""
     keep_last: int = 2
+    """Of the finished checkpoints; milestones are kept besides."""
+    milestone_every_steps: int | None = None
+    """Checkpoints of these steps are kept for ever, and any layout can go on from them. None = no milestones."""
+    optimizer_format: Literal["same_layout", "layout_free"] = "same_layout"
+    """Of checkpoints that are neither milestones nor the run's last. Same layout: every rank writes what it has, and only the same
+    tensor and pipeline layout can go on from it. Layout-free: any can; before, optimizer state is gathered in host memory."""
+    asynchronous: bool = True
+    """Training goes on while files are written; False = it waits for them."""
+    max_wait_seconds: int = 600
+    """How long training waits for a checkpoint that is still being written, when the next is due or the run ends."""
+    verify: Literal["contents", "sizes"] = "contents"
+    """What is compared of a run's own checkpoint before it continues: checksums of all files, or their lengths alone."""
     load: str | None = None
     """Where to take the weights from when the run folder holds no checkpoint of its own: converted weights, a run (its
     newest checkpoint), or one checkpoint of a run."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BadStepConfig:
+    """Steps whose loss or gradient is not finite, or whose loss is far above those before. None of them changes a parameter."""
+
+    on_nonfinite: Literal["skip", "rewind", "stop"] = "skip"
+    """Skip: go on with the next step's data. Rewind: go back to the newest checkpoint, and on with data that were not seen yet.
+    Stop: end the run, with an error."""
+    on_spike: Literal["ignore", "skip", "rewind", "stop"] = "ignore"
+    spike_factor: float = 6.0
+    """A loss so many standard deviations above the mean of the steps before is a spike."""
+    spike_window_steps: int = 50
+    """Good steps in that mean; nothing is a spike before there are so many."""
+    num_bad_steps: int = 20
+    """So many in a row end the run."""
+    num_rewinds: int = 3
+    """A run that has to rewind once more ends."""
+    recheck_every_steps: int | None = None
+    """Compute the gradients of every so many steps twice and compare all bits; a difference ends the run and names the ranks. None =
+    never. For ranks that compute the same from the same: on GPUs some kernels do not."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -409,6 +442,7 @@ class RunConfig:
     mpo: MpoConfig = field(default_factory=MpoConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    bad_steps: BadStepConfig = field(default_factory=BadStepConfig)
     folder: str = "runs/default"
     """Everything the run writes: resolved config, metrics, checkpoints."""
     num_steps: int = 1000

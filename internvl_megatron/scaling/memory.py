@@ -48,6 +48,37 @@ def rank_bytes(config: RunConfig, plan: RunPlan) -> RankBytes:
     return RankBytes(weights, gradients, optimizer, _activations(config, plan, fullest))
 
 
+@dataclass(frozen=True)
+class SaveBytes:
+    """Host memory that saving takes on the rank that takes most, besides what the run has anyway."""
+
+    fast: float
+    """In the fast format: what the rank writes, once. It stays between saves."""
+    layout_free: float
+    """In the layout-free format: the optimizer state of the rank's whole parameters, gathered, and its share of the weights. Once
+    written, the former is freed."""
+
+
+def save_bytes(config: RunConfig, plan: RunPlan) -> SaveBytes:
+    """Host memory of a save, for AdamW; a parameter more or less, as ranks share out whole ones."""
+    layout, counts = plan.layout, parameter_counts(config.model)
+    kept = 4 + (8 if config.optimizer.moments == "fp32" else 4)  # an fp32 weight and two moments
+    weight = 2 if config.dtype == "bf16" else 4
+    language = max(stage_parameters(config.model, plan, stage) for stage in range(layout.pipeline_size))
+    copies = layout.data_size * layout.context_size
+    fast = language * (weight + kept) / copies
+    layout_free = language * (weight / copies + kept)
+    vision = counts.vision + counts.projector
+    if config.parallel.vision_sharding == "sharded":  # written as it is in both formats
+        shard = vision / (config.parallel.vision_shard_ranks or layout.world_size) * (weight + kept)
+        return SaveBytes(fast + shard, layout_free + shard)
+    per_rank = vision / plan.vision_layout.tensor_size
+    return SaveBytes(
+        fast + vision * (weight + kept) / layout.world_size,
+        layout_free + per_rank * kept + vision * weight / layout.world_size,
+    )
+
+
 def stage_parameters(model: ModelConfig, plan: RunPlan, stage: int) -> int:
     """Parameters of the language model on a rank of a pipeline stage."""
     language, layout = model.language, plan.layout

@@ -82,7 +82,7 @@ class UpdateResult:
     grad_norm: float
     """Norm over all parameters of both sides, before clipping."""
     updated: bool
-    """False where the norm was not finite: then neither side changed."""
+    """False where the step was bad: then neither side changed."""
 
 
 class JointOptimizer:
@@ -129,8 +129,8 @@ class JointOptimizer:
             optimizer.reload_model_params()
 
     @torch.no_grad()
-    def clip_and_step(self) -> UpdateResult:
-        """Clip by the joint norm and update both sides, or neither if the norm is not finite.
+    def clip_and_step(self, is_good: Callable[[float], bool] = math.isfinite) -> UpdateResult:
+        """Clip by the joint norm and update both sides, or neither if the norm is not finite or not good for another reason.
 
         In bf16 nothing else looks: without a loss scaler Megatron Core applies non-finite gradients.
         """
@@ -138,7 +138,7 @@ class JointOptimizer:
             optimizer.prepare_grads()
         # The one thing of an update that the host waits for.
         grad_norm = math.sqrt(float(torch.stack([self._squared_norm(side) for side in self.sides]).double().sum()))
-        if not math.isfinite(grad_norm):
+        if not (is_good(grad_norm) and math.isfinite(grad_norm)):
             return UpdateResult(grad_norm, updated=False)
         for optimizer in self.sides:
             parameters: list[torch.Tensor] = [*optimizer.get_parameters()]

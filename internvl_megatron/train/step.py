@@ -25,13 +25,16 @@ from torch import Tensor
 from internvl_megatron.config.schema import RunConfig
 from internvl_megatron.data.step_rows import StepRows
 from internvl_megatron.device import Device
+from internvl_megatron.model.bit_sum import bit_sum
 from internvl_megatron.model.build import Model
 from internvl_megatron.model.language import ImageTokens
+from internvl_megatron.model.vision_shards import local_shard
 from internvl_megatron.parallel.bubble_plan import BubblePlan
 from internvl_megatron.parallel.exchange import Exchange
 from internvl_megatron.parallel.groups import Groups
-from internvl_megatron.parallel.host import sum_floats
+from internvl_megatron.parallel.host import gather_integers, sum_floats
 from internvl_megatron.train.agreement import StepAgreement
+from internvl_megatron.train.bad_steps import BadStep, BadSteps
 from internvl_megatron.train.batch import device_row
 from internvl_megatron.train.bubble_encoder import BubbleEncoder
 from internvl_megatron.train.frozen_copy import FrozenCopy
@@ -63,7 +66,11 @@ class StepResult:
     grad_norm: float
     learning_rate: float
     updated: bool
-    """False if the gradient norm was not finite or there was nothing to learn from."""
+    """False if the step was bad (`bad_steps.py`), or there was nothing to learn from."""
+    bad: BadStep | None
+    """Why the parameters were left alone; None = the step was good."""
+    differing_ranks: list[int]
+    """Ranks that got other gradients when they computed them again; empty where nothing was computed again."""
     agreement: StepAgreement
     num_skipped_samples: int
     """Samples all leaders have left out since the run began."""
@@ -105,6 +112,7 @@ class Step:
         self.clock = PhaseClock(device)
         self._messages = PipelineMessages(groups.language.pp, model.language[0].config)
         is_mpo = config.loss.kind == "mpo"
+        self.bad_steps = BadSteps(config.bad_steps)
         self.objective: Objective = MixedPreference(config, groups, device) if is_mpo else NextToken(config, groups)
 
     def run(
@@ -124,8 +132,66 @@ class Step:
             num_skipped_samples: samples this replica's leader has left out so far; 0 on the other ranks.
             stop_requested: this rank was asked to stop; shared with all ranks through the result.
         """
+        every = self.config.bad_steps.recheck_every_steps
+        checks = every is not None and (step + 1) % every == 0
+        first_sum = self._rehearse(batch, step) if checks else None
         phase, kept = self.clock.phase, dict[int, Tensor]()
         self.clock.clear()
+        agreement, tiles_per_unit = self._gradients(batch, step, following, kept)
+        with phase("update"):
+            self._reduce(agreement)
+            own_sum = self._gradient_sum() if checks else None
+            totals = [self.exchange.sent_bytes, num_skipped_samples, float(stop_requested)]
+            totals += self.objective.sums(agreement, kept)
+            sent_bytes, num_skipped, num_stopping, *sums = sum_floats(totals, self.groups.host_world)
+            outcome = self.objective.outcome(sums)
+            if self.model.amax_histories is not None:
+                self.model.amax_histories.end_step(self.groups.language.tp_dp_cp)
+            rate, bad = self.optimizer.set_learning_rate(step), list[BadStep]()
+
+            def is_good(grad_norm: float) -> bool:
+                found = self.bad_steps.judge(outcome.loss, grad_norm)
+                bad.extend([] if found is None else [found])
+                return found is None
+
+            has_targets = agreement.row_weights.sum() > 0
+            update = self.optimizer.clip_and_step(is_good) if has_targets else UpdateResult(0.0, updated=False)
+            self.vision.gather_in_next_forward()
+            for chunk in self.language:
+                gather_in_next_forward(chunk)
+        differing = gather_integers(np.array([first_sum != own_sum]), self.groups.host_world) if checks else []
+        self.windows.wait()
+        return StepResult(
+            loss=outcome.loss,
+            grad_norm=update.grad_norm,
+            learning_rate=rate,
+            updated=update.updated,
+            bad=bad[0] if bad else None,
+            differing_ranks=[rank for rank, differs in enumerate(differing) if differs[0]],
+            agreement=agreement,
+            num_skipped_samples=int(num_skipped),
+            stop_requested=num_stopping > 0,
+            most_tiles_per_rank=int(tiles_per_unit.max()),
+            sent_bytes=int(sent_bytes),
+            preference=outcome.preference,
+            spans=self.clock.spans(),
+        )
+
+    def _gradients(
+        self, batch: StepRows, step: int, following: StepRows | None, kept: dict[int, Tensor]
+    ) -> tuple[StepAgreement, np.ndarray]:
+        """Forward and backward of all windows.
+
+        Args:
+            batch: see `run`.
+            step: see `run`.
+            following: see `run`.
+            kept: gets what the objective keeps of each row.
+
+        Returns:
+            What the ranks have agreed on, and the tiles each unit has encoded.
+        """
+        phase = self.clock.phase
         self.exchange.sent_bytes = 0
         self.vision.clear()
         for chunk in self.language:
@@ -153,34 +219,24 @@ class Step:
                 break
             with phase("plan"):
                 window = self.windows.after(window)
-        with phase("update"):
-            self._reduce(agreement)
-            if self.model.amax_histories is not None:
-                self.model.amax_histories.end_step(self.groups.language.tp_dp_cp)
-            rate = self.optimizer.set_learning_rate(step)
-            has_targets = agreement.row_weights.sum() > 0
-            update = self.optimizer.clip_and_step() if has_targets else UpdateResult(0.0, updated=False)
-            self.vision.gather_in_next_forward()
-            for chunk in self.language:
-                gather_in_next_forward(chunk)
-        totals = [self.exchange.sent_bytes, num_skipped_samples, float(stop_requested)]
-        totals += self.objective.sums(agreement, kept)
-        sent_bytes, num_skipped, num_stopping, *sums = sum_floats(totals, self.groups.host_world)
-        outcome = self.objective.outcome(sums)
+        return agreement, tiles_per_unit
+
+    def _rehearse(self, batch: StepRows, step: int) -> int:
+        """Compute a step's gradients and leave everything as it was; returns their sum on this rank."""
+        history = self.objective.history if isinstance(self.objective, MixedPreference) else None
+        agreement, _ = self._gradients(batch, step, None, {})
+        self._reduce(agreement)
         self.windows.wait()
-        return StepResult(
-            loss=outcome.loss,
-            grad_norm=update.grad_norm,
-            learning_rate=rate,
-            updated=update.updated,
-            agreement=agreement,
-            num_skipped_samples=int(num_skipped),
-            stop_requested=num_stopping > 0,
-            most_tiles_per_rank=int(tiles_per_unit.max()),
-            sent_bytes=int(sent_bytes),
-            preference=outcome.preference,
-            spans=self.clock.spans(),
-        )
+        if isinstance(self.objective, MixedPreference) and history is not None:
+            self.objective.history = history
+        return self._gradient_sum()
+
+    def _gradient_sum(self) -> int:
+        """Sum of the bits of this rank's reduced gradients, which tells any two apart that differ in one of them."""
+        gradients = [getattr(parameter, "main_grad", None) for _, parameter in self.model.named_parameters()]
+        if self.model.vision_mesh is not None:
+            gradients += [local_shard(p.grad) for _, p in self.model.named_parameters() if p.grad is not None]
+        return sum(bit_sum(gradient, gradient.dtype) for gradient in gradients if gradient is not None)
 
     def evaluate(self, batch: StepRows) -> float:
         """Loss of held-out rows, without drop path; collective over all ranks."""

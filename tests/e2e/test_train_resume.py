@@ -4,6 +4,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -134,6 +135,30 @@ def test_ctrl_c_stops_in_order_and_the_run_continues(data: Path, whole: Path, tm
     assert not list((tmp_path / "checkpoints").glob("*.writing"))
     assert _train(data, tmp_path).returncode == 0
     assert _losses(tmp_path) == _losses(whole)
+
+
+@pytest.mark.parametrize(("number", "has_launcher"), [(signal.SIGUSR1, True), (signal.SIGTERM, False)])
+def test_what_the_system_stops_has_saved_and_asks_to_be_started_again(
+    data: Path, tmp_path: Path, number: signal.Signals, has_launcher: bool
+) -> None:
+    """Under our launcher, and as a rank that torchrun or srun has started."""
+    one = ["parallel.tensor_size=1", "parallel.pipeline_size=1", "num_steps=400", "checkpoint.save_every_steps=null"]
+    command = _command(data, tmp_path, *one, "data.num_workers=0", ranks=1)
+    environment = dict(os.environ)
+    if not has_launcher:
+        command = command[:-2]
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        environment |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    _wait_for_step(tmp_path, 1, process)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 75, errors
+    (saved,) = folders.finished(tmp_path / "checkpoints")
+    assert 1 <= folders.read_info(saved).step < 400
 
 
 def test_a_killed_rank_ends_all_and_the_run_continues(data: Path, whole: Path, tmp_path: Path) -> None:

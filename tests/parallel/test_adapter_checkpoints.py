@@ -15,7 +15,6 @@ from checkpoint_convert.__main__ import main
 from checkpoint_convert.distributed_checkpoint import DistributedCheckpoint
 from checkpoint_convert.sources import AdapterSource, open_source
 from internvl_megatron.checkpoint import adapter_base, folders, save_load
-from internvl_megatron.checkpoint.adapter_base import bit_sum
 from internvl_megatron.checkpoint.weights import is_weights_folder
 from internvl_megatron.config.overrides import CONFIG_FILE, to_json
 from internvl_megatron.config.schema import LoraConfig, PartConfig, RunConfig
@@ -24,6 +23,7 @@ from internvl_megatron.device import open_device
 from internvl_megatron.errors import CheckpointError
 from internvl_megatron.launcher import RankFailedError
 from internvl_megatron.model.adapter import is_adapter
+from internvl_megatron.model.bit_sum import bit_sum
 from internvl_megatron.model.build import build_model
 from internvl_megatron.parallel.groups import make_groups
 from internvl_megatron.ranks import RankInfo, joined
