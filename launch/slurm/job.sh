@@ -1,0 +1,131 @@
+# shellcheck shell=bash
+# What the jobs beside it have in common: environment, container, steps that pass signals on, restarts. Sourced, not run.
+#
+# Read from the environment, all optional (`internvl-megatron launch` sets them):
+#   LAUNCH_FOLDER  where env.sh and slurm/ are (default: launch/ where the job was submitted)
+#   JOB_FOLDER     what belongs to this job: logs, node reports, its history (default: runs/slurm-ID)
+#   RUN_FOLDER     what training writes; its checkpoints tell whether an attempt got anywhere
+#   PYTHON         the interpreter (default: .venv/bin/python)
+#   CONTAINER      pyxis:IMAGE or apptainer:IMAGE; CONTAINER_MOUNTS, as either takes them: SRC:DST,SRC:DST
+#   NODE_COUNTS    numbers of nodes the layout fits, largest first; with fewer nodes than allotted the rest stays idle
+#   WATCHDOG_SECONDS       a step that writes nothing for so long is ended (default: 1800)
+#   MAX_IDLE_ATTEMPTS      attempts without a new checkpoint, after which the job gives up (default: 3)
+#   MASTER_ADDR, MASTER_PORT   where ranks meet (default: the first host of the step, a port that follows from the job's id)
+
+PYTHON=${PYTHON:-.venv/bin/python}
+JOB_FOLDER=${JOB_FOLDER:-runs/slurm-$SLURM_JOB_ID}
+ATTEMPT=$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}
+LOG_FOLDER=$JOB_FOLDER/logs/$ATTEMPT
+mkdir -p "$LOG_FOLDER"
+touch "$LOG_FOLDER/started"
+
+say() {
+    echo "$(date '+%Y-%m-%d %H:%M:%S') job $ATTEMPT: $*"
+}
+
+# The largest number of nodes that the layout fits and that there are.
+nodes=$SLURM_JOB_NUM_NODES
+for count in ${NODE_COUNTS:-}; do
+    if [ "$count" -le "$SLURM_JOB_NUM_NODES" ]; then
+        nodes=$count
+        break
+    fi
+done
+[ "$nodes" -eq "$SLURM_JOB_NUM_NODES" ] || say "$SLURM_JOB_NUM_NODES nodes allotted, the layout takes $nodes of them"
+
+step_options=() # for srun
+in_container=() # in front of the command
+case ${CONTAINER:-} in
+    '') ;;
+    pyxis:*)
+        step_options+=("--container-image=${CONTAINER#pyxis:}" "--container-workdir=$PWD"
+            "--container-mounts=${CONTAINER_MOUNTS:+$CONTAINER_MOUNTS,}$PWD:$PWD")
+        ;;
+    apptainer:*)
+        in_container=(apptainer exec --nv --pwd "$PWD" --bind "${CONTAINER_MOUNTS:+$CONTAINER_MOUNTS,}$PWD:$PWD"
+            "${CONTAINER#apptainer:}")
+        ;;
+    *)
+        say "CONTAINER=$CONTAINER: write pyxis:IMAGE or apptainer:IMAGE" >&2
+        exit 2
+        ;;
+esac
+
+# Ends the job's steps when none of its logs has grown for WATCHDOG_SECONDS: a hang that no time limit of a collective sees.
+watch_logs() {
+    local limit=${WATCHDOG_SECONDS:-1800} newest
+    while sleep $((limit < 120 ? limit / 4 + 1 : 30)); do
+        newest=$(find "$LOG_FOLDER" ${RUN_FOLDER:+"$RUN_FOLDER"} -maxdepth 1 -type f -printf '%T@\n' | sort -n | tail -n 1) || continue # a file that is just renamed
+        if [ $(($(date +%s) - ${newest%.*})) -gt "$limit" ]; then
+            say "nothing was written for $limit seconds: ending the step"
+            squeue --noheader --steps --jobs="$SLURM_JOB_ID" --format=%i | grep -v '[a-z]' | xargs --no-run-if-empty scancel
+            return
+        fi
+    done
+}
+
+# run_step NAME SRUN_OPTION... -- COMMAND...: one rank per task, a log for each; passes the signals on that this script gets.
+run_step() {
+    local name=$1 options=() step watchdog code signalled
+    shift
+    while [ "$1" != -- ]; do
+        options+=("$1")
+        shift
+    done
+    shift
+    # Block by block: tensor-parallel ranks are neighbours, so they stay inside a node.
+    srun --job-name="$name" --nodes="$nodes" --distribution=block:block --kill-on-bad-exit=1 \
+        --output="$LOG_FOLDER/$name-%t.log" ${step_options[@]+"${step_options[@]}"} ${options[@]+"${options[@]}"} \
+        ${in_container[@]+"${in_container[@]}"} "$@" &
+    step=$!
+    watch_logs &
+    watchdog=$!
+    trap 'say "the time limit is near: the run saves and stops"; kill -USR1 "$step"; signalled=yes' USR1
+    trap 'say "asked to stop"; kill -TERM "$step"; signalled=yes' TERM
+    while :; do # a signal ends `wait`, not the step
+        code=0 signalled=
+        wait "$step" || code=$?
+        [ -n "$signalled" ] || break
+    done
+    trap - USR1 TERM
+    kill "$watchdog" 2>/dev/null || true
+    return "$code"
+}
+
+newest_checkpoint() {
+    [ -n "${RUN_FOLDER:-}" ] || return 0
+    find "$RUN_FOLDER/checkpoints" -maxdepth 1 -regex '.*/step-[0-9]+' -printf '%f\n' 2>/dev/null | sort | tail -n 1
+}
+
+# Counts attempts since the newest checkpoint changed, and gives up when there were too many.
+count_attempt() {
+    local newest last=- idle=0
+    newest=$(newest_checkpoint)
+    [ ! -f "$JOB_FOLDER/progress" ] || read -r last idle <"$JOB_FOLDER/progress"
+    [ "${newest:-none}" = "$last" ] && idle=$((idle + 1)) || idle=0
+    echo "${newest:-none} $idle" >"$JOB_FOLDER/progress.writing"
+    mv "$JOB_FOLDER/progress.writing" "$JOB_FOLDER/progress"
+    say "on $nodes of $SLURM_JOB_NUM_NODES nodes ($SLURM_JOB_NODELIST), from checkpoint ${newest:-none}"
+    if [ "$idle" -ge "${MAX_IDLE_ATTEMPTS:-3}" ]; then
+        say "$idle attempts in a row ended before a new checkpoint: giving up; see $JOB_FOLDER/logs" >&2
+        exit 1
+    fi
+}
+
+# Back into the queue as the same job, or as a new one where nodes are to be left out or the site forbids requeueing.
+start_again() {
+    local exclude=() new
+    if [ -s "$JOB_FOLDER/excluded_nodes" ]; then
+        exclude=("--exclude=$(sort -u "$JOB_FOLDER/excluded_nodes" | paste -sd,)")
+    elif scontrol requeue "$SLURM_JOB_ID"; then
+        sleep 60 # the end comes from outside
+        return
+    fi
+    if [ ! -f "$JOB_FOLDER/job.sbatch" ]; then
+        say "cannot be requeued: submit it again" >&2
+        return
+    fi
+    new=$(sbatch --parsable --dependency="afterany:$SLURM_JOB_ID" ${exclude[@]+"${exclude[@]}"} "$JOB_FOLDER/job.sbatch")
+    echo "${new%%;*}" >>"$JOB_FOLDER/jobs"
+    say "goes on as job ${new%%;*} ${exclude[*]:-}"
+}
