@@ -16,8 +16,11 @@ from internvl_megatron.parallel.layout import Layout
 from internvl_megatron.recipe_report import layout_and_memory
 from internvl_megatron.scaling.memory import USED_SHARE, rank_bytes
 
+TABLES = ("any", "pretrain", "sft", "mpo")
+"""Of a settings file: for every recipe, or for those of a stage."""
 LONGEST_NOTICE_SECONDS = 24 * 3600
-_TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<hours>\d+):(?P<minutes>\d\d)(?::(?P<seconds>\d\d))?|(?P<only_minutes>\d+)")
+_DAYS = re.compile(r"(\d+)-(\d+)(?::(\d+))?(?::(\d+))?")
+_CLOCK = re.compile(r"(?:(?:(\d+):)?(\d+):(\d+)|(\d+))")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,12 +62,12 @@ def requested_config(recipe: str, num_ranks: int, settings: Path | None, overrid
     Raises:
         ConfigError: there is no such recipe, file or setting.
     """
-    from_file = [] if settings is None else settings_of(settings, num_ranks)
+    from_file = [] if settings is None else settings_of(settings, recipe, num_ranks)
     return apply_overrides(find_recipe(recipe, num_ranks), [*from_file, *overrides])
 
 
-def settings_of(path: Path, num_ranks: int) -> list[str]:
-    """Overrides that a settings file has for a number of GPUs: `[gpus.64]`, a table of settings.
+def settings_of(path: Path, recipe: str, num_ranks: int) -> list[str]:
+    """Overrides that a settings file has for a recipe on a number of GPUs: tables `[any.64]` and, after it, `[sft.64]`.
 
     Raises:
         ConfigError: the file cannot be read, or has no table for this number; names those it has.
@@ -73,15 +76,18 @@ def settings_of(path: Path, num_ranks: int) -> list[str]:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: cannot be read as TOML ({error})") from error
-    tables = content.get("gpus")
-    unknown = sorted(content.keys() - {"gpus"})
-    if not isinstance(tables, dict) or unknown:
-        raise ConfigError(f"{path}: expected tables [gpus.NUMBER] only, found {', '.join(unknown) or 'none'}")
-    table = tables.get(str(num_ranks))
-    if not isinstance(table, dict):
-        known = ", ".join(sorted(tables, key=lambda name: (len(name), name)))
-        raise ConfigError(f"{path}: has nothing for {num_ranks} GPUs, only for {known}; add [gpus.{num_ranks}], or leave it out")
-    return [f"{name}={_text(value)}" for name, value in _flat(table, "")]
+    wrong = [name for name, tables in content.items() if name not in TABLES or not _is_table_of_tables(tables)]
+    if wrong:
+        raise ConfigError(f"{path}: {wrong[0]!r}: expected tables [STAGE.GPUS], with a stage of {', '.join(TABLES)}")
+    found = [content.get(stage, {}).get(str(num_ranks)) for stage in ("any", recipe.rpartition("_")[2])]
+    if found == [None, None]:
+        known = ", ".join(map(str, sorted({int(name) for tables in content.values() for name in tables})))
+        raise ConfigError(f"{path}: has nothing for {num_ranks} GPUs, only for {known}; add [any.{num_ranks}], or leave --settings out")
+    return [f"{name}={_text(value)}" for table in found if table is not None for name, value in _flat(table, "")]
+
+
+def _is_table_of_tables(value: Any) -> bool:
+    return isinstance(value, dict) and all(name.isdecimal() and isinstance(table, dict) for name, table in value.items())
 
 
 def _flat(table: dict[str, Any], path: str) -> list[tuple[str, Any]]:
@@ -140,7 +146,7 @@ def _request_problems(request: JobRequest) -> list[str]:
     if request.time is not None:
         seconds = time_seconds(request.time)
         if seconds is None:
-            problems.append(f"--time {request.time}: write it as [DAYS-]HOURS:MINUTES[:SECONDS], or as minutes")
+            problems.append(f"--time {request.time}: write it as MINUTES, HOURS:MINUTES:SECONDS or DAYS-HOURS")
         elif seconds <= request.notice_seconds:
             problems.append(
                 f"--time {request.time} is over before the run is told to save, --notice-seconds {request.notice_seconds} "
@@ -159,12 +165,14 @@ def _request_problems(request: JobRequest) -> list[str]:
 
 
 def time_seconds(text: str) -> int | None:
-    """Seconds of a time limit as sbatch takes it; None = it is not one, or one this program does not need (MINUTES:SECONDS)."""
-    found = _TIME.fullmatch(text)
-    if found is None:
-        return None
-    days, hours, minutes, seconds, only_minutes = (int(part or 0) for part in found.groups())
-    return ((days * 24 + hours) * 60 + minutes + only_minutes) * 60 + seconds
+    """Seconds of a time limit as sbatch takes it: 90 or 90:00 (minutes), 1:30:00, 2-12 (days and hours), 2-12:30:00; else None."""
+    if (found := _DAYS.fullmatch(text)) is not None:
+        days, hours, minutes, seconds = (int(part or 0) for part in found.groups())
+        return ((days * 24 + hours) * 60 + minutes) * 60 + seconds
+    if (found := _CLOCK.fullmatch(text)) is not None:
+        hours, minutes, seconds, only_minutes = (int(part or 0) for part in found.groups())
+        return (hours * 60 + minutes + only_minutes) * 60 + seconds
+    return None
 
 
 def _placement_problems(layout: Layout, request: JobRequest) -> list[str]:
