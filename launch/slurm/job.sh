@@ -8,6 +8,8 @@
 #   PYTHON         the interpreter (default: .venv/bin/python)
 #   CONTAINER      pyxis:IMAGE or apptainer:IMAGE; CONTAINER_MOUNTS, as either takes them: SRC:DST,SRC:DST
 #   NODE_COUNTS    numbers of nodes the layout fits, largest first; with fewer nodes than allotted the rest stays idle
+#   PREFLIGHT      on (default): look at the nodes first; bandwidth: and time their network; off
+#   EXPECTED_GPUS  GPUs of a node; INSIDE_GBS, BETWEEN_GBS: all-reduce bandwidth expected inside and between nodes
 #   WATCHDOG_SECONDS       a step that writes nothing for so long is ended (default: 1800)
 #   MAX_IDLE_ATTEMPTS      attempts without a new checkpoint, after which the job gives up (default: 3)
 #   MASTER_ADDR, MASTER_PORT   where ranks meet (default: the first host of the step, a port that follows from the job's id)
@@ -16,6 +18,7 @@ PYTHON=${PYTHON:-.venv/bin/python}
 JOB_FOLDER=${JOB_FOLDER:-runs/slurm-$SLURM_JOB_ID}
 ATTEMPT=$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}
 LOG_FOLDER=$JOB_FOLDER/logs/$ATTEMPT
+export LOG_FOLDER
 mkdir -p "$LOG_FOLDER"
 touch "$LOG_FOLDER/started"
 
@@ -65,8 +68,9 @@ watch_logs() {
 }
 
 # run_step NAME SRUN_OPTION... -- COMMAND...: one rank per task, a log for each; passes the signals on that this script gets.
+# Returns the exit code of the rank that ended badly first.
 run_step() {
-    local name=$1 options=() step watchdog code signalled
+    local name=$1 options=() step watchdog code signalled first host
     shift
     while [ "$1" != -- ]; do
         options+=("$1")
@@ -76,6 +80,7 @@ run_step() {
     # Block by block: tensor-parallel ranks are neighbours, so they stay inside a node.
     srun --job-name="$name" --nodes="$nodes" --distribution=block:block --kill-on-bad-exit=1 \
         --output="$LOG_FOLDER/$name-%t.log" ${step_options[@]+"${step_options[@]}"} ${options[@]+"${options[@]}"} \
+        --export="ALL,STEP_NAME=$name" bash "$LAUNCH_FOLDER/slurm/rank.sh" \
         ${in_container[@]+"${in_container[@]}"} "$@" &
     step=$!
     watch_logs &
@@ -89,12 +94,19 @@ run_step() {
     done
     trap - USR1 TERM
     kill "$watchdog" 2>/dev/null || true
+    if [ "$code" -ne 0 ]; then # what came first is the reason; by the clock of the file system
+        first=$(find "$LOG_FOLDER" -name "exit-$name-*" -printf '%T@ %p\n' | sort -n | head -n 1)
+        if [ -n "$first" ]; then
+            read -r code host <"${first#* }"
+            say "$name: rank ${first##*-} on $host ended first, with exit code $code"
+        fi
+    fi
     return "$code"
 }
 
 newest_checkpoint() {
-    [ -n "${RUN_FOLDER:-}" ] || return 0
-    find "$RUN_FOLDER/checkpoints" -maxdepth 1 -regex '.*/step-[0-9]+' -printf '%f\n' 2>/dev/null | sort | tail -n 1
+    [ -d "${RUN_FOLDER:-}/checkpoints" ] || return 0
+    find "$RUN_FOLDER/checkpoints" -maxdepth 1 -regex '.*/step-[0-9]+' -printf '%f\n' | sort | tail -n 1
 }
 
 # Counts attempts since the newest checkpoint changed, and gives up when there were too many.
@@ -128,4 +140,34 @@ start_again() {
     new=$(sbatch --parsable --dependency="afterany:$SLURM_JOB_ID" ${exclude[@]+"${exclude[@]}"} "$JOB_FOLDER/job.sbatch")
     echo "${new%%;*}" >>"$JOB_FOLDER/jobs"
     say "goes on as job ${new%%;*} ${exclude[*]:-}"
+}
+
+# Looks at all nodes; those that are not fit are written down, and the job goes on without them as another one.
+preflight() {
+    local reports=$LOG_FOLDER/nodes started bad code=0
+    started=$(date +%s)
+    # A node that cannot even run this has no report.
+    srun --job-name=preflight --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 \
+        --output="$LOG_FOLDER/nodes-%t.log" ${step_options[@]+"${step_options[@]}"} ${in_container[@]+"${in_container[@]}"} \
+        "$PYTHON" -m tools.preflight node "$reports" --run-folder "${RUN_FOLDER:-$JOB_FOLDER}" \
+        ${EXPECTED_GPUS:+--gpus "$EXPECTED_GPUS"} || say "preflight ended with exit code $?"
+    if [ "$PREFLIGHT" = bandwidth ]; then
+        run_step bandwidth -- "$PYTHON" -m tools.preflight bandwidth "$reports" || say "the network could not be timed"
+    fi
+    bad=$(srun --job-name=judge --nodes=1 --ntasks=1 ${step_options[@]+"${step_options[@]}"} \
+        ${in_container[@]+"${in_container[@]}"} "$PYTHON" -m tools.preflight judge "$reports" --started "$started" \
+        --hosts "$(scontrol show hostnames "$SLURM_JOB_NODELIST" | paste -sd,)" \
+        ${INSIDE_GBS:+--inside-gbs "$INSIDE_GBS"} ${BETWEEN_GBS:+--between-gbs "$BETWEEN_GBS"}) || code=$?
+    case $code in
+        0) return ;;
+        1) ;;
+        *)
+            say "the nodes could not be judged (exit code $code); PREFLIGHT=off goes on without" >&2
+            exit 2
+            ;;
+    esac
+    echo "$bad" >>"$JOB_FOLDER/excluded_nodes"
+    say "bad nodes: $(echo "$bad" | paste -sd,)"
+    start_again
+    exit 1
 }

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from internvl_megatron.checkpoint import folders
-from tests.support.slurm_cluster import SlurmCluster, slurm_cluster, wait_until
+from tests.support.slurm_cluster import SlurmCluster, restarted, slurm_cluster, wait_until
 from tools.prepare_demo import Amounts, prepare
 
 pytestmark = [pytest.mark.slow, pytest.mark.parallel]
@@ -95,10 +95,8 @@ def wait_for_attempt(cluster: SlurmCluster, job_id: str, run: Path, restarts: in
     """Wait until a requeued job runs again, without the two minutes that SLURM lets it wait."""
 
     def runs_again() -> bool:
-        state = cluster.state(job_id)
-        if state == "PENDING" and cluster.field(job_id, "Reason") == "BeginTime":
-            cluster.run("scontrol", "update", f"jobid={job_id}", "StartTime=now")
-        return state == "RUNNING" and int(cluster.field(job_id, "Restarts")) == restarts
+        restarted(cluster, job_id)
+        return cluster.state(job_id) == "RUNNING" and int(cluster.field(job_id, "Restarts")) == restarts
 
     wait_until(runs_again, 180, lambda: f"{cluster.run('scontrol', 'show', 'job', job_id)}\n{job_log(run)}")
 

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from datetime import datetime, timedelta
 from pathlib import Path
 
 import psutil
@@ -166,3 +167,11 @@ def _free_ports(count: int) -> list[int]:
     for one in sockets:
         one.close()
     return ports
+
+
+def restarted(cluster: SlurmCluster, job_id: str) -> None:
+    """Let a requeued job begin soon: SLURM lets it wait two minutes. In the same second its nodes would still refuse it."""
+    if cluster.state(job_id) == "PENDING" and cluster.field(job_id, "Reason") == "BeginTime":
+        begins = cluster.field(job_id, "StartTime")
+        if begins != "Unknown" and datetime.fromisoformat(begins) > datetime.now() + timedelta(seconds=10):
+            cluster.run("scontrol", "update", f"jobid={job_id}", "StartTime=now+2")
