@@ -1,7 +1,7 @@
 # `make demo` and `make test` are the two commands; each sets up $(VENV) on first use.
 #   make demo FRESH=1    train again from the start          make test ARGS="-k packing"    choose tests
 #   make ... VENV=path   use another virtual environment     make ... PYTHON=path           build it with this Python
-# `make real-weights` fetches trained weights (180 MB) and tests the converters with them.
+# `make real-weights` fetches trained weights (180 MB) and tests the converters with them. `make slurm` tests jobs in a real SLURM.
 
 VENV ?= .venv
 PY := $(VENV)/bin/python
@@ -31,7 +31,7 @@ WORKERS ?= 2
 # This checkout comes first even when $(VENV) was set up from another one.
 RUN = PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}" $(PY)
 
-.PHONY: setup demo test real-weights lint clean
+.PHONY: setup demo test real-weights slurm lint clean
 
 setup: $(STAMP)
 
@@ -43,6 +43,10 @@ test: $(STAMP)
 
 real-weights: $(WEIGHTS_STAMP)
 	$(RUN) -m pytest -m slow -rs tests/real_weights $(ARGS)
+
+# Debian's SLURM (apt-get install slurm-wlm), started and ended by the tests; without it they fail.
+slurm: $(STAMP)
+	$(RUN) -m pytest -m slow tests/e2e/test_slurm_jobs.py tests/e2e/test_slurm.py $(ARGS)
 
 lint: $(STAMP)
 	$(PY) -m ruff check .

@@ -84,7 +84,9 @@ def tasks_per_node(text: str) -> list[int]:
     for part in text.split(","):
         match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part)
         if match is None:
-            raise ConfigError(f"environment: {text!r} does not say how many tasks nodes have, as in 8(x2),4; srun sets it")
+            raise ConfigError(
+                f"environment: {text!r} does not say how many tasks nodes have, as in 8(x2),4; srun sets it"
+            )
         tasks += [int(match[1])] * int(match[2] or 1)
     return tasks
 
@@ -97,7 +99,9 @@ def first_host(text: str) -> str:
     """
     match = re.match(r"([^\[\],]+)(?:\[(\w+)[^\]]*\]([^\[\],]*))?", text)
     if match is None:
-        raise ConfigError(f"environment: the list of hosts {text!r} has no first one; set MASTER_ADDR to rank 0's host")
+        raise ConfigError(
+            f"environment: the list of hosts {text!r} has no first one; set MASTER_ADDR to rank 0's host"
+        )
     return "".join(part or "" for part in match.groups())
 
 
@@ -153,7 +157,9 @@ class _Variables:
 
     def text(self, name: str) -> str:
         if name not in self.environment:
-            raise ConfigError(f"environment: {name} is not set, but others of its kind are; torchrun, srun and mpirun set it")
+            raise ConfigError(
+                f"environment: {name} is not set, but others of its kind are; torchrun, srun and mpirun set it"
+            )
         return self.environment[name]
 
     def number(self, name: str) -> int:

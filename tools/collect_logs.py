@@ -83,7 +83,9 @@ def report(folder: Path) -> str:
     lines = [f"{folder}: {len(logs)} ranks", ""]
     if found:
         first = found[0]
-        lines += [f"rank {first.rank} on {first.host} ended first, with exit code {first.code} ({meaning(first.code)}):"]
+        lines += [
+            f"rank {first.rank} on {first.host} ended first, with exit code {first.code} ({meaning(first.code)}):"
+        ]
         last = _read(logs[first.rank]).rstrip().splitlines()[-LINES_OF_A_FAILURE:] if first.rank in logs else []
         lines += [*(f"    {line}" for line in last), ""]
         lines += [*_others(found[1:], first.when, logs), ""]
@@ -104,7 +106,12 @@ def endings(folder: Path) -> list[Ending]:
 
 def meaning(code: int) -> str:
     """What an exit code of a rank says."""
-    known = {1: "failed", 2: "a setting or a file is wrong", 75: "the system stopped it, it has saved", 130: "a person stopped it"}
+    known = {
+        1: "failed",
+        2: "a setting or a file is wrong",
+        75: "the system stopped it, it has saved",
+        130: "a person stopped it",
+    }
     if code in (137, 9):
         return "killed; if nobody did, the node ran out of memory"
     return known.get(code, f"signal {code - 128}" if code > 128 else "failed")

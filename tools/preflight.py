@@ -87,7 +87,9 @@ def node_report(run_folder: Path, num_gpus: int | None) -> dict[str, Any]:
     gpus, problems = _gpus() if num_gpus is not None else ([], [])
     if num_gpus is not None and len(gpus) != num_gpus:
         problems.append(f"{len(gpus)} GPUs, {num_gpus} expected")
-    problems += [f"GPU {index}: {gpu['errors']} uncorrected memory errors" for index, gpu in enumerate(gpus) if gpu["errors"]]
+    problems += [
+        f"GPU {index}: {gpu['errors']} uncorrected memory errors" for index, gpu in enumerate(gpus) if gpu["errors"]
+    ]
     free_bytes = 0
     try:
         run_folder.mkdir(parents=True, exist_ok=True)
@@ -96,7 +98,9 @@ def node_report(run_folder: Path, num_gpus: int | None) -> dict[str, Any]:
         probe.unlink()
         free_bytes = shutil.disk_usage(run_folder).free
         if free_bytes < FEWEST_FREE_BYTES:
-            problems.append(f"{run_folder} has {free_bytes / 1e9:.1f} GB left, less than {FEWEST_FREE_BYTES / 1e9:.0f}")
+            problems.append(
+                f"{run_folder} has {free_bytes / 1e9:.1f} GB left, less than {FEWEST_FREE_BYTES / 1e9:.0f}"
+            )
     except OSError as error:
         problems.append(f"{run_folder} cannot be written ({error.strerror})")
     return {
@@ -166,6 +170,7 @@ def measure(info: RankInfo, reports: Path, message_bytes: int) -> None:
     import torch.distributed as dist
 
     from internvl_megatron.device import open_device
+
     device, per_node = open_device("auto", info.local_rank), info.local_world_size
     num_nodes, node = info.world_size // per_node, info.rank // per_node
     with joined(info, device, timeout_seconds=300):
@@ -173,8 +178,11 @@ def measure(info: RankInfo, reports: Path, message_bytes: int) -> None:
 
         def speed(groups: list[list[int]]) -> float | None:
             """GB/s of this rank's group, in the convention of NCCL's tests (bus bandwidth); None if it is in none."""
-            made = [dist.new_group(ranks) for ranks in groups]
-            mine = next((group for group, ranks in zip(made, groups, strict=True) if info.rank in ranks), None)
+            mine = None
+            for ranks in groups:
+                group = dist.new_group(ranks)  # every rank takes part in making every group
+                if isinstance(group, dist.ProcessGroup) and info.rank in ranks:
+                    mine = group
             members = next((len(ranks) for ranks in groups if info.rank in ranks), 1)
             seconds = []
             for _ in range(4):  # the first one connects
@@ -210,7 +218,9 @@ def _gpus() -> tuple[list[dict[str, Any]], list[str]]:
     gpus = []
     for line in done.stdout.splitlines():
         name, memory, errors, driver = (part.strip() for part in line.split(","))
-        gpus.append({"name": name, "memory": memory, "errors": int(errors) if errors.isdecimal() else 0, "driver": driver})
+        gpus.append(
+            {"name": name, "memory": memory, "errors": int(errors) if errors.isdecimal() else 0, "driver": driver}
+        )
     return gpus, []
 
 

@@ -6,16 +6,22 @@ import shutil
 import time
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import get_args
 
 from internvl_megatron.checkpoint import folders
 from internvl_megatron.cluster import slurm
 from internvl_megatron.cluster.job_folder import SCRIPT, job_ids, newest_job, record_id, write_job
-from internvl_megatron.cluster.request import JobRequest, check, describe, requested_config
+from internvl_megatron.cluster.request import JobRequest, Preflight, check, describe, requested_config
 from internvl_megatron.config.overrides import CONFIG_FILE, from_json
 from internvl_megatron.errors import UserError
 from internvl_megatron.metrics import METRICS_FILE
 
-ENDS = {"0": "finished", "2": "a setting or a file is wrong", "75": "stopped by the system, saved", "130": "stopped by a person"}
+ENDS = {
+    "0": "finished",
+    "2": "a setting or a file is wrong",
+    "75": "stopped by the system, saved",
+    "130": "stopped by a person",
+}
 """Exit codes of `train`, for people."""
 
 
@@ -37,7 +43,12 @@ def add_parsers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     launch.add_argument("--python", help="interpreter of the job (default: this one; in a container, python3)")
     launch.add_argument("--memory-gb", type=float, default=80.0, help="of a GPU (default: 80)")
     launch.add_argument("--sbatch", action="append", default=[], metavar="=--OPTION=VALUE", help="handed on to sbatch")
-    launch.add_argument("--no-preflight", dest="preflight", action="store_false", help="do not look at the nodes first")
+    launch.add_argument(
+        "--preflight",
+        choices=get_args(Preflight),
+        default="on",
+        help="look at the nodes first, and time their network or not (default: on)",
+    )
     launch.add_argument("--dry-run", action="store_true", help="check, write the job's folder, and submit nothing")
     launch.set_defaults(run=_launch)
 
@@ -79,7 +90,9 @@ def _launch(options: argparse.Namespace) -> int:
     if slurm.is_here():
         _refuse_second(Path(config.folder))
     elif not options.dry_run:
-        raise UserError("sbatch: not found: SLURM is not on this machine; launch where jobs are submitted, or give --dry-run")
+        raise UserError(
+            "sbatch: not found: SLURM is not on this machine; launch where jobs are submitted, or give --dry-run"
+        )
     job = write_job(config, request, counts)
     if slurm.is_here():
         try:
@@ -128,7 +141,9 @@ def _status(options: argparse.Namespace) -> int:
     ends = job / "ends"
     for line in ends.read_text().splitlines() if ends.is_file() else []:
         when, attempt, code = line.split()
-        print(f"attempt {attempt}: {ENDS.get(code, f'failed with exit code {code}')}, {datetime.fromtimestamp(int(when), UTC):%F %T} UTC")
+        print(
+            f"attempt {attempt}: {ENDS.get(code, f'failed with exit code {code}')}, {datetime.fromtimestamp(int(when), UTC):%F %T} UTC"
+        )
     excluded = job / "excluded_nodes"
     if excluded.is_file():
         print(f"left out: {', '.join(sorted(set(excluded.read_text().split())))}")
@@ -157,7 +172,9 @@ def _logs(options: argparse.Namespace) -> int:
         raise UserError(f"{options.run_folder}: its job has not started yet; `status` says why")
     path = attempts[-1] / f"train-{options.rank}.log"
     if not path.is_file():
-        raise UserError(f"{path}: no such log; the ranks of that attempt are 0 to {len(list(path.parent.glob('train-*'))) - 1}")
+        raise UserError(
+            f"{path}: no such log; the ranks of that attempt are 0 to {len(list(path.parent.glob('train-*'))) - 1}"
+        )
     print(f"{path}:")
     with path.open(encoding="utf-8", errors="replace") as file:
         print("".join(file.readlines()[-options.lines :]), end="")
@@ -171,7 +188,9 @@ def _stop(options: argparse.Namespace) -> int:
     job = newest_job(options.run_folder)
     alive = [one for one in slurm.queued(job_ids(job)) if not one.is_over]
     if not alive:
-        raise UserError(f"{options.run_folder}: none of its jobs ({', '.join(job_ids(job)) or 'none'}) is waiting or running")
+        raise UserError(
+            f"{options.run_folder}: none of its jobs ({', '.join(job_ids(job)) or 'none'}) is waiting or running"
+        )
     for one in alive:
         if one.state == "RUNNING" and not options.now:
             slurm.cancel(one.id, "INT")  # what Ctrl-C is: the run saves, and is not started again

@@ -1,7 +1,7 @@
 """A job's folder: everything that says what ran, and the script that runs it.
 
-    RUN/jobs/0001/   job.sbatch, launch/ (as it was), config.json, commit.txt, changes.patch, environment.txt,
-                     jobs (ids), ends (how every attempt ended), progress, logs/JOB-ATTEMPT/train-RANK.log, slurm-JOB.log
+RUN/jobs/0001/   job.sbatch, launch/ (as it was), config.json, commit.txt, changes.patch, environment.txt,
+                 jobs (ids), ends (how every attempt ended), progress, logs/JOB-ATTEMPT/train-RANK.log, slurm-JOB.log
 """
 
 import importlib.metadata
@@ -24,7 +24,9 @@ JOBS = "jobs"
 SCRIPT = "job.sbatch"
 IDS_FILE = "jobs"
 CHECKOUT = Path(__file__).resolve().parents[2]
-RECORDED = re.compile(r"(CUDA|FI|GLOO|HF_HUB|MASTER|MKL|NCCL|NVTE|OMP|ONEDNN|PYTHON|PYTORCH|SLURM|TORCH|UCX)_\w+|PYTHON\w*")
+RECORDED = re.compile(
+    r"(CUDA|FI|GLOO|HF_HUB|MASTER|MKL|NCCL|NVTE|OMP|ONEDNN|PYTHON|PYTORCH|SLURM|TORCH|UCX)_\w+|PYTHON\w*"
+)
 """Environment variables that are written down: what the numerics and the network depend on, and nothing that is secret."""
 
 
@@ -36,7 +38,9 @@ def newest_job(run_folder: Path) -> Path:
     """
     jobs = _numbered(run_folder / JOBS)
     if not jobs:
-        raise ConfigError(f"{run_folder}: no job was launched there ({run_folder / JOBS} has none); give the run's folder")
+        raise ConfigError(
+            f"{run_folder}: no job was launched there ({run_folder / JOBS} has none); give the run's folder"
+        )
     return jobs[-1]
 
 
@@ -77,7 +81,9 @@ def write_job(config: RunConfig, request: JobRequest, counts: list[int]) -> Path
         (writing / SCRIPT).write_text(script(config, request, counts, target))
         writing.rename(target)
     except OSError as error:
-        raise ConfigError(f"{root}: the job's folder cannot be written ({error}); choose another (folder=PATH)") from error
+        raise ConfigError(
+            f"{root}: the job's folder cannot be written ({error}); choose another (folder=PATH)"
+        ) from error
     return target
 
 
@@ -108,9 +114,13 @@ def script(config: RunConfig, request: JobRequest, counts: list[int], job: Path)
         "CONTAINER": request.container,
         "CONTAINER_MOUNTS": request.container_mounts,
         "EXPECTED_GPUS": None if config.device == "cpu" else request.gpus_per_node,
-        "PREFLIGHT": "on" if request.preflight else "off",
+        "PREFLIGHT": request.preflight,
     }
-    lines = [f"#SBATCH --{name}" + (f"={value}" if value != "" else "") for name, value in options.items() if value is not None]
+    lines = [
+        f"#SBATCH --{name}" + (f"={value}" if value != "" else "")
+        for name, value in options.items()
+        if value is not None
+    ]
     exports = [f"export {name}={shlex.quote(str(value))}" for name, value in variables.items() if value is not None]
     return "\n".join(
         [

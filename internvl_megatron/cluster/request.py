@@ -5,7 +5,7 @@ import tomllib
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from internvl_megatron.config.overrides import apply_overrides
 from internvl_megatron.config.plan import RunPlan, plan
@@ -16,6 +16,7 @@ from internvl_megatron.parallel.layout import Layout
 from internvl_megatron.recipe_report import layout_and_memory
 from internvl_megatron.scaling.memory import USED_SHARE, rank_bytes
 
+Preflight = Literal["on", "bandwidth", "off"]
 TABLES = ("any", "pretrain", "sft", "mpo")
 """Of a settings file: for every recipe, or for those of a stage."""
 LONGEST_NOTICE_SECONDS = 24 * 3600
@@ -43,8 +44,8 @@ class JobRequest:
     container_mounts: str | None = None
     python: str | None = None
     """Interpreter of the job; None = the one that launches, or `python3` in a container."""
-    preflight: bool = True
-    """Look at the nodes before the run starts."""
+    preflight: Preflight = "on"
+    """Look at the nodes before the run starts; `bandwidth`: and time their network."""
     memory_gb: float = 80.0
     """Memory of a GPU."""
     sbatch_options: tuple[str, ...] = field(default=())
@@ -82,12 +83,16 @@ def settings_of(path: Path, recipe: str, num_ranks: int) -> list[str]:
     found = [content.get(stage, {}).get(str(num_ranks)) for stage in ("any", recipe.rpartition("_")[2])]
     if found == [None, None]:
         known = ", ".join(map(str, sorted({int(name) for tables in content.values() for name in tables})))
-        raise ConfigError(f"{path}: has nothing for {num_ranks} GPUs, only for {known}; add [any.{num_ranks}], or leave --settings out")
+        raise ConfigError(
+            f"{path}: has nothing for {num_ranks} GPUs, only for {known}; add [any.{num_ranks}], or leave --settings out"
+        )
     return [f"{name}={_text(value)}" for table in found if table is not None for name, value in _flat(table, "")]
 
 
 def _is_table_of_tables(value: Any) -> bool:
-    return isinstance(value, dict) and all(name.isdecimal() and isinstance(table, dict) for name, table in value.items())
+    return isinstance(value, dict) and all(
+        name.isdecimal() and isinstance(table, dict) for name, table in value.items()
+    )
 
 
 def _flat(table: dict[str, Any], path: str) -> list[tuple[str, Any]]:

@@ -27,7 +27,15 @@ class QueuedJob:
     @property
     def is_over(self) -> bool:
         """SLURM remembers a job for some minutes after its end."""
-        return self.state not in {"PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "REQUEUED", "SUSPENDED", "STOPPED"}
+        return self.state not in {
+            "PENDING",
+            "CONFIGURING",
+            "RUNNING",
+            "COMPLETING",
+            "REQUEUED",
+            "SUSPENDED",
+            "STOPPED",
+        }
 
 
 def is_here() -> bool:

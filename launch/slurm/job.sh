@@ -36,6 +36,7 @@ for count in ${NODE_COUNTS:-}; do
 done
 [ "$nodes" -eq "$SLURM_JOB_NUM_NODES" ] || say "$SLURM_JOB_NUM_NODES nodes allotted, the layout takes $nodes of them"
 
+: "${SLURM_NTASKS_PER_NODE:?sbatch needs --ntasks-per-node}"
 step_options=() # for srun
 in_container=() # in front of the command
 case ${CONTAINER:-} in
@@ -78,7 +79,7 @@ run_step() {
     done
     shift
     # Block by block: tensor-parallel ranks are neighbours, so they stay inside a node.
-    srun --job-name="$name" --nodes="$nodes" --distribution=block:block --kill-on-bad-exit=1 \
+    srun --job-name="$name" --nodes="$nodes" --ntasks=$((nodes * SLURM_NTASKS_PER_NODE)) --distribution=block:block --kill-on-bad-exit=1 \
         --output="$LOG_FOLDER/$name-%t.log" ${step_options[@]+"${step_options[@]}"} ${options[@]+"${options[@]}"} \
         --export="ALL,STEP_NAME=$name" bash "$LAUNCH_FOLDER/slurm/rank.sh" \
         ${in_container[@]+"${in_container[@]}"} "$@" &
@@ -137,7 +138,9 @@ start_again() {
         say "cannot be requeued: submit it again" >&2
         return
     fi
-    new=$(sbatch --parsable --dependency="afterany:$SLURM_JOB_ID" ${exclude[@]+"${exclude[@]}"} "$JOB_FOLDER/job.sbatch")
+    # What SLURM said of this job must not be said of the next.
+    new=$(for name in "${!SLURM_@}"; do [ "$name" = SLURM_CONF ] || unset "$name"; done
+        sbatch --parsable --dependency="afterany:${ATTEMPT%-*}" ${exclude[@]+"${exclude[@]}"} "$JOB_FOLDER/job.sbatch")
     echo "${new%%;*}" >>"$JOB_FOLDER/jobs"
     say "goes on as job ${new%%;*} ${exclude[*]:-}"
 }

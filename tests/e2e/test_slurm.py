@@ -144,3 +144,33 @@ def test_a_run_ends_as_it_would_have_without_its_time_limit_and_a_dead_node(
     assert f"step {STEPS} of {STEPS} (100.0%)" in status, status
     assert "stopped by the system, saved" in status, status
     assert status.count("finished") == 1, status
+
+
+def submit_script(cluster: SlurmCluster, folder: Path, *arguments: str) -> str:
+    """Submit a script of `launch/slurm` by hand, wait for its end, and return its log."""
+    log = folder / "job.log"
+    with_python = {"PYTHON": sys.executable, "JOB_FOLDER": str(folder / "job")}
+    done = subprocess.run(
+        ["sbatch", "--wait", f"--output={log}", *arguments],
+        capture_output=True, text=True, timeout=LONGEST_SECONDS, check=False,
+        env=os.environ | cluster.environment | with_python,
+    )  # fmt: skip
+    assert done.returncode == 0, f"{done.stderr}\n{log.read_text() if log.is_file() else ''}"
+    return log.read_text()
+
+
+def test_conversion_and_evaluation_are_jobs_too(
+    cluster: SlurmCluster, data: Path, whole: Path, tmp_path: Path
+) -> None:
+    target = tmp_path / "hf"
+    convert = ["--nodes=2", "--ntasks-per-node=1", "launch/slurm/convert.sbatch"]
+    submit_script(cluster, tmp_path, *convert, "megatron-to-hf", str(whole), str(target), "--layout", "transformers")
+    assert json.loads((target / "config.json").read_text())["architectures"] == ["InternVLForConditionalGeneration"]
+    assert list(target.glob("*.safetensors"))
+
+    image = next((data / "images").rglob("*.png"))
+    question = ["generate", str(whole), "Read the number.", "--image", str(image), "--max-new-tokens", "4"]
+    log = submit_script(cluster, tmp_path, "--ntasks-per-node=1", "launch/slurm/evaluate.sbatch", *question)
+    answer = command(cluster, *question)
+    assert answer.returncode == 0, answer.stderr
+    assert log.strip().splitlines()[-1] == answer.stdout.strip().splitlines()[-1]

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -24,17 +25,25 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SlurmCluster]:
         yield running
 
 
+INTERPRETER = f"""#!/bin/sh
+# Training is stood in for; everything else is real, but for a node that is to be broken.
+[ "$2" = tools.preflight ] || exec "{sys.executable}" -S "{STAND_IN}" "$@"
+[ ! -e "$RUN_FOLDER/broken-$SLURMD_NODENAME" ] || exit 1
+exec "{sys.executable}" "$@"
+"""
+
+
 class Job:
     """A submitted job whose attempts do what they are told."""
 
-    def __init__(self, cluster: SlurmCluster, run: Path, plan: list[str], **request: object) -> None:
+    def __init__(self, cluster: SlurmCluster, run: Path, plan: list[str], **request: Any) -> None:
         self.cluster, self.run = cluster, run
         (run / "plan").write_text("\n".join(plan))
         python = run / "python"
-        python.write_text(f'#!/bin/sh\nexec "{sys.executable}" -S "{STAND_IN}" "$@"\n')
+        python.write_text(INTERPRETER)
         python.chmod(0o755)
-        config = requested_config("demo_digits", 4, None, [*GIVEN, f"folder={run}"])
-        asked = JobRequest(**{"nodes": 2, "gpus_per_node": 2, "preflight": False, "python": str(python)} | request)
+        asked = JobRequest(**{"nodes": 2, "gpus_per_node": 2, "preflight": "off", "python": str(python)} | request)
+        config = requested_config("demo_digits", asked.num_ranks, None, [*GIVEN, f"folder={run}"])
         self.folder = write_job(config, asked, check(config, asked)[1])
         self.id = cluster.run("sbatch", "--parsable", str(self.folder / "job.sbatch")).strip()
 
@@ -129,3 +138,16 @@ def test_a_job_goes_on_when_a_node_dies(cluster: SlurmCluster, tmp_path: Path) -
         cluster.start_node("n2")
     job.wait_for_end("COMPLETED")
     assert job.ends[-1] == "0", job.report()
+
+
+def test_a_bad_node_is_left_out_and_the_job_goes_on_with_fewer(cluster: SlurmCluster, tmp_path: Path) -> None:
+    (tmp_path / "broken-n2").touch()
+    job = Job(cluster, tmp_path, ["0"], preflight="on", gpus_per_node=4, min_nodes=1)
+    job.wait_for_end("FAILED")
+    assert "preflight: n2: did not report" in job.log and "bad nodes: n2" in job.log, job.report()
+    job.id = (job.folder / "jobs").read_text().split()[-1]
+    job.wait_for_attempt(0)
+    job.wait_for_end("COMPLETED")
+    assert job.ends == ["0"] and cluster.field(job.id, "ExcNodeList") == "n2", job.report()
+    assert "on 1 of 1 nodes (n1)" in job.log
+    assert {path.name for path in tmp_path.glob("began-*")} == {f"began-0-{rank}" for rank in range(4)}

@@ -44,10 +44,8 @@ class SlurmCluster:
 
     def field(self, job_id: str, name: str) -> str:
         """A field of `scontrol show job`."""
-        fields = dict(
-            part.partition("=")[::2] for part in self.run("scontrol", "show", "job", "--oneliner", job_id).split()
-        )
-        return fields[name]
+        parts = self.run("scontrol", "show", "job", "--oneliner", job_id).split()
+        return next(part.removeprefix(f"{name}=") for part in parts if part.startswith(f"{name}="))
 
     def start_node(self, name: str) -> None:
         """Start a node's daemon."""

@@ -22,7 +22,9 @@ def main() -> int:
     for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, _: received.append(number))
     what = (run / "plan").read_text().splitlines()[attempt]
-    print(f"rank {rank} of {os.environ['SLURM_STEP_NUM_TASKS']} on {os.environ['SLURMD_NODENAME']}: {what}", flush=True)
+    node = os.environ["SLURMD_NODENAME"]
+    sys.stdout.write(f"rank {rank} of {os.environ['SLURM_STEP_NUM_TASKS']} on {node}: {what}\n")
+    sys.stdout.flush()
     (run / f"began-{attempt}-{rank}").touch()
     if what == "hang":
         while True:

@@ -8,7 +8,7 @@ import pytest
 from internvl_megatron.errors import ConfigError
 from tools.collect_logs import main, meaning, report
 
-TRACE = "Traceback (most recent call last):\n  File \"x.py\", line 3\nRuntimeError: CUDA error: uncorrectable ECC"
+TRACE = 'Traceback (most recent call last):\n  File "x.py", line 3\nRuntimeError: CUDA error: uncorrectable ECC'
 
 
 def write(folder: Path, rank: int, text: str, ended: float | None = None, code: int = 1) -> None:
@@ -39,7 +39,8 @@ def test_a_run_s_newest_attempt_is_meant(tmp_path: Path, capsys: pytest.CaptureF
         folder = tmp_path / "jobs" / job / "logs" / attempt
         folder.mkdir(parents=True)
         write(folder, 0, f"2026-11-28 10:00:00 rank 0 {attempt}", 1.0, 137)
-        os.utime(folder, (int(attempt[0]) * 10 + int(attempt[2]),) * 2)
+        when = int(attempt[0]) * 10 + int(attempt[2])
+        os.utime(folder, (when, when))
     assert main([str(tmp_path)]) == 0
     out = capsys.readouterr().out
     assert "rank 0: 7-1" in out and "ran out of memory" in out and "5-0" not in out

@@ -3,6 +3,7 @@
 import tomllib
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -58,7 +59,9 @@ def test_every_settings_file_fits_the_nodes_and_their_memory(size: str) -> None:
 
 def test_the_command_line_wins_over_the_file_and_the_file_over_the_recipe(tmp_path: Path) -> None:
     path = tmp_path / "mine.toml"
-    path.write_text('[any.16]\nparallel.tensor_size = 8\nparallel.sequence_parallel = true\nseed = 7\n[sft.16]\nseed = 8\n')
+    path.write_text(
+        "[any.16]\nparallel.tensor_size = 8\nparallel.sequence_parallel = true\nseed = 7\n[sft.16]\nseed = 8\n"
+    )
     assert settings_of(path, "internvl3_8b_sft", 16)[-2:] == ["seed=7", "seed=8"]
     config = requested_config("internvl3_8b_sft", 16, path, ["seed=9"])
     assert (config.parallel.tensor_size, config.seed) == (8, 9)
@@ -103,7 +106,7 @@ def test_a_wrong_settings_file_is_refused(content: str, message: str, tmp_path: 
     ],
 )
 def test_what_would_fail_on_the_cluster_is_refused_here(
-    changes: dict[str, object], overrides: list[str], message: str
+    changes: dict[str, Any], overrides: list[str], message: str
 ) -> None:
     request = replace(JobRequest(nodes=8, gpus_per_node=8), **changes)
     config = requested_config("internvl3_78b_sft", 64, None, [*GIVEN, *overrides])
