@@ -11,6 +11,7 @@ from typing import get_args
 from internvl_megatron.checkpoint import folders
 from internvl_megatron.cluster import slurm
 from internvl_megatron.cluster.job_folder import SCRIPT, job_ids, newest_job, record_id, write_job
+from internvl_megatron.cluster.node_order import Near
 from internvl_megatron.cluster.request import JobRequest, Preflight, check, describe, requested_config
 from internvl_megatron.config.overrides import CONFIG_FILE, from_json
 from internvl_megatron.errors import UserError
@@ -42,6 +43,9 @@ def add_parsers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     launch.add_argument("--container-mounts", metavar="SRC:DST,...")
     launch.add_argument("--python", help="interpreter of the job (default: this one; in a container, python3)")
     launch.add_argument("--memory-gb", type=float, default=80.0, help="of a GPU (default: 80)")
+    launch.add_argument(
+        "--node-order", choices=get_args(Near), help="what is near in the network (default: SLURM's order)"
+    )
     launch.add_argument("--sbatch", action="append", default=[], metavar="=--OPTION=VALUE", help="handed on to sbatch")
     launch.add_argument(
         "--preflight",
@@ -81,6 +85,7 @@ def _launch(options: argparse.Namespace) -> int:
         container_mounts=options.container_mounts,
         python=options.python,
         preflight=options.preflight,
+        node_order=options.node_order,
         memory_gb=options.memory_gb,
         sbatch_options=tuple(option.removeprefix("=") for option in options.sbatch),
     )

@@ -114,6 +114,7 @@ def script(config: RunConfig, request: JobRequest, counts: list[int], job: Path)
         "CONTAINER": request.container,
         "CONTAINER_MOUNTS": request.container_mounts,
         "EXPECTED_GPUS": None if config.device == "cpu" else request.gpus_per_node,
+        "NODE_ORDER": request.node_order,
         "PREFLIGHT": request.preflight,
     }
     lines = [

@@ -7,6 +7,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal
 
+from internvl_megatron.cluster.node_order import Near
 from internvl_megatron.config.overrides import apply_overrides
 from internvl_megatron.config.plan import RunPlan, plan
 from internvl_megatron.config.recipes import find_recipe
@@ -46,6 +47,8 @@ class JobRequest:
     """Interpreter of the job; None = the one that launches, or `python3` in a container."""
     preflight: Preflight = "on"
     """Look at the nodes before the run starts; `bandwidth`: and time their network."""
+    node_order: Near | None = None
+    """What is near in the network (`node_order.py`); None = nodes in SLURM's order."""
     memory_gb: float = 80.0
     """Memory of a GPU."""
     sbatch_options: tuple[str, ...] = field(default=())

@@ -10,6 +10,7 @@
 #   NODE_COUNTS    numbers of nodes the layout fits, largest first; with fewer nodes than allotted the rest stays idle
 #   PREFLIGHT      on (default): look at the nodes first; bandwidth: and time their network; off
 #   EXPECTED_GPUS  GPUs of a node; INSIDE_GBS, BETWEEN_GBS: all-reduce bandwidth expected inside and between nodes
+#   NODE_ORDER     pipeline or data: what is near in the network (internvl_megatron/cluster/node_order.py); unset: as SLURM has them
 #   WATCHDOG_SECONDS       a step that writes nothing for so long is ended (default: 1800)
 #   MAX_IDLE_ATTEMPTS      attempts without a new checkpoint, after which the job gives up (default: 3)
 #   MASTER_ADDR, MASTER_PORT   where ranks meet (default: the first host of the step, a port that follows from the job's id)
@@ -71,15 +72,17 @@ watch_logs() {
 # run_step NAME SRUN_OPTION... -- COMMAND...: one rank per task, a log for each; passes the signals on that this script gets.
 # Returns the exit code of the rank that ended badly first.
 run_step() {
-    local name=$1 options=() step watchdog code signalled first host
+    local name=$1 options=() step watchdog code signalled first host distribution=block:block
     shift
     while [ "$1" != -- ]; do
         options+=("$1")
         shift
     done
     shift
+    [ -z "${SLURM_HOSTFILE:-}" ] || distribution=arbitrary
     # Block by block: tensor-parallel ranks are neighbours, so they stay inside a node.
-    srun --job-name="$name" --nodes="$nodes" --ntasks=$((nodes * SLURM_NTASKS_PER_NODE)) --distribution=block:block --kill-on-bad-exit=1 \
+    srun --job-name="$name" --nodes="$nodes" --ntasks=$((nodes * SLURM_NTASKS_PER_NODE)) \
+        --distribution="$distribution" --kill-on-bad-exit=1 \
         --output="$LOG_FOLDER/$name-%t.log" ${step_options[@]+"${step_options[@]}"} ${options[@]+"${options[@]}"} \
         --export="ALL,STEP_NAME=$name" bash "$LAUNCH_FOLDER/slurm/rank.sh" \
         ${in_container[@]+"${in_container[@]}"} "$@" &
@@ -143,6 +146,21 @@ start_again() {
         sbatch --parsable --dependency="afterany:${ATTEMPT%-*}" ${exclude[@]+"${exclude[@]}"} "$JOB_FOLDER/job.sbatch")
     echo "${new%%;*}" >>"$JOB_FOLDER/jobs"
     say "goes on as job ${new%%;*} ${exclude[*]:-}"
+}
+
+# order_nodes CONFIG: the next steps have their ranks on the nodes in the order of NODE_ORDER.
+order_nodes() {
+    local addresses=$LOG_FOLDER/addresses hosts
+    # shellcheck disable=SC2016 # the nodes know where they are
+    srun --job-name=addresses --nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1 \
+        bash -c 'echo "$SLURMD_NODENAME ${SLURM_TOPOLOGY_ADDR:-$SLURMD_NODENAME}"' >"$addresses"
+    hosts=$(srun --job-name=order --nodes=1 --ntasks=1 ${step_options[@]+"${step_options[@]}"} \
+        ${in_container[@]+"${in_container[@]}"} "$PYTHON" -m internvl_megatron.cluster.node_order \
+        "$1" "$addresses" "$NODE_ORDER" "$SLURM_NTASKS_PER_NODE")
+    export SLURM_HOSTFILE=$LOG_FOLDER/hosts MASTER_ADDR=${MASTER_ADDR:-${hosts%%$'\n'*}}
+    while read -r host; do
+        for ((task = 0; task < SLURM_NTASKS_PER_NODE; task++)); do echo "$host"; done
+    done <<<"$hosts" >"$SLURM_HOSTFILE"
 }
 
 # Looks at all nodes; those that are not fit are written down, and the job goes on without them as another one.

@@ -27,7 +27,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SlurmCluster]:
 
 INTERPRETER = f"""#!/bin/sh
 # Training is stood in for; everything else is real, but for a node that is to be broken.
-[ "$2" = tools.preflight ] || exec "{sys.executable}" -S "{STAND_IN}" "$@"
+case $2 in tools.preflight | internvl_megatron.cluster.node_order) ;; *) exec "{sys.executable}" -S "{STAND_IN}" "$@" ;; esac
 [ ! -e "$RUN_FOLDER/broken-$SLURMD_NODENAME" ] || exit 1
 exec "{sys.executable}" "$@"
 """
@@ -151,3 +151,12 @@ def test_a_bad_node_is_left_out_and_the_job_goes_on_with_fewer(cluster: SlurmClu
     assert job.ends == ["0"] and cluster.field(job.id, "ExcNodeList") == "n2", job.report()
     assert "on 1 of 1 nodes (n1)" in job.log
     assert {path.name for path in tmp_path.glob("began-*")} == {f"began-0-{rank}" for rank in range(4)}
+
+
+def test_ranks_follow_the_network(cluster: SlurmCluster, tmp_path: Path) -> None:
+    job = Job(cluster, tmp_path, ["0"], node_order="pipeline")
+    job.wait_for_end("COMPLETED")
+    logs = [path.read_text() for path in sorted(job.folder.glob("logs/*/train-*.log"))]
+    assert [log.split(":")[0] for log in logs] == [
+        f"rank {rank} of 4 on {node}" for rank, node in enumerate(("n2", "n2", "n1", "n1"))
+    ], job.report()

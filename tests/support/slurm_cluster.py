@@ -19,6 +19,8 @@ import psutil
 
 NODES = ("n1", "n2")
 CPUS = 4
+TOPOLOGY = "SwitchName=a Nodes=n2\nSwitchName=b Nodes=n1\nSwitchName=core Switches=a,b\n"
+"""In the network n2 comes first."""
 DAEMONS = ("slurmctld", "slurmd", "sbatch", "srun")
 
 
@@ -89,6 +91,7 @@ def slurm_cluster(folder: Path) -> Iterator[SlurmCluster]:
     for name in ("state", "spool", "log"):
         (folder / name).mkdir(parents=True)
     (folder / "slurm.conf").write_text(_configuration(folder))
+    (folder / "topology.conf").write_text(TOPOLOGY)
     cluster = SlurmCluster(folder, {"SLURM_CONF": str(folder / "slurm.conf"), "MASTER_ADDR": "127.0.0.1"}, {})
     try:
         cluster.daemons["slurmctld"] = _start(cluster, "slurmctld", "-D")
@@ -148,6 +151,7 @@ def _configuration(folder: Path) -> str:
         "MpiDefault=none",
         "ReturnToService=2",
         "SlurmdTimeout=10",
+        "TopologyPlugin=topology/tree",
         *(
             f"NodeName={node} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs={CPUS} RealMemory=8000"
             for node, port in zip(NODES, nodes, strict=True)
