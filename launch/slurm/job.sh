@@ -69,6 +69,8 @@ watch_logs() {
     done
 }
 
+noticed='' cancelled=''
+
 # run_step NAME SRUN_OPTION... -- COMMAND...: one rank per task, a log for each; passes the signals on that this script gets.
 # Returns the exit code of the rank that ended badly first.
 run_step() {
@@ -89,8 +91,10 @@ run_step() {
     step=$!
     watch_logs &
     watchdog=$!
-    trap 'say "the time limit is near: the run saves and stops"; kill -USR1 "$step"; signalled=yes' USR1
-    trap 'say "asked to stop"; kill -TERM "$step"; signalled=yes' TERM
+    trap 'say "the time limit is near: the run saves and stops"; kill -USR1 "$step"; signalled=yes noticed=yes' USR1
+    # This script gets SIGTERM with its steps when the job is cancelled, and at the time limit, of which there was notice; not at
+    # a preemption. SLURM would requeue a cancelled job if asked to.
+    trap 'say "asked to end"; kill -TERM "$step"; signalled=yes; [ -n "$noticed" ] || cancelled=yes' TERM
     while :; do # a signal ends `wait`, not the step
         code=0 signalled=
         wait "$step" || code=$?
@@ -131,6 +135,10 @@ count_attempt() {
 # Back into the queue as the same job, or as a new one where nodes are to be left out or the site forbids requeueing.
 start_again() {
     local exclude=() new
+    if [ -n "$cancelled" ]; then
+        say "cancelled: not started again"
+        return
+    fi
     if [ -s "$JOB_FOLDER/excluded_nodes" ]; then
         exclude=("--exclude=$(sort -u "$JOB_FOLDER/excluded_nodes" | paste -sd,)")
     elif scontrol requeue "$SLURM_JOB_ID"; then

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -105,6 +106,16 @@ def test_a_job_that_a_person_stops_is_not_started_again(cluster: SlurmCluster, t
     assert "saves and stops after its step" in done.stdout, done.stderr
     job.wait_for_end("FAILED")
     assert job.ends == ["130"], job.report()
+
+
+def test_a_cancelled_job_is_not_started_again(cluster: SlurmCluster, tmp_path: Path) -> None:
+    """Its ranks get SIGTERM too, save, and say so."""
+    job = Job(cluster, tmp_path, ["run", "0"])
+    job.wait_for_attempt(0)
+    cluster.run("scancel", job.id)
+    job.wait_for_end("CANCELLED")
+    time.sleep(5)
+    assert cluster.state(job.id) == "CANCELLED" and "job goes on" not in job.log, job.report()
 
 
 def test_failures_without_a_new_checkpoint_end_a_job(cluster: SlurmCluster, tmp_path: Path) -> None:
