@@ -171,3 +171,21 @@ def test_ranks_follow_the_network(cluster: SlurmCluster, tmp_path: Path) -> None
     assert [log.split(":")[0] for log in logs] == [
         f"rank {rank} of 4 on {node}" for rank, node in enumerate(("n2", "n2", "n1", "n1"))
     ], job.report()
+
+
+def test_what_slurm_would_refuse_is_not_submitted(cluster: SlurmCluster, tmp_path: Path) -> None:
+    def launch(*more: str) -> subprocess.CompletedProcess[str]:
+        arguments = ["launch", "demo_digits", *GIVEN, f"folder={tmp_path}", "--nodes=2", "--gpus-per-node=2", *more]
+        return subprocess.run(
+            [sys.executable, "-m", "internvl_megatron", *arguments],
+            capture_output=True, text=True, timeout=60, check=False, env=os.environ | cluster.environment,
+        )  # fmt: skip
+
+    for options, reason in ((["--partition=nowhere"], "invalid partition"), (["--sbatch=--mem=99T"], "not available")):
+        done = launch(*options)
+        assert done.returncode == 2 and reason in done.stderr, done.stderr
+        assert not list((tmp_path / "jobs").iterdir())
+    dry = launch("--dry-run", "--partition=work")
+    assert dry.returncode == 0 and "nothing was submitted" in dry.stdout, dry.stderr
+    assert "to start at" in dry.stdout and (tmp_path / "jobs" / "0001" / "job.sbatch").is_file()
+    assert not cluster.run("squeue", "--noheader")
