@@ -2,7 +2,7 @@
 #   make demo FRESH=1    train again from the start          make test ARGS="-k packing"    choose tests
 #   make ... VENV=path   use another virtual environment     make ... PYTHON=path           build it with this Python
 # `make pipeline` runs pre-training, SFT, MPO and a process reward model on real pictures, on two CPU ranks.
-# `make real-weights` fetches trained weights (180 MB) and tests the converters with them.
+# `make real-weights` fetches trained weights (180 MB) and tests the converters with them. `make slurm` tests jobs in a real SLURM.
 
 VENV ?= .venv
 PY := $(VENV)/bin/python
@@ -32,7 +32,7 @@ WORKERS ?= 2
 # This checkout comes first even when $(VENV) was set up from another one.
 RUN = PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}" $(PY)
 
-.PHONY: setup demo pipeline test real-weights lint clean
+.PHONY: setup demo pipeline test real-weights slurm lint clean
 
 setup: $(STAMP)
 
@@ -47,6 +47,10 @@ test: $(STAMP)
 
 real-weights: $(WEIGHTS_STAMP)
 	$(RUN) -m pytest -m slow -rs tests/real_weights $(ARGS)
+
+# Debian's SLURM (apt-get install slurm-wlm), started and ended by the tests; without it they fail.
+slurm: $(STAMP)
+	$(RUN) -m pytest -m slow tests/e2e/test_slurm_jobs.py tests/e2e/test_slurm.py $(ARGS)
 
 lint: $(STAMP)
 	$(PY) -m ruff check .

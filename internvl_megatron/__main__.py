@@ -7,7 +7,8 @@ import traceback
 from collections.abc import Callable, Sequence
 
 from internvl_megatron.checkpoint.weights import check_start
-from internvl_megatron.config.overrides import apply_overrides
+from internvl_megatron.cluster.commands import add_parsers as add_cluster_parsers
+from internvl_megatron.config.overrides import apply_overrides, from_json
 from internvl_megatron.config.plan import plan
 from internvl_megatron.config.recipes import RECIPES, find_recipe, summary
 from internvl_megatron.config.schema import RunConfig
@@ -29,7 +30,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         Exit code: 0; 1, a rank failed; 2, the user can mend it; 75, the system stopped a run, which has saved: start it again; 130,
         interrupted with Ctrl-C; 128 and a signal's number, ended at once by a second signal, or before there was anything to save.
     """
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    if rest and (not hasattr(options, "overrides") or any(argument.startswith("-") for argument in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:  # argparse takes overrides from one place only: before the options, or after them
+        options.overrides += rest
     from internvl_megatron.launcher import InterruptedRunError, RankFailedError
 
     try:
@@ -61,7 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     recipes.set_defaults(run=_recipes)
 
     train = commands.add_parser("train", help="train a recipe; run it again to continue")
-    train.add_argument("recipe", help="name of a recipe")
+    train.add_argument("recipe", help="name of a recipe, or a run's config.json")
     train.add_argument("overrides", nargs="*", metavar="section.field=value", help="settings to change")
     train.add_argument(
         "--nproc", type=int, help="local ranks to start (default: 1; under torchrun or srun the ranks they started)"
@@ -69,6 +75,8 @@ def _parser() -> argparse.ArgumentParser:
     train.set_defaults(run=_train)
 
     add_commands(commands)
+
+    add_cluster_parsers(commands)
 
     doctor = commands.add_parser("doctor", help="versions, device, and what optional parts are active")
     doctor.set_defaults(run=_doctor)
@@ -94,7 +102,9 @@ def _train(options: argparse.Namespace) -> int:
 
     info = rank_from_environment()
     num_ranks = info.world_size if info is not None else 1 if options.nproc is None else options.nproc
-    config = apply_overrides(find_recipe(options.recipe, num_ranks), options.overrides)
+    is_file = options.recipe.endswith(".json")
+    recipe = from_json(Path(options.recipe)) if is_file else find_recipe(options.recipe, num_ranks)
+    config = apply_overrides(recipe, options.overrides)
     check_start(config)
     if info is not None:
         if options.nproc is not None:

@@ -1,13 +1,19 @@
 """Who this process is in the world, and joining it."""
 
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 
 from internvl_megatron.device import Device
 from internvl_megatron.errors import ConfigError
+
+PORTS = range(20000, 30000)
+"""Where ranks of a SLURM job meet unless MASTER_PORT says; below the ports that Linux gives to clients by itself."""
+DEFAULT_PORT = 29500
+"""The same under mpirun: torch's usual one."""
 
 
 @dataclass(frozen=True)
@@ -24,24 +30,103 @@ class RankInfo:
     """How the processes find each other, as torch.distributed takes it."""
 
 
-def rank_from_environment() -> RankInfo | None:
-    """The place torchrun or srun gave this process; None when it was started by itself.
+def rank_from_environment(environment: Mapping[str, str] = os.environ) -> RankInfo | None:
+    """The place that torchrun, mpirun or srun gave this process; None when it was started by itself.
+
+    mpirun may start its processes through srun, and torchrun may be started by either, so the innermost is asked first. Under
+    srun and mpirun, MASTER_ADDR and MASTER_PORT say where ranks meet; without them they meet on the first host of the job.
 
     Raises:
         ConfigError: some of the variables are set and others are missing or not numbers.
     """
-    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+    variables = _Variables(environment)
+    if "RANK" in environment and "WORLD_SIZE" in environment:  # torchrun
         names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-    elif "SLURM_PROCID" in os.environ and "SLURM_STEP_NUM_TASKS" in os.environ and "MASTER_ADDR" in os.environ:
-        names = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE")
+        for name in ("MASTER_ADDR", "MASTER_PORT"):
+            if name not in environment:
+                raise ConfigError(f"environment: RANK is set but {name} is not; set both, or start without torchrun")
+    elif "OMPI_COMM_WORLD_RANK" in environment:  # Open MPI
+        names = tuple(f"OMPI_COMM_WORLD_{name}" for name in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE"))
+    elif "PMI_RANK" in environment and "MPI_LOCALRANKID" in environment:  # MPICH, Intel MPI
+        names = ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS")
+    elif "SLURM_PROCID" in environment and "SLURM_STEP_NUM_TASKS" in environment:  # srun; a batch script has no step
+        rank, world_size = variables.number("SLURM_PROCID"), variables.number("SLURM_STEP_NUM_TASKS")
+        if world_size == 1 and "MASTER_ADDR" not in environment:
+            return None  # a shell, or a launcher of local ranks
+        tasks = tasks_per_node(variables.text("SLURM_STEP_TASKS_PER_NODE"))
+        node = variables.number("SLURM_NODEID")
+        if node >= len(tasks) or sum(tasks) != world_size:
+            raise ConfigError(
+                f"environment: SLURM_STEP_TASKS_PER_NODE={environment['SLURM_STEP_TASKS_PER_NODE']!r} does not describe "
+                f"{world_size} tasks (SLURM_STEP_NUM_TASKS) with a node {node} (SLURM_NODEID); srun sets them"
+            )
+        return RankInfo(
+            rank, world_size, variables.number("SLURM_LOCALID"), tasks[node], _meeting_place(variables, tasks[0])
+        )
     else:
         return None
-    rank, world_size, local_rank, local_world_size = (_number(name) for name in names)
-    for name in ("MASTER_ADDR", "MASTER_PORT"):
-        if name not in os.environ:
-            raise ConfigError(f"environment: {names[0]} is set but {name} is not; set both, or start without torchrun")
-    address = f"tcp://{os.environ['MASTER_ADDR']}:{_number('MASTER_PORT')}"
-    return RankInfo(rank, world_size, local_rank, local_world_size, address)
+    rank, world_size, local_rank, local_world_size = (variables.number(name) for name in names)
+    if not (0 <= rank < world_size and 0 <= local_rank < local_world_size <= world_size):
+        values = ", ".join(f"{name}={environment[name]}" for name in names)
+        raise ConfigError(f"environment: {values} do not fit together; torchrun and mpirun set them")
+    return RankInfo(
+        rank, world_size, local_rank, local_world_size, _meeting_place(variables, local_world_size, world_size)
+    )
+
+
+def tasks_per_node(text: str) -> list[int]:
+    """Tasks on every node of a SLURM step, from its short form: "8(x2),4" is 8, 8, 4.
+
+    Raises:
+        ConfigError: it is not of that form.
+    """
+    tasks = []
+    for part in text.split(","):
+        match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part)
+        if match is None:
+            raise ConfigError(
+                f"environment: {text!r} does not say how many tasks nodes have, as in 8(x2),4; srun sets it"
+            )
+        tasks += [int(match[1])] * int(match[2] or 1)
+    return tasks
+
+
+def first_host(text: str) -> str:
+    """The first host of SLURM's short form of a list: "n[08-10,12],login1" is n08.
+
+    Raises:
+        ConfigError: it has none.
+    """
+    match = re.match(r"([^\[\],]+)(?:\[(\w+)[^\]]*\]([^\[\],]*))?", text)
+    if match is None:
+        raise ConfigError(
+            f"environment: the list of hosts {text!r} has no first one; set MASTER_ADDR to rank 0's host"
+        )
+    return "".join(part or "" for part in match.groups())
+
+
+def _meeting_place(variables: "_Variables", local_world_size: int, world_size: int | None = None) -> str:
+    """Where ranks meet, as torch.distributed takes it: given, or the first host and a port that follows from the job."""
+    given = variables.environment
+    hosts = given.get("SLURM_STEP_NODELIST") or given.get("SLURM_JOB_NODELIST")
+    if "MASTER_ADDR" in given:
+        address = given["MASTER_ADDR"]
+    elif world_size == local_world_size:
+        address = "127.0.0.1"
+    elif hosts:
+        address = first_host(hosts)
+    else:
+        raise ConfigError(
+            "environment: mpirun has started ranks on several hosts; say on which rank 0 is, and give all ranks "
+            "the same (mpirun -x MASTER_ADDR=HOST -x MASTER_PORT=PORT, or -genv NAME VALUE)"
+        )
+    if "MASTER_PORT" in given:
+        port = variables.number("MASTER_PORT")
+    elif "SLURM_JOB_ID" in given:  # jobs that share a host differ
+        port = PORTS.start + variables.number("SLURM_JOB_ID") % len(PORTS)
+    else:
+        port = DEFAULT_PORT
+    return f"tcp://{address}:{port}"
 
 
 @contextmanager
@@ -64,9 +149,21 @@ def joined(info: RankInfo, device: Device, timeout_seconds: int) -> Iterator[Non
     dist.destroy_process_group()
 
 
-def _number(name: str) -> int:
-    value = os.environ.get(name, "")
-    try:
-        return int(value.partition("(")[0])  # SLURM writes "8(x4)" for 8 tasks on each of 4 nodes
-    except ValueError:
-        raise ConfigError(f"environment: {name}={value!r} is not a number; torchrun and srun set it") from None
+@dataclass(frozen=True)
+class _Variables:
+    """Environment variables, read with errors that name them."""
+
+    environment: Mapping[str, str]
+
+    def text(self, name: str) -> str:
+        if name not in self.environment:
+            raise ConfigError(
+                f"environment: {name} is not set, but others of its kind are; torchrun, srun and mpirun set it"
+            )
+        return self.environment[name]
+
+    def number(self, name: str) -> int:
+        value = self.text(name)
+        if not re.fullmatch(r"\d+", value):
+            raise ConfigError(f"environment: {name}={value!r} is not a number; torchrun, srun and mpirun set it")
+        return int(value)

@@ -26,7 +26,27 @@ def report(name: str, num_ranks: int | None = None) -> str:
     width = max(len(setting) for setting, _ in settings)
     lines = [f"{setting:{width}s}  # {source}" for setting, source in settings]
     num_ranks = fewest_ranks(name) if num_ranks is None else num_ranks
-    return "\n".join([f"{name}: {summary(name)}", *_memory(config, num_ranks), "", *lines])
+    return "\n".join([f"{name}: {summary(name)}", *layout_and_memory(config, num_ranks), "", *lines])
+
+
+def layout_and_memory(config: RunConfig, num_ranks: int) -> list[str]:
+    """Layout, parameters, and the memory of the fullest rank; paths may be missing yet."""
+    given = replace(
+        config,
+        data=replace(config.data, meta="given later", tokenizer="given later"),
+        checkpoint=replace(config.checkpoint, load="given later"),
+    )
+    made = plan(given, num_ranks)
+    held, counts = rank_bytes(given, made), parameter_counts(config.model)
+    weights, gradients, optimizer, activations, total = (
+        f"{value / 1e9:.1f}" for value in (held.weights, held.gradients, held.optimizer, held.activations, held.total)
+    )
+    return [
+        f"on {num_ranks} ranks: {made.layout}, {made.rows_per_replica} rows a step and replica; {counts.total / 1e9:.3f} B "
+        "parameters",
+        f"fullest rank: weights {weights} GB, gradients {gradients} GB, AdamW {optimizer} GB; with activations (about "
+        f"{activations} GB) and the rest about {total} GB (an estimate, not measured)",
+    ]
 
 
 def sourced(name: str, num_ranks: int | None = None) -> list[tuple[str, str]]:
@@ -50,23 +70,3 @@ def _text(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
-
-
-def _memory(config: RunConfig, num_ranks: int) -> list[str]:
-    """Layout, parameters, and the memory of the fullest rank."""
-    given = replace(
-        config,
-        data=replace(config.data, meta="given later", tokenizer="given later"),
-        checkpoint=replace(config.checkpoint, load="given later"),
-    )
-    made = plan(given, num_ranks)
-    held, counts = rank_bytes(given, made), parameter_counts(config.model)
-    weights, gradients, optimizer, activations, total = (
-        f"{value / 1e9:.1f}" for value in (held.weights, held.gradients, held.optimizer, held.activations, held.total)
-    )
-    return [
-        f"on {num_ranks} ranks: {made.layout}, {made.rows_per_replica} rows a step and replica; {counts.total / 1e9:.3f} B "
-        "parameters",
-        f"fullest rank: weights {weights} GB, gradients {gradients} GB, AdamW {optimizer} GB; with activations (about "
-        f"{activations} GB) and the rest about {total} GB (an estimate, not measured)",
-    ]
