@@ -5,6 +5,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from internvl_megatron.checkpoint.weights import check_start
 from internvl_megatron.cluster.commands import add_parsers as add_cluster_parsers
