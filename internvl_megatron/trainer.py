@@ -125,7 +125,8 @@ class Trainer:
         self._resume(newest)
         check_copies_agree(self.model, self.groups)
         self._write_config()
-        self.watch = Watch(config, self.plan, device, self._peak_flops(), self.step) if self.is_main else None
+        peak_flops = self._peak_flops()
+        self.watch = Watch(config, self.plan, device, peak_flops, self.step) if self.is_main else None
         self.signals = StopSignals()
 
     def run(self) -> RunSummary:
