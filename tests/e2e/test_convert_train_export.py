@@ -66,6 +66,7 @@ def _losses(run: Path) -> list[float]:
     return [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_train_from_converted_weights_and_export(data: Path, weights: Path, tmp_path: Path) -> None:
     one, four = tmp_path / "one", tmp_path / "four"
     single = ("parallel.tensor_size=1", "parallel.pipeline_size=1")

@@ -137,6 +137,7 @@ def test_metrics_are_complete(whole: Path) -> None:
     assert json.loads((whole / "config.json").read_text())["num_steps"] == STEPS
 
 
+@pytest.mark.slow
 def test_ctrl_c_stops_in_order_and_the_run_continues(data: Path, whole: Path, tmp_path: Path) -> None:
     process = _start(data, tmp_path)
     _wait_for_step(tmp_path, 1, process)
@@ -238,6 +239,7 @@ def test_another_model_in_the_same_folder_is_refused(data: Path, whole: Path) ->
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_a_broken_image_stops_or_is_skipped(data: Path, tmp_path: Path) -> None:
     copy = tmp_path / "data"
     subprocess.run(["cp", "-r", str(data), str(copy)], check=True)

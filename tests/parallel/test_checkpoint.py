@@ -197,6 +197,7 @@ def _weights_after_loading(info: RankInfo, ranks: Ranks, scenario: Scenario, fol
         return {name: tensor for name, tensor in parameters_of(model).items() if name.startswith("vision.")}
 
 
+@pytest.mark.slow
 def test_sharded_bf16_continues_and_its_weights_are_those_of_a_replicated_run(
     run_ranks: Callable[..., list[Any]], weights: dict[str, Tensors], tmp_path: Path
 ) -> None:

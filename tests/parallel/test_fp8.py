@@ -232,6 +232,7 @@ def _curve(info: RankInfo, weights: Tensors, fp8: Fp8Config) -> list[float]:
         return [step.run(rows, number).loss for number in range(30)]
 
 
+@pytest.mark.slow
 def test_a_curve_with_fp8_stays_near_the_one_without(
     run_ranks: Callable[..., list[Any]], weights: dict[str, Tensors]
 ) -> None:

@@ -64,7 +64,6 @@ class Case:
 
 CASES = {
     "PP2 in windows": Case(LAYOUTS["PP2"], {"vision_window_rows": 2}),
-    "DP2 ahead": Case(LAYOUTS["DP2"], {"prepare_ahead": True}),
 }
 BUBBLE_CASES = {
     "PP2": Case(LAYOUTS["PP2"], {"vision_in_bubbles": True}),
@@ -75,6 +74,7 @@ MORE_CASES = {
     "1": Case(LAYOUTS["1"]),
     "TP2": Case(LAYOUTS["TP2"]),
     "TP2+SP": Case(LAYOUTS["TP2+SP"]),
+    "DP2 ahead": Case(LAYOUTS["DP2"], {"prepare_ahead": True}),
     "PP2 ahead": Case(LAYOUTS["PP2"], {"prepare_ahead": True}),
     "PP2xVPP2": Case(LAYOUTS["PP2xVPP2"]),
     "TP2xPP2 in windows": Case(LAYOUTS["TP2xPP2"], {"vision_window_rows": 2}),

@@ -144,6 +144,7 @@ def test_long_samples_are_faults_unless_they_are_cut(tmp_path, tokenizer):
     assert report["notices"] == {"cut": 1}, "the answer is trained on as far as it goes"
 
 
+@pytest.mark.slow
 def test_a_record_that_ends_its_process_costs_itself_alone(tmp_path, tokenizer):
     records = [{"conversations": TURNS}] * 200
     datasets = load_datasets(write_data(tmp_path, records))

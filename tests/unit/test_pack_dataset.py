@@ -77,6 +77,7 @@ def test_a_run_trains_on_it(run, store):
     assert {image.path for row in rows for image in row.images} == {f"{description(store)['root']}/a.png"}
 
 
+@pytest.mark.slow
 def test_machines_share_the_parts_and_a_killed_one_is_made_good(run, store, tmp_path, capsys):
     folder = tmp_path / "store"
     arguments = [*run, "--output", str(folder), "--workers", "1", "--parts", "4"]

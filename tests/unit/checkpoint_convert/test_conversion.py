@@ -97,6 +97,7 @@ def test_an_export_killed_before_its_only_file_is_no_checkpoint(chat_folder, tmp
     assert main(["check", str(source), str(target)]) == 0
 
 
+@pytest.mark.slow
 def test_several_processes_share_it(expected, tmp_path):
     source, tensors = expected
     target = tmp_path / "ours"

@@ -11,6 +11,7 @@ from tests.support.models import small_model
 from tools.benchmark_convert import FILE_BYTES, largest, measured, write_source
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_model(tmp_path):
     """700 MB in parameters of at most 100 MB; what `inspect` takes, which reads no values, is the program itself."""
     model = small_model(
