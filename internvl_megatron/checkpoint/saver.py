@@ -170,6 +170,7 @@ class Saver:
         received = exchange_bytes(payloads, self.groups.host_world)
         save.is_closing, save.job = True, None
         if self.groups.rank == 0:
+            # From this job's own ranks, over its own connections: no file and no user has a hand in it.
             parts = [pickle.loads(payload) for payload in received]
             work: Callable[..., Any] = self._give_up if has_failed else self._finish
             save.job = self._worker.submit(work, save.info, parts)
