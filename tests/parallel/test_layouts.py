@@ -1,4 +1,8 @@
-"""Steps with little or nothing in them, steps that go wrong, and draws that must not depend on the layout."""
+"""The decoupled step under every layout equals transformers' model and plain PyTorch in one process.
+
+Also steps with little or nothing in them, steps that go wrong, and draws that must not depend on the layout. In one file because
+what a layout trains is trained once for all of them.
+"""
 
 import math
 from collections.abc import Callable
@@ -7,12 +11,39 @@ import numpy as np
 import pytest
 
 from tests.parallel.conftest import TrainedBy
-from tests.parallel.scenarios import LAYOUTS_OF
-from tests.support.comparison import expect_equal
+from tests.parallel.scenarios import LAYOUTS_OF, SCENARIOS
+from tests.support.comparison import expect_equal, expect_same_training
 from tests.support.layouts import LAYOUTS
 from tests.support.training import Tensors, Trained, merge
 
 pytestmark = pytest.mark.parallel
+
+Reference = Callable[[str, str], Trained]
+
+COMPARABLE = [
+    (layout, scenario)
+    for scenario, layouts in LAYOUTS_OF.items()
+    if SCENARIOS[scenario].drop_path_rate == 0 and scenario != "bf16"
+    for layout in layouts
+]
+
+
+@pytest.mark.parametrize(("layout", "scenario"), COMPARABLE)
+def test_training_equals_plain_pytorch(
+    trained: TrainedBy, reference: Reference, weights: dict[str, Tensors], layout: str, scenario: str
+) -> None:
+    start = weights[SCENARIOS[scenario].family]
+    expect_same_training(trained(layout, scenario), reference(layout, scenario), start, LAYOUTS[layout].layout)
+
+
+def test_the_scenarios_clip(reference: Reference) -> None:
+    assert min(reference("1", "300m").grad_norms) > 1.0, "gradients are clipped to 1: the joint norm is tested by it"
+
+
+@pytest.mark.parametrize("layout", LAYOUTS_OF["micro_batch"])
+def test_normalisation_changes_the_loss(trained: TrainedBy, layout: str) -> None:
+    jointly, by_micro_step = trained(layout, "300m")[0].losses[0], trained(layout, "micro_batch")[0].losses[0]
+    assert abs(jointly - by_micro_step) > 1e-4, "rows of unequal weight: the two rules cannot agree"
 
 
 @pytest.mark.parametrize("layout", LAYOUTS_OF["text"])
@@ -100,9 +131,7 @@ def test_drop_path_draws_do_not_depend_on_windows_chunks_and_recomputation(train
 
 
 @pytest.mark.parametrize("layout", LAYOUTS_OF["drop_path_off"])
-def test_evaluation_has_no_drop_path(
-    trained: TrainedBy, reference: Callable[[str, str], Trained], layout: str
-) -> None:
+def test_evaluation_has_no_drop_path(trained: TrainedBy, reference: Reference, layout: str) -> None:
     wanted = reference(layout, "drop_path_off").evaluation  # transformers' model has no drop path at all
     for found in trained(layout, "drop_path_off"):
         np.testing.assert_allclose(found.evaluation, wanted, rtol=1e-5)
