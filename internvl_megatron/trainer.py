@@ -102,7 +102,10 @@ class Trainer:
             self.plan.layout, device, config.parallel.collective_timeout_seconds, self.plan.vision_layout
         )
         self.saver = Saver(self.root / folders.CHECKPOINTS, config.checkpoint, self.groups)
+        self.saver.fetch()
         newest = newest_intact(self.saver.root, self.groups, config.checkpoint.verify == "contents", sets_aside=True)
+        if newest is not None:
+            self.saver.copy(newest)
         starts_fresh = newest is None and config.checkpoint.load is None
         self.model = build_model(config, self.groups, device, initialize=starts_fresh)
         self.trainer_step = Step(config, self.model, self.groups, device)
@@ -153,11 +156,13 @@ class Trainer:
             self._check_gradients(result)
             if result.bad is not None and self._react(result.bad):
                 continue
-            self._poll_saver()
             is_due = any(map(self._due, (checkpoint.save_every_steps, checkpoint.milestone_every_steps)))
             if interrupted or is_due or self.step == config.num_steps:
                 self._save()
         self._finish_saving()
+        if not interrupted:  # whoever stops a run may not wait so long; the next start makes the copy
+            self.saver.wait_for_mirror()
+            self._note_failed_saves()
         stop_signal = (self.signals.received or signal.SIGTERM) if interrupted else None
         return RunSummary(self.step, loss, None if held_out is None else held_out.loss, stop_signal)
 
@@ -386,6 +391,9 @@ class Trainer:
 
     def _poll_saver(self) -> None:
         self.saver.poll()
+        self._note_failed_saves()
+
+    def _note_failed_saves(self) -> None:
         if self.events is not None:
             for failure in self.saver.failures:
                 self.events.write(self.step, "save failed", failure)

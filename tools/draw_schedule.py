@@ -9,7 +9,6 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -22,6 +21,7 @@ from internvl_megatron.scaling.gpus import GPUS, GpuKind, find_gpu
 from internvl_megatron.scaling.interleaved_time import Timeline, timeline
 from internvl_megatron.scaling.predicted_step import Workload, predicted_stages
 from tools.plan import drawn_workload
+from tools.timeline_picture import Bar, draw_timeline
 
 COLOURS = {"forward": "tab:blue", "backward": "tab:orange"}
 
@@ -37,25 +37,13 @@ def predicted_timeline(config: RunConfig, made: RunPlan, workload: Workload, gpu
     return timeline(forward, backward, layout.pipeline_size)
 
 
-def draw(found: Timeline, file: Path, title: str) -> None:
-    """A line for each rank; later chunks are paler."""
-    from matplotlib.figure import Figure
-    from matplotlib.patches import Patch
-
-    figure = Figure(figsize=(10, 1.2 + 0.4 * len(found.ranks)), layout="constrained")
-    axes = figure.subplots()
-    for rank, spans in enumerate(found.ranks):
+def bars(found: Timeline) -> list[list[Bar]]:
+    """What each rank does; later chunks are paler."""
+    drawn = []
+    for spans in found.ranks:
         num_chunks = 1 + max(span.work.chunk for span in spans)
-        for work, start, end in spans:
-            alpha = 1 - 0.7 * work.chunk / num_chunks
-            axes.barh(
-                rank, end - start, left=start, color=COLOURS[work.kind], alpha=alpha, edgecolor="white", linewidth=0.3
-            )
-    axes.set(xlabel="seconds", ylabel="pipeline rank", yticks=range(len(found.ranks)), title=title)
-    axes.invert_yaxis()
-    place: Any = "outside right"  # newer than matplotlib's types
-    figure.legend(handles=[Patch(color=colour, label=kind) for kind, colour in COLOURS.items()], loc=place)
-    figure.savefig(file, dpi=110)
+        drawn.append([Bar(work.kind, start, end, 1 - 0.7 * work.chunk / num_chunks) for work, start, end in spans])
+    return drawn
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -83,7 +71,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     print(f"rows under way at most, by pipeline rank: {held}")
     if options.output is not None:
-        draw(found, options.output, f"{config.name}, {made.layout}")
+        title = f"{config.name}, {made.layout}"
+        draw_timeline(bars(found), COLOURS, options.output, title, "seconds", "pipeline rank")
         print(f"{options.output} is written")
     return 0
 

@@ -2,8 +2,8 @@
 
     python -m tools.pipeline [FOLDER] [--nproc N]          (make pipeline)
 
-A 1.8M-parameter InternVL3 learns to read handwritten digits (`tools.demo`'s pre-training), then to add three of them up, step by
-step. Its own answers to new pictures become preference pairs (`tools.build_preferences`) and step labels
+A 1.8M-parameter InternVL3 learns to read handwritten digits (`tools.demo`'s pre-training), then numbers of two of them backwards,
+step by step. Its own answers to new pictures become preference pairs (`tools.build_preferences`) and step labels
 (`tools.build_prm_data`); MPO trains on the first, a judge on the second. FOLDER (runs/pipeline) gets a run of each stage and
 `report.json`. Interrupted, the same command goes on.
 """
@@ -28,7 +28,7 @@ from internvl_megatron.launcher import InterruptedRunError, RankFailedError, lau
 from internvl_megatron.ranks import RankInfo
 from tools import build_preferences, build_prm_data
 from tools.prepare_demo import Amounts
-from tools.prepare_sums import SumAmounts, prepare_sums
+from tools.prepare_reversals import ReversalAmounts, prepare_reversals
 from tools.rollouts import Asking, Job, Part, Question, ask, read_questions
 
 TRAIN_RANK = "internvl_megatron.trainer:train_rank"
@@ -38,6 +38,10 @@ JUDGE_RANK = "tools.pipeline:judge_rank"
 INSTRUCTION = "Reply + or -."
 """Of the judge: the demo's tokenizer spells long texts byte by byte."""
 
+PAIR_TEMPERATURE, JUDGE_TEMPERATURE = 1.0, 1.5
+"""Of answers that become pairs, and of solutions to be judged: a small model is soon sure of itself, and few of its answers to a
+question would be both right and wrong."""
+
 MAX_NEW_TOKENS = 32
 MAX_SEQUENCES = 256
 
@@ -46,16 +50,16 @@ MAX_SEQUENCES = 256
 class Sizes:
     """How long it trains, and how much it asks."""
 
-    pretrain_steps: int = 400
-    sft_steps: int = 300
+    pretrain_steps: int = 500
+    sft_steps: int = 120
     mpo_steps: int = 80
-    judge_steps: int = 200
+    judge_steps: int = 400
     rollouts: int = 16
     judge_solutions: int = 4
     judge_completions: int = 8
     heldout_solutions: int = 8
-    data: SumAmounts = SumAmounts()  # noqa: RUF009  # frozen
-    pretraining: Amounts = Amounts(heldout_share=0.6)  # noqa: RUF009
+    data: ReversalAmounts = ReversalAmounts()  # noqa: RUF009  # frozen
+    pretraining: Amounts = Amounts(heldout_share=0.9)  # noqa: RUF009
 
 
 class Pipeline:
@@ -71,7 +75,7 @@ class Pipeline:
 
     def run(self) -> dict[str, Any]:
         """All of it; the report."""
-        self._timed("data", lambda: prepare_sums(self.data, self.sizes.data, self.sizes.pretraining))
+        self._timed("data", lambda: prepare_reversals(self.data, self.sizes.data, self.sizes.pretraining))
         self._train("pretrain", self.sizes.pretrain_steps, self.data / "demo" / "train_meta.json", None)
         self._train("sft", self.sizes.sft_steps, self.data / "sft_meta.json", "pretrain")
         for name, rollouts in (("preference", self.sizes.rollouts), ("heldout_pair", self.sizes.rollouts)):
@@ -88,7 +92,7 @@ class Pipeline:
         )
         self._timed("step labels", self._label_steps)
         self._train(
-            "judge", self.sizes.judge_steps, self.data / "judge" / "meta.json", "sft", "optimizer.learning_rate=7e-4"
+            "judge", self.sizes.judge_steps, self.data / "judge" / "meta.json", "sft", "optimizer.learning_rate=1e-3"
         )
         report = {
             "sizes": asdict(self.sizes),
@@ -150,7 +154,7 @@ class Pipeline:
     def _pairs(self, name: str, rollouts: int) -> None:
         questions = str(self.data / f"{name}_questions.jsonl")
         arguments = [str(self.data / name), "--questions", questions, "--num-rollouts", str(rollouts)]
-        self._expect_done(build_preferences.main([*arguments, *self._asking("sft", 0.7)]))
+        self._expect_done(build_preferences.main([*arguments, *self._asking("sft", PAIR_TEMPERATURE)]))
 
     def _label_steps(self) -> None:
         instruction = self.data / "instruction.txt"
@@ -158,7 +162,7 @@ class Pipeline:
         arguments = [str(self.data / "judge"), "--questions", str(self.data / "judge_questions.jsonl")]
         numbers = ["--num-solutions", self.sizes.judge_solutions, "--num-completions", self.sizes.judge_completions]
         arguments += [*map(str, numbers), "--instruction", str(instruction)]
-        self._expect_done(build_prm_data.main([*arguments, *self._asking("sft", 1.0)]))
+        self._expect_done(build_prm_data.main([*arguments, *self._asking("sft", JUDGE_TEMPERATURE)]))
 
     @staticmethod
     def _expect_done(status: int) -> None:
@@ -220,7 +224,7 @@ class Pipeline:
 
     def _ranking(self) -> dict[str, float]:
         """How well the judge tells right solutions of held-out questions from wrong ones; see `ranking`."""
-        answers = self._answers("heldout_judge", "sft", self.sizes.heldout_solutions, 1.0)
+        answers = self._answers("heldout_judge", "sft", self.sizes.heldout_solutions, JUDGE_TEMPERATURE)
         texts = [(question, text) for question, own in answers.items() for text in dict.fromkeys(own)]
         scores = launch(JUDGE_RANK, self.num_ranks, self.checkpoint("judge"), texts, INSTRUCTION, device="cpu")[0]
         judged: dict[Question, list[tuple[float, bool]]] = {}

@@ -23,6 +23,7 @@ from internvl_megatron.config.schema import RunConfig
 from internvl_megatron.launcher import launch
 from internvl_megatron.parallel.layout import Layout
 from internvl_megatron.ranks import RankInfo
+from tools.timeline_picture import Bar, draw_timeline
 
 COLOURS = {"plan": "0.6", "encode": "tab:green", "decode": "tab:blue", "backprop": "tab:olive", "update": "tab:red"}
 MICROSECONDS = 1e6
@@ -73,24 +74,6 @@ def chrome_trace(ranks: list[Spans], layout: Layout) -> dict[str, Any]:
     return {"traceEvents": events, "displayTimeUnit": "ms"}
 
 
-def draw(trace: dict[str, Any], path: Path, title: str) -> None:
-    """A line per rank, a colour per phase."""
-    from matplotlib.figure import Figure
-    from matplotlib.patches import Patch
-
-    phases = [event for event in trace["traceEvents"] if event["ph"] == "X"]
-    ranks = sorted({event["tid"] for event in phases})
-    figure = Figure(figsize=(10, 1.2 + 0.4 * len(ranks)), layout="constrained")
-    axes = figure.subplots()
-    for event in phases:
-        axes.barh(event["tid"], event["dur"] / 1e3, left=event["ts"] / 1e3, color=COLOURS[event["name"]], height=0.8)
-    axes.set(xlabel="milliseconds", ylabel="rank", yticks=ranks, title=title)
-    axes.invert_yaxis()
-    place: Any = "outside right"  # newer than matplotlib's types
-    figure.legend(handles=[Patch(color=colour, label=name) for name, colour in COLOURS.items()], loc=place)
-    figure.savefig(path, dpi=120)
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Trace and write both files."""
     parser = argparse.ArgumentParser(description="Trace one training step on all local ranks.")
@@ -111,7 +94,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     trace = chrome_trace(ranks, layout)
     options.output.mkdir(parents=True, exist_ok=True)
     (options.output / "trace.json").write_text(json.dumps(trace))
-    draw(trace, options.output / "timeline.png", f"{config.name}, {layout}")
+    first = min(start for spans in ranks for _, start, _ in spans)
+    bars = [[Bar(name, 1e3 * (start - first), 1e3 * (end - first)) for name, start, end in spans] for spans in ranks]
+    title = f"{config.name}, {layout}"
+    draw_timeline(bars, COLOURS, options.output / "timeline.png", title, "milliseconds", "rank")
     print(f"{options.output}: trace.json, timeline.png")
     return 0
 

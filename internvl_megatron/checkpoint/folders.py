@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import zlib
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -69,11 +70,16 @@ def writing_path(root: Path, step: int) -> Path:
     return root / f"step-{step:08d}.writing"
 
 
+def is_name(name: str) -> bool:
+    """Whether a folder of this name may be a checkpoint."""
+    return _NAME.fullmatch(name) is not None
+
+
 def finished(root: Path) -> list[Path]:
     """Finished checkpoints, oldest first."""
     if not root.is_dir():
         return []
-    folders = [path for path in root.iterdir() if _NAME.fullmatch(path.name) and (path / MARKER).is_file()]
+    folders = [path for path in root.iterdir() if is_name(path.name) and (path / MARKER).is_file()]
     return sorted(folders, key=lambda path: path.name)
 
 
@@ -81,7 +87,7 @@ def without_marker(root: Path) -> list[Path]:
     """Folders with the name of a checkpoint that are none, since their marker is missing."""
     if not root.is_dir():
         return []
-    return [path for path in root.iterdir() if _NAME.fullmatch(path.name) and not (path / MARKER).is_file()]
+    return [path for path in root.iterdir() if is_name(path.name) and not (path / MARKER).is_file()]
 
 
 def finish(root: Path, info: CheckpointInfo) -> Path:
@@ -146,13 +152,23 @@ def remove_partial(root: Path) -> None:
             shutil.rmtree(path)
 
 
-def clean(root: Path, keep_last: int, milestone_every_steps: int | None = None) -> None:
-    """Remove old checkpoints: the newest `keep_last` stay (at least one always does), and milestones for ever."""
-    for path in finished(root)[: -max(1, keep_last)]:
-        if milestone_every_steps is not None and int(path.name.removeprefix("step-")) % milestone_every_steps == 0:
-            continue
-        # Under another name it is no checkpoint any more: an interrupted removal leaves nothing that looks whole.
-        shutil.rmtree(path.rename(path.with_name(f"{path.name}.removing")))
+def old_ones(names: Sequence[str], keep_last: int, milestone_every_steps: int | None = None) -> list[str]:
+    """Of the names of checkpoints, oldest first, those that may go: all but the newest `keep_last`, at least one, and milestones."""
+    return [
+        name
+        for name in names[: -max(1, keep_last)]
+        if milestone_every_steps is None or int(name.removeprefix("step-")) % milestone_every_steps != 0
+    ]
+
+
+def clean(
+    root: Path, keep_last: int, milestone_every_steps: int | None = None, in_use: Collection[str] = frozenset()
+) -> None:
+    """Remove old checkpoints, but for those `in_use`."""
+    for name in old_ones([path.name for path in finished(root)], keep_last, milestone_every_steps):
+        if name not in in_use:
+            # Under another name it is no checkpoint any more: an interrupted removal leaves nothing that looks whole.
+            shutil.rmtree((root / name).rename(root / f"{name}.removing"))
 
 
 def _sum_of(fields: dict[str, object]) -> int:

@@ -36,7 +36,7 @@ def newest_intact(root: Path, groups: Groups, contents: bool, sets_aside: bool) 
             log.error("%s has no %s and cannot be used", path, folders.MARKER)
     damaged: list[str] = []
     for name in reversed(names):
-        damage = _damage(root / name, groups, contents)
+        damage = damage_of(root / name, groups, contents)
         if not damage:
             return root / name
         damaged.append(damage[0])
@@ -53,8 +53,12 @@ def newest_intact(root: Path, groups: Groups, contents: bool, sets_aside: bool) 
     return None
 
 
-def _damage(folder: Path, groups: Groups, contents: bool) -> list[str]:
-    """What all ranks have found, the same on every rank."""
+def damage_of(folder: Path, groups: Groups, contents: bool) -> list[str]:
+    """What is wrong with a checkpoint, the same on every rank; collective.
+
+    Raises:
+        OtherVersionError: it is of a version this program does not read.
+    """
     error = ""
     try:
         found = find_damage(folder, contents, groups.rank, groups.layout.world_size)

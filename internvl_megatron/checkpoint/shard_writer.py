@@ -7,7 +7,7 @@ ranks is left to `saver.py`, which lets no rank wait for another one's disk.
 import io
 import os
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -120,7 +120,7 @@ def write_shards(folder: Path, rank: int, staged: Staged) -> Written:
     return Written(staged.plan, results, files.sums)
 
 
-def write_contents(folder: Path, written: list[Written]) -> FileSums:
+def write_contents(folder: Path, written: Sequence[Written]) -> FileSums:
     """Write the table of contents of what all ranks have written, by rank; returns the sums of all files."""
     planner = MCoreSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
     _, metadata = planner.create_global_plan([part.plan for part in written])

@@ -148,12 +148,16 @@ def _numbers(section: Any, path: str) -> list[str]:
 
 def _folders(config: RunConfig) -> list[str]:
     paths = {"folder": config.folder, "checkpoint.load": config.checkpoint.load}
-    return [
+    problems = [
         f"{name}={path} is a URL, and a run's files and weights are on a file system that all ranks share: mount the store, or "
-        "copy what you need"
+        "copy what you need; checkpoint.mirror has copies of checkpoints made"
         for name, path in paths.items()
         if path is not None and "://" in path
     ]
+    mirror = config.checkpoint.mirror
+    if mirror is not None and "://" not in mirror:
+        problems.append(f"checkpoint.mirror={mirror} must be a URL, as s3://bucket/run or file:///mnt/copies/run")
+    return problems
 
 
 def model_problems(model: ModelConfig) -> list[str]:

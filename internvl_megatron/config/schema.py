@@ -388,6 +388,9 @@ class CheckpointConfig:
     """How long training waits for a checkpoint that is still being written, when the next is due or the run ends."""
     verify: Literal["contents", "sizes"] = "contents"
     """What is compared of a run's own checkpoint before it continues: checksums of all files, or their lengths alone."""
+    mirror: str | None = None
+    """URL of a folder in an object store (`s3://bucket/run`) that gets a copy of every finished checkpoint; a run whose own folder has
+    none goes on from there. None = no copies."""
     load: str | None = None
     """Where to take the weights from when the run folder holds no checkpoint of its own: converted weights, a run (its
     newest checkpoint), or one checkpoint of a run."""

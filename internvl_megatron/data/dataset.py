@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from internvl_megatron.data.energon_store import DEFAULT_SPLIT, EnergonStore
-from internvl_megatron.data.files import is_folder, is_url, local_copy
+from internvl_megatron.data.files import is_folder, local_copy
 from internvl_megatron.data.jsonl_file import JsonlFile
 from internvl_megatron.data.jsonl_index import index_all, open_index
 from internvl_megatron.data.meta import DatasetEntry, read_meta
@@ -13,6 +13,7 @@ from internvl_megatron.data.permutation import NUM_KEYS, Permutation
 from internvl_megatron.data.row_store import RowStore, is_row_store
 from internvl_megatron.data.seeds import Purpose, name_key, words
 from internvl_megatron.errors import DataError
+from internvl_megatron.object_store import is_url
 
 COPIES_FOLDER = "annotations"
 """In the folder of indices: copies of annotations that are behind URLs."""

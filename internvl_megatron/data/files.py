@@ -1,7 +1,6 @@
 """Files that records name: where they may lie, how they or parts of them are opened, and what happens when a read gets stuck.
 
-Local paths are opened by the operating system. What begins with `scheme://` (s3, gs, https, ...) goes through fsspec, which
-is imported only then. Names come from data files and are not trusted.
+Local paths are opened by the operating system, URLs by `object_store.py`. Names come from data files and are not trusted.
 """
 
 import hashlib
@@ -20,6 +19,7 @@ from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 
 from internvl_megatron.errors import ConfigError, DataError
+from internvl_megatron.object_store import file_system, in_store, is_url
 
 if TYPE_CHECKING:
     from collections.abc import Buffer
@@ -27,8 +27,6 @@ if TYPE_CHECKING:
 FileFault = Literal["path", "missing", "unreadable", "timeout", "image", "pixels", "video"]
 """What is wrong with a file: its name leads outside its root; it is not there; it cannot be opened or is no file; reading it
 takes too long; it is no image, or a broken one; it has too many pixels; it is no video, or a broken one."""
-
-_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 
 
 class FileError(DataError):
@@ -55,11 +53,6 @@ class Span:
 def file_name(path: str, span: Span | None) -> str:
     """What messages call a file or a part of one."""
     return path if span is None else f"{path}:{span.name}"
-
-
-def is_url(path: str) -> bool:
-    """Whether a path is for fsspec: `scheme://...`."""
-    return _URL.match(path) is not None
 
 
 def locate(root: str | Path, name: str, allow_outside_root: bool) -> str:
@@ -148,7 +141,7 @@ def list_folder(path: str) -> list[str]:
     """Names of the files in a folder, sorted as people count: 2 before 10. Raises `FileError`."""
     try:
         if is_url(path):
-            system, _ = _file_system(path)
+            system, _ = file_system(path)
             names = [str(entry).rstrip("/").rsplit("/", 1)[-1] for entry in system.ls(path, detail=False)]
         else:
             names = [entry.name for entry in Path(path).iterdir()]
@@ -223,7 +216,7 @@ def _open_span(path: str, span: Span) -> BinaryIO:
 
 def _fetch_span(path: str, span: Span) -> BinaryIO:
     """A part of a file behind a URL, in memory."""
-    content = _of_store(path, lambda system, place: system.cat_file(place, span.offset, span.offset + span.size))
+    content = in_store(path, lambda system, place: system.cat_file(place, span.offset, span.offset + span.size))
     if len(content) != span.size:
         raise _cut_off(span, span.offset + len(content))
     return BytesIO(content)
@@ -237,32 +230,7 @@ def _cut_off(span: Span, size: int) -> OSError:
 
 def _open_url(path: str) -> BinaryIO:
     """A file behind a URL."""
-    return _of_store(path, lambda system, place: system.open(place, "rb"))
-
-
-def _of_store[T](path: str, read: Callable[[Any, str], T]) -> T:
-    """What `read` gets from fsspec's file system of a URL. Raises `OSError` whatever goes wrong."""
-    system, place = _file_system(path)
-    try:
-        return read(system, place)
-    except OSError:
-        raise
-    except Exception as error:  # every store has errors of its own
-        raise OSError(f"{type(error).__name__}: {error}") from error
-
-
-def _file_system(path: str) -> tuple[Any, str]:
-    """fsspec's file system of a URL, and the URL as it takes it. Raises `ConfigError` if a program is missing."""
-    try:
-        from fsspec.core import url_to_fs
-    except ImportError as error:
-        raise ConfigError(f"{path}: URLs need fsspec; `pip install fsspec`") from error
-    try:
-        return url_to_fs(path)
-    except ImportError as error:
-        raise ConfigError(f"{path}: {error}") from error
-    except ValueError as error:
-        raise OSError(str(error)) from error
+    return in_store(path, lambda system, place: system.open(place, "rb"))
 
 
 def local_copy(url: str, folder: Path) -> Path:
@@ -276,7 +244,7 @@ def local_copy(url: str, folder: Path) -> Path:
         ConfigError: the program that reads such URLs is not installed.
     """
     try:
-        system, place = _file_system(url)
+        system, place = file_system(url)
         version = hashlib.blake2b(f"{url} {system.ukey(place)}".encode(), digest_size=8).hexdigest()
         target = folder / f"{version}-{place.rpartition('/')[2][:120]}"
         temporary = target.with_name(f".{target.name}.{secrets.token_hex(8)}.writing")

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from internvl_megatron.data.files import is_url
 from internvl_megatron.errors import DataError
+from internvl_megatron.object_store import is_url
 
 _REQUIRED_KEYS = ("root", "annotation", "data_augment", "repeat_time")
 _OPTIONAL_KEYS = ("length", "max_dynamic_patch", "group", "split")

@@ -23,12 +23,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from internvl_megatron.data.files import FileError, is_url, locate
+from internvl_megatron.data.files import FileError, locate
 from internvl_megatron.data.images import ImageRef
 from internvl_megatron.data.packing import Row, SampleSource
 from internvl_megatron.data.records import SampleSettings
 from internvl_megatron.data.tokenizer import Tokenizer
 from internvl_megatron.errors import DataError
+from internvl_megatron.object_store import is_url
 
 if TYPE_CHECKING:
     import zarr

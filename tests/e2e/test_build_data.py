@@ -8,64 +8,33 @@ from typing import Any
 
 import pytest
 
-from internvl_megatron.config.overrides import apply_overrides
-from internvl_megatron.config.recipes import demo_digits
+from internvl_megatron.config.schema import RunConfig
+from internvl_megatron.metrics import METRICS_FILE, read_metrics
+from tests.support.small_runs import read_lines, small_data, small_run, write_lines
 from tools import build_preferences, build_prm_data
-from tools.prepare_demo import Amounts, prepare
 
 pytestmark = pytest.mark.parallel
 
 TRAIN_RANK = "internvl_megatron.trainer:train_rank"
 RunRanks = Callable[..., list[Any]]
-FEW = Amounts(
-    num_pictures=40,
-    num_pairs=4,
-    num_texts=4,
-    num_heldout_pictures=8,
-    num_heldout_pairs=2,
-    num_heldout_texts=2,
-    questions_per_task=2,
-)
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small version of the demo's data, and questions: with answers, with a response, and bare ones."""
-    out = tmp_path_factory.mktemp("demo") / "data"
-    prepare(out, amounts=FEW)
+    out = small_data(tmp_path_factory.mktemp("demo") / "data")
     questions: list[dict[str, Any]] = []
-    for line in (out / "heldout_digits.jsonl").read_text().splitlines():
-        record = json.loads(line)
+    for record in read_lines(out / "heldout_digits.jsonl")[:8]:
         question = {"id": record["id"], "image": record["image"], "question": "<image>\nRead the number."}
         questions.append(question)
     questions[0]["answer"] = questions[1]["answer"] = "unheard of"
     questions[2] |= {"response": "one two three four", "image": "images/none.png"}
-    write(out / "questions.jsonl", questions)
+    write_lines(out / "questions.jsonl", questions)
     return out
 
 
-def write(path: Path, records: list[Any]) -> None:
-    path.write_text("".join(json.dumps(record) + "\n" for record in records))
-
-
-def settings(data: Path, folder: Path, meta: Path, steps: int) -> Any:
-    return apply_overrides(
-        demo_digits(),
-        [
-            f"data.meta={meta}",
-            f"data.tokenizer={data / 'tokenizer'}",
-            f"folder={folder}",
-            f"num_steps={steps}",
-            "data.eval_meta=null",
-            "eval_every_steps=null",
-            "data.tokens_per_row=512",
-            "data.tiles_per_row=32",
-            "data.v2pe=fixed",
-            "data.num_workers=0",
-            "parallel.tensor_size=1",
-            "parallel.pipeline_size=1",
-        ],
-    )
+def settings(data: Path, folder: Path, meta: Path, steps: int) -> RunConfig:
+    return small_run(data, folder, f"data.meta={meta}", "data.v2pe=fixed", f"num_steps={steps}")
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +88,7 @@ def judged(data: Path, weights: Path, tmp_path_factory: pytest.TempPathFactory) 
         {"id": "digits-00000", "answers": ["7\n\n8\n\nunheard of", "7\n\n8"]},
         {"id": "digits-00001", "answers": ["9"]},
     ]
-    write(data / "solutions.jsonl", answers)
+    write_lines(data / "solutions.jsonl", answers)
     given = ["--solutions", str(data / "solutions.jsonl"), "--num-completions", "2"]
     assert build_prm_data.main([str(out), *options(data, weights), *given]) == 0
     return out
@@ -127,7 +96,7 @@ def judged(data: Path, weights: Path, tmp_path_factory: pytest.TempPathFactory) 
 
 def test_without_the_image(preferences: Path) -> None:
     """The image of one question is not even there: nothing looks for it."""
-    pairs = [json.loads(line) for line in (preferences / "pairs.jsonl").read_text().splitlines()]
+    pairs = read_lines(preferences / "pairs.jsonl")
     given = {pair["id"]: pair for pair in pairs}["digits-00002-0"]
     assert given["chosen"] == "one two three four" and given["image"] == "images/none.png"
     assert given["rejected"].startswith("one two") and given["rejected"] != given["chosen"]
@@ -136,7 +105,7 @@ def test_without_the_image(preferences: Path) -> None:
         assert pair["rejected"].startswith(build_preferences.first_half(pair["chosen"]))
     report = json.loads((preferences / "report.json").read_text())
     assert report["right_answers"] == 0 and report["questions_without_pair"]["all answers wrong"] == 2
-    rollouts = [json.loads(line) for line in next(preferences.glob("rollouts-*")).read_text().splitlines()[1:]]
+    rollouts = read_lines(next(preferences.glob("rollouts-*")))[1:]
     drawn = {line["id"]: line["answers"] for line in rollouts}
     assert [len(drawn[f"digits-{number:05d}"]) for number in (0, 1, 3)] == [3, 3, 1] and "digits-00002" not in drawn
     assert len(set(drawn["digits-00000"])) > 1, "answers are drawn"
@@ -175,12 +144,12 @@ def test_other_settings_do_not_mix(
 def test_judged_steps_are_trained_on(
     run_ranks: RunRanks, data: Path, weights: Path, judged: Path, tmp_path: Path
 ) -> None:
-    records = [json.loads(line) for line in (judged / "judged.jsonl").read_text().splitlines()]
+    records = read_lines(judged / "judged.jsonl")
     labels = {record["id"]: [turn["value"] for turn in record["conversations"][2::2]] for record in records}
     assert labels == {"digits-00000#0": ["-", "-", "+"], "digits-00000#1": ["-", "-"], "digits-00001#0": ["-"]}
     assert records[0]["conversations"][0]["value"] == (judged / "instruction.txt").read_text()
     run_ranks(TRAIN_RANK, 1, settings(data, tmp_path, judged / "meta.json", 1))
-    (row,) = (json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines())
+    (row,) = read_metrics(tmp_path / METRICS_FILE)
     steps_a_solution = sum(map(len, labels.values())) / len(labels)
     assert row["num_supervised_tokens"] / row["num_samples"] == pytest.approx(2 * steps_a_solution, rel=0.5)
 

@@ -12,23 +12,17 @@ import torch
 
 from internvl_megatron.config.recipes import demo_digits
 from internvl_megatron.data.tokenizer import load_tokenizer
+from internvl_megatron.metrics import METRICS_FILE, read_metrics
 from tests.support.huggingface_folders import edit_json, load_tensors
 from tests.support.models import huggingface_model
-from tools.prepare_demo import Amounts, prepare
+from tests.support.small_runs import small_data
 
 pytestmark = pytest.mark.parallel
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A very small version of the demo's data."""
-    out = tmp_path_factory.mktemp("demo") / "data"
-    amounts = Amounts(
-        num_pictures=40, num_pairs=10, num_texts=10, num_heldout_pictures=4, num_heldout_pairs=4, num_heldout_texts=4,
-        questions_per_task=1,
-    )  # fmt: skip
-    prepare(out, amounts=amounts)
-    return out
+    return small_data(tmp_path_factory.mktemp("demo") / "data")
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +57,7 @@ def _train(data: Path, weights: Path, run: Path, num_ranks: int, *settings: str)
 
 
 def _losses(run: Path) -> list[float]:
-    return [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [row["loss"] for row in read_metrics(run / METRICS_FILE)]
 
 
 @pytest.mark.slow

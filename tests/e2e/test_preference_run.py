@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from internvl_megatron.config.overrides import apply_overrides
 from internvl_megatron.config.recipes import demo_digits
 from internvl_megatron.config.schema import RunConfig
 from internvl_megatron.launcher import RankFailedError
-from tools.prepare_demo import Amounts, prepare
+from internvl_megatron.metrics import METRICS_FILE, read_metrics
+from tests.support.small_runs import read_lines, small_data, small_run, write_lines
 
 pytestmark = pytest.mark.parallel
 
@@ -26,50 +26,18 @@ STEPS = 4
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small version of the demo's data, and pairs made of it: the rejected answer never says what is on the picture."""
-    out = tmp_path_factory.mktemp("demo") / "data"
-    few = Amounts(
-        num_pictures=60,
-        num_pairs=4,
-        num_texts=4,
-        num_heldout_pictures=12,
-        num_heldout_pairs=2,
-        num_heldout_texts=2,
-        questions_per_task=2,
-    )
-    prepare(out, amounts=few)
+    out = small_data(tmp_path_factory.mktemp("demo") / "data")
     for split in ("train", "heldout"):
-        records = [json.loads(line) for line in (out / f"{split}_digits.jsonl").read_text().splitlines()]
         pairs = []
-        for record in records:
+        for record in read_lines(out / f"{split}_digits.jsonl"):
             for asked, answered in zip(record["conversations"][::2], record["conversations"][1::2], strict=True):
                 chosen = answered["value"]
                 question = asked["value"].replace("<image>", "").strip()
                 pairs.append({"image": record["image"], "question": question, "chosen": chosen, "rejected": "none"})
-        (out / f"{split}_preferences.jsonl").write_text("\n".join(map(json.dumps, pairs)) + "\n")
+        write_lines(out / f"{split}_preferences.jsonl", pairs)
         entry = {"root": "", "annotation": f"{split}_preferences.jsonl", "repeat_time": 1, "data_augment": False}
         (out / f"{split}_preferences_meta.json").write_text(json.dumps({f"{split}_preferences": entry}))
     return out
-
-
-def config_of(data: Path, folder: Path, *overrides: str) -> RunConfig:
-    """The demo's recipe on one rank, three steps of SFT unless overridden."""
-    settings = [
-        f"data.meta={data / 'train_meta.json'}",
-        f"data.tokenizer={data / 'tokenizer'}",
-        f"folder={folder}",
-        "data.eval_meta=null",
-        "eval_every_steps=null",
-        "data.tokens_per_row=512",
-        "data.tiles_per_row=32",
-        "data.v2pe=fixed",
-        "data.num_workers=0",
-        "parallel.tensor_size=1",
-        "parallel.pipeline_size=1",
-        "num_steps=3",
-        "optimizer.schedule=constant",
-        "optimizer.warmup_ratio=0",
-    ]
-    return apply_overrides(demo_digits(), [*settings, *overrides])
 
 
 def preference_config(data: Path, folder: Path, start: Path, *overrides: str) -> RunConfig:
@@ -84,14 +52,14 @@ def preference_config(data: Path, folder: Path, start: Path, *overrides: str) ->
         "optimizer.learning_rate=1e-4",
         "model.vision.drop_path_rate=0.1",
     ]
-    return config_of(data, folder, *settings, *overrides)
+    return small_run(data, folder, "data.v2pe=fixed", *settings, *overrides)
 
 
 @pytest.fixture(scope="module")
 def start(run_ranks: RunRanks, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that has been fine-tuned a little: where preference training starts from, and its reference."""
     folder = tmp_path_factory.mktemp("sft")
-    run_ranks(TRAIN_RANK, 1, config_of(data, folder))
+    run_ranks(TRAIN_RANK, 1, small_run(data, folder, "data.v2pe=fixed", "num_steps=3"))
     return folder
 
 
@@ -103,7 +71,7 @@ def whole(run_ranks: RunRanks, data: Path, start: Path, tmp_path_factory: pytest
 
 
 def metrics(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return read_metrics(folder / METRICS_FILE)
 
 
 FIGURES = ("loss", "grad_norm", "chosen_reward", "rejected_reward", "reward_shift", "preference_accuracy", "eval_loss")

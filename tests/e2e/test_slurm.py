@@ -14,8 +14,9 @@ from pathlib import Path
 import pytest
 
 from internvl_megatron.checkpoint import folders
+from internvl_megatron.metrics import METRICS_FILE, read_metrics
 from tests.support.slurm_cluster import SlurmCluster, restarted, slurm_cluster, wait_until
-from tools.prepare_demo import Amounts, prepare
+from tests.support.small_runs import small_data
 
 pytestmark = [pytest.mark.slow, pytest.mark.parallel]
 
@@ -39,19 +40,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SlurmCluster]:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small version of the demo's data."""
-    out = tmp_path_factory.mktemp("demo") / "data"
-    few = Amounts(
-        num_pictures=80,
-        num_pairs=20,
-        num_texts=30,
-        num_heldout_pictures=20,
-        num_heldout_pairs=10,
-        num_heldout_texts=10,
-        questions_per_task=5,
-    )
-    prepare(out, amounts=few)
-    return out
+    return small_data(tmp_path_factory.mktemp("demo") / "data")
 
 
 def command(cluster: SlurmCluster, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -74,13 +63,12 @@ def submitted(done: subprocess.CompletedProcess[str]) -> str:
 
 
 def steps_taken(run: Path) -> int:
-    path = run / "metrics.jsonl"
-    return len(path.read_text().splitlines()) if path.is_file() else 0
+    path = run / METRICS_FILE
+    return len(read_metrics(path)) if path.is_file() else 0
 
 
 def losses(run: Path) -> dict[int, float]:
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return {row["step"]: row["loss"] for row in rows}
+    return {row["step"]: row["loss"] for row in read_metrics(run / METRICS_FILE)}
 
 
 def job_log(run: Path) -> str:

@@ -16,7 +16,8 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from internvl_megatron.checkpoint import folders
-from tools.prepare_demo import Amounts, prepare
+from internvl_megatron.metrics import METRICS_FILE, read_metrics
+from tests.support.small_runs import small_data, small_run_settings
 
 pytestmark = pytest.mark.parallel
 
@@ -25,36 +26,20 @@ STEPS, SAVE_EVERY = 6, 2
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small version of the demo's data."""
-    out = tmp_path_factory.mktemp("demo") / "data"
-    few = Amounts(
-        num_pictures=80,
-        num_pairs=20,
-        num_texts=30,
-        num_heldout_pictures=20,
-        num_heldout_pairs=10,
-        num_heldout_texts=10,
-        questions_per_task=5,
-    )
-    prepare(out, amounts=few)
-    return out
+    return small_data(tmp_path_factory.mktemp("demo") / "data")
 
 
 def _command(data: Path, run: Path, *overrides: str, ranks: int = 4) -> list[str]:
     settings = [
-        f"data.meta={data / 'train_meta.json'}",
+        *small_run_settings(data, run),
         f"data.eval_meta={data / 'heldout_meta.json'}",
-        f"data.tokenizer={data / 'tokenizer'}",
-        f"folder={run}",
         f"num_steps={STEPS}",
         f"checkpoint.save_every_steps={SAVE_EVERY}",
         "eval_every_steps=3",
         "sample_every_steps=3",
-        "data.tokens_per_row=512",
-        "data.tiles_per_row=32",
-        # The rate of a step does not depend on how many there are to be.
-        "optimizer.schedule=constant",
-        "optimizer.warmup_ratio=0",
+        "data.num_workers=2",
+        "parallel.tensor_size=2",
+        "parallel.pipeline_size=2",
         *overrides,
     ]
     return [sys.executable, "-m", "internvl_megatron", "train", "demo_digits", *settings, "--nproc", str(ranks)]
@@ -67,7 +52,7 @@ def _train(data: Path, run: Path, *overrides: str, ranks: int = 4) -> subprocess
 
 
 def _metrics(run: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return read_metrics(run / METRICS_FILE)
 
 
 def _losses(run: Path) -> dict[int, tuple[float, float | None]]:
@@ -92,8 +77,8 @@ def _start(data: Path, run: Path) -> subprocess.Popen[str]:
 
 def _wait_for_step(run: Path, step: int, process: subprocess.Popen[str]) -> None:
     deadline = time.monotonic() + 240
-    path = run / "metrics.jsonl"
-    while not (path.is_file() and len(path.read_text().splitlines()) >= step):
+    path = run / METRICS_FILE
+    while not (path.is_file() and len(read_metrics(path)) >= step):
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline, f"step {step} was not reached"
         time.sleep(0.02)

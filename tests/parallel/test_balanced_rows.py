@@ -14,6 +14,7 @@ from internvl_megatron.config.schema import CheckpointConfig, DataConfig, RunCon
 from internvl_megatron.data.fast_tokenizer import FastTokenizer
 from internvl_megatron.data.tokenizer_build import train_small_tokenizer
 from internvl_megatron.errors import DataError
+from internvl_megatron.metrics import METRICS_FILE, read_metrics
 from internvl_megatron.ranks import RankInfo
 from tests.support.layouts import LAYOUTS, Scenario
 
@@ -103,7 +104,7 @@ def _train(info: RankInfo, configs: list[RunConfig]) -> str | None:
 
 
 def _metrics(run: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return read_metrics(run / METRICS_FILE)
 
 
 @pytest.mark.parametrize("layout", ["DP2", "TP2xDP2"])

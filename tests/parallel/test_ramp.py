@@ -13,6 +13,7 @@ from PIL import Image
 from internvl_megatron.config.schema import CheckpointConfig, DataConfig, RampConfig, RunConfig
 from internvl_megatron.data.fast_tokenizer import FastTokenizer
 from internvl_megatron.data.tokenizer_build import train_small_tokenizer
+from internvl_megatron.metrics import METRICS_FILE, read_metrics
 from internvl_megatron.ranks import RankInfo
 from tests.support.layouts import ADAMW, LAYOUTS, Scenario
 
@@ -90,7 +91,7 @@ def _train(info: RankInfo, configs: Sequence[RunConfig]) -> None:
 
 
 def _metrics(run: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return read_metrics(run / METRICS_FILE)
 
 
 @pytest.fixture(scope="module")

@@ -98,7 +98,7 @@ def _run(info: RankInfo, ranks: Ranks, scenario: Scenario = REPLICATED) -> Itera
 
 def _busy_until(event: threading.Event, saver: Saver) -> None:
     """Let the writing thread wait, as it does for a slow disk."""
-    saver._worker.submit(event.wait)
+    saver._job.worker.submit(event.wait)
 
 
 def _train_and_save(info: RankInfo, ranks: Ranks, root: Path, scenario: Scenario, is_fast: bool) -> History:
@@ -300,6 +300,25 @@ def test_damage_is_found_and_an_older_checkpoint_taken(run_ranks: RunRanks, tmp_
     assert nothing[0] == "none"
 
 
+@contextmanager
+def _read_only(root: Path, info: RankInfo, groups: Groups) -> Iterator[None]:
+    """Nobody may write to a folder, nor is this process root any more, who might."""
+    own = os.geteuid()
+    if info.rank == 0:
+        root.chmod(0o555)
+    groups.host_world.barrier().wait()
+    if own == 0:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(own)
+    groups.host_world.barrier().wait()
+    if info.rank == 0:
+        root.chmod(0o755)
+    groups.host_world.barrier().wait()
+
+
 def _train_on_a_bad_disk(info: RankInfo, root: Path) -> tuple[list[str], list[str], int, History]:
     """Save on a disk that is full, gone, slow and good again; what is there after each, what was said, and all losses."""
     said: list[str] = []
@@ -337,6 +356,10 @@ def _train_on_a_bad_disk(info: RankInfo, root: Path) -> tuple[list[str], list[st
             root.with_name("unmounted").rename(root)
         note()
         run.groups.host_world.barrier().wait()
+        with _read_only(root, info, run.groups):
+            assert run.start(saver, 3)
+            assert not saver.wait()
+        note()
         disk_answers = threading.Event()
         _busy_until(disk_answers, saver)
         assert run.start(saver, 4)
@@ -354,13 +377,14 @@ def test_training_goes_on_without_a_disk_and_keeps_the_last_good_checkpoint(
     run_ranks: RunRanks, tmp_path: Path
 ) -> None:
     found, said, num_failed, history = run_ranks(_train_on_a_bad_disk, 2, tmp_path / "disk")[0]
-    assert found == ["step-00000001", "step-00000001", "step-00000001", "step-00000004"]
-    assert num_failed == 3
+    assert found == [*["step-00000001"] * 4, "step-00000004"]
+    assert num_failed == 4
     assert all(np.isfinite(values).all() for values in history)
-    full, gone, slow = (text for text in said if "is not saved" in text)
+    full, gone, read_only, slow = (text for text in said if "is not saved" in text)
     assert full.startswith("step 2 is not saved: rank 1: ") and "File too large" in full
     assert full.endswith("the newest checkpoint is step-00000001")
     assert gone.startswith("step 3 is not saved: rank 0: ") and "Not a directory" in gone
+    assert read_only.startswith("step 3 is not saved: rank 0: ") and "Permission denied" in read_only
     assert slow.startswith("step 5 is not saved: after 1 s more the checkpoint of step 4 is still being written")
     assert not list((tmp_path / "disk").glob("*.writing"))
 

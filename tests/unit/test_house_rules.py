@@ -24,7 +24,7 @@ LAYERS = (
     {"cpu_shim"},
     {"device"},
     {"ranks", "logs", "boards"},
-    {"metrics"},
+    {"metrics", "run_events", "object_store"},
     {"progress"},
     {"parallel"},
     {"model", "data"},

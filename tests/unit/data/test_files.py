@@ -12,12 +12,13 @@ from fsspec.implementations.memory import MemoryFileSystem
 from PIL import Image
 
 from internvl_megatron.data.dataset import load_datasets
-from internvl_megatron.data.files import FileError, is_url, list_folder, locate, open_file, read_within
+from internvl_megatron.data.files import FileError, list_folder, locate, open_file, read_within
 from internvl_megatron.data.images import image_size
 from internvl_megatron.data.meta import read_meta
 from internvl_megatron.data.step_rows import StepRows
 from internvl_megatron.data.stream import SampleStream
 from internvl_megatron.errors import ConfigError
+from internvl_megatron.object_store import is_url
 from tests.support.videos import write_video
 
 

@@ -1,14 +1,14 @@
-"""Prepare the data of the pipeline: check digits of handwritten numbers, worked out step by step.
+"""Prepare the data of the pipeline: handwritten numbers read backwards, step by step.
 
-A picture is a few of the demo's digits side by side, and its answer reads them and adds them up modulo 10, a step a paragraph:
+A picture is a few of the demo's digits side by side, and its answer reads them and turns them round, a step a paragraph:
 
-    <image> Check digit?        372 / 3+7=0 / 0+2=2 / 2
+    <image> Backwards?        37 / 7 / 73
 
 The digits are in three parts that share none: those that pre-training (`tools.prepare_demo`) and fine-tuning show, those of
 the questions that preference pairs and step labels are made of, and held-out ones. OUT holds
 
     demo/                                  the demo's data, of the first part, for pre-training; its tokenizer
-    sft.jsonl, texts.jsonl, sft_meta.json  conversations of the first part, and sums of two numbers as text
+    sft.jsonl, texts.jsonl, sft_meta.json  conversations of the first part, and numbers given as text
     preference_questions.jsonl, judge_questions.jsonl         of the second part: {id, image, question, answer}
     heldout_questions.jsonl, heldout_pair_questions.jsonl, heldout_judge_questions.jsonl     of the third
     images/
@@ -18,7 +18,6 @@ import json
 import random
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
@@ -26,40 +25,39 @@ from PIL import Image
 
 from tools.prepare_demo import Amounts, Digit, Record, prepare, split_digits, write_json, write_jsonl
 
-QUESTION = "Check digit?"
+QUESTION = "Backwards?"
 
 
 @dataclass(frozen=True, kw_only=True)
-class SumAmounts:
+class ReversalAmounts:
     """How much to make."""
 
     seed: int = 0
-    digits_per_picture: int = 3
-    unseen_share: float = 0.6
+    digits_per_picture: int = 2
+    unseen_share: float = 0.9
     """Of the digits; neither pre-training nor fine-tuning shows them."""
     heldout_share: float = 0.2
     """Of the digits, among the unseen ones; nothing is trained on them."""
     num_sft: int = 2400
     num_texts: int = 600
-    """Conversations about sums without a picture, for fine-tuning."""
-    sums_per_text: int = 12
-    num_preference: int = 600
-    num_judge: int = 400
+    """Conversations about numbers without a picture, for fine-tuning."""
+    questions_per_text: int = 6
+    num_preference: int = 1000
+    num_judge: int = 1000
     num_heldout: int = 2000
-    num_heldout_pairs: int = 300
+    num_heldout_pairs: int = 500
     num_heldout_judge: int = 300
 
 
 def solution(digits: str) -> str:
-    """The steps to a check digit, one a paragraph."""
-    totals = list(accumulate((int(digit) for digit in digits), lambda total, digit: (total + digit) % 10))
-    sums = [f"{before}+{digit}={total}" for before, digit, total in zip(totals, digits[1:], totals[1:], strict=False)]
-    return "\n\n".join([digits, *sums, str(totals[-1])])
+    """A number, and the steps to what it is backwards, one a paragraph."""
+    backwards = digits[::-1]
+    return "\n\n".join([digits, *(backwards[: count + 1] for count in range(len(digits)))])
 
 
-def prepare_sums(out: Path, amounts: SumAmounts, pretraining: Amounts) -> None:
+def prepare_reversals(out: Path, amounts: ReversalAmounts, pretraining: Amounts) -> None:
     """Make `out`, or leave it alone if it was made with the same amounts."""
-    made = {"sums": asdict(amounts), "pretraining": asdict(pretraining)}
+    made = {"reversals": asdict(amounts), "pretraining": asdict(pretraining)}
     marker = out / "amounts.json"
     if marker.is_file() and json.loads(marker.read_text(encoding="utf-8")) == made:
         return
@@ -69,7 +67,7 @@ def prepare_sums(out: Path, amounts: SumAmounts, pretraining: Amounts) -> None:
     seen, unseen = split_digits(random.Random(amounts.seed), amounts.unseen_share)
     num_heldout = round(len(unseen) * amounts.heldout_share / amounts.unseen_share)
     heldout, practice = unseen[:num_heldout], unseen[num_heldout:]
-    rng = random.Random(f"sums {amounts.seed}")
+    rng = random.Random(f"reversals {amounts.seed}")
 
     def draw(name: str, digits: Sequence[Digit], count: int) -> list[tuple[str, str]]:
         """Written pictures: paths relative to `out`, and what is on them."""
@@ -86,10 +84,10 @@ def prepare_sums(out: Path, amounts: SumAmounts, pretraining: Amounts) -> None:
         for path, digits in draw("sft", seen, amounts.num_sft)
     ]
     write_jsonl(out / "sft.jsonl", [{"image": path, "conversations": said} for path, said in turns])
-    texts = [_text(amounts.sums_per_text, rng) for _ in range(amounts.num_texts)]
+    texts = [_text(amounts, rng) for _ in range(amounts.num_texts)]
     write_jsonl(out / "texts.jsonl", texts)
     entry = {"root": "", "repeat_time": 1, "data_augment": False}
-    names = {"sums": "sft.jsonl", "texts": "texts.jsonl"}
+    names = {"pictures": "sft.jsonl", "texts": "texts.jsonl"}
     write_json(out / "sft_meta.json", {name: {**entry, "annotation": file} for name, file in names.items()})
     for name, digits, count in (
         ("preference", practice, amounts.num_preference),
@@ -102,14 +100,14 @@ def prepare_sums(out: Path, amounts: SumAmounts, pretraining: Amounts) -> None:
     write_json(marker, made)
 
 
-def _text(num_sums: int, rng: random.Random) -> Record:
-    """Sums as the steps of a solution have them."""
+def _text(amounts: ReversalAmounts, rng: random.Random) -> Record:
+    """Numbers that need not be read off a picture."""
     turns = []
-    for _ in range(num_sums):
-        one, other = rng.randint(0, 9), rng.randint(0, 9)
+    for _ in range(amounts.questions_per_text):
+        digits = "".join(rng.choices("0123456789", k=amounts.digits_per_picture))
         turns += [
-            {"from": "human", "value": f"{one}+{other}"},
-            {"from": "gpt", "value": f"{one}+{other}={(one + other) % 10}"},
+            {"from": "human", "value": f"{digits} {QUESTION}"},
+            {"from": "gpt", "value": solution(digits)},
         ]
     return {"conversations": turns}
 
@@ -120,7 +118,7 @@ def _questions(name: str, pictures: Sequence[tuple[str, str]]) -> list[Record]:
             "id": f"{name}-{index:05d}",
             "image": path,
             "question": f"<image>\n{QUESTION}",
-            "answer": str(sum(map(int, digits)) % 10),
+            "answer": digits[::-1],
         }
         for index, (path, digits) in enumerate(pictures)
     ]
