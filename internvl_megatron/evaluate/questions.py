@@ -1,8 +1,8 @@
 """Held-out questions with one right answer: exact match of every task against chance.
 
-A questions file is jsonl: {id, [image], question, answer, task, chance} a line. `image` is a path or a list of paths,
+A questions file is jsonl: {id, [image], question, answer, [task], [chance]} a line. `image` is a path or a list of paths,
 relative to the file's folder; `chance` is what answering without looking would score, the same for all questions of a
-task. Everything in the file is checked before the first question is asked.
+task (0 if it is not there). Everything in the file is checked before the first question is asked.
 """
 
 import json
@@ -134,7 +134,7 @@ def _parse(raw: dict[str, Any], where: str, folder: Path) -> Question:
     identity = raw.get("id")
     if not isinstance(identity, str | int) or isinstance(identity, bool) or identity == "":
         raise DataError(f"{where}: field 'id': must be a string or a whole number, not {identity!r}")
-    chance = raw.get("chance")
+    chance = raw.get("chance", 0.0)
     if not isinstance(chance, int | float) or isinstance(chance, bool) or not 0 <= chance < 1:
         raise DataError(f"{where}: field 'chance': must be a number from 0 to below 1, not {chance!r}")
     text = _text(raw, "question", where)
@@ -148,7 +148,7 @@ def _parse(raw: dict[str, Any], where: str, folder: Path) -> Question:
         )
     return Question(
         id=identity,
-        task=_text(raw, "task", where),
+        task=_text({"task": "all", **raw}, "task", where),
         image=raw.get("image"),
         paths=paths,
         question=text,
