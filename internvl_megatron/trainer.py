@@ -5,7 +5,6 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,30 +18,18 @@ from internvl_megatron.checkpoint.intact import newest_intact
 from internvl_megatron.checkpoint.optimizer_layout import optimizer_layout
 from internvl_megatron.checkpoint.saver import Saver
 from internvl_megatron.config.overrides import CONFIG_FILE, changed_fields, from_json, to_json
-from internvl_megatron.config.plan import cut_multiple, plan
-from internvl_megatron.config.ramp import rows_of_step
+from internvl_megatron.config.plan import plan
 from internvl_megatron.config.schema import RunConfig
-from internvl_megatron.data.dataset import load_datasets, prepare_records
-from internvl_megatron.data.evaluation_rows import eval_rows
-from internvl_megatron.data.loader import ReplicaLoader
-from internvl_megatron.data.meta import read_meta
-from internvl_megatron.data.mixture import dataset_groups
-from internvl_megatron.data.one_rank_first import one_rank_first
-from internvl_megatron.data.records import SampleSettings
-from internvl_megatron.data.row_cost import RowCost
-from internvl_megatron.data.row_exchange import RowExchange
-from internvl_megatron.data.step_rows import StepRows
-from internvl_megatron.data.stream import SampleStream
-from internvl_megatron.data.tokenizer import Tokenizer, load_tokenizer
 from internvl_megatron.device import Device, open_device
 from internvl_megatron.errors import CheckpointError, ConfigError, TrainingError
 from internvl_megatron.logs import configure_logging
 from internvl_megatron.metrics import RunSummary
 from internvl_megatron.model.build import build_model, check_copies_agree, torch_dtype
 from internvl_megatron.parallel.groups import make_groups
-from internvl_megatron.parallel.host import broadcast_bytes, exchange_bytes, sum_floats
+from internvl_megatron.parallel.host import sum_floats
 from internvl_megatron.preference_run import PreferenceRun
 from internvl_megatron.ranks import RankInfo, joined
+from internvl_megatron.run_data import RunData
 from internvl_megatron.run_events import RunEvents
 from internvl_megatron.scaling.counts import parameter_counts
 from internvl_megatron.stop_signals import StopSignals
@@ -52,9 +39,6 @@ from internvl_megatron.train.step import Step, StepResult
 from internvl_megatron.watch import Watch
 
 log = logging.getLogger(__name__)
-
-MAX_INDEX_THREADS = 8
-"""Annotation files indexed at the same time by the rank that does so for all."""
 
 FIXED_SETTINGS = (
     "rows_per_step", "ramp.start_rows", "ramp.increment_rows", "ramp.ramp_steps", "seed", "data.seed",
@@ -109,16 +93,8 @@ class Trainer:
         starts_fresh = newest is None and config.checkpoint.load is None
         self.model = build_model(config, self.groups, device, initialize=starts_fresh)
         self.trainer_step = Step(config, self.model, self.groups, device)
-        self.tokenizer = open_tokenizer(config)
-        self.settings = SampleSettings.of_run(config)
-        self.replica = self.plan.layout.replica(info.rank)
-        self.replica_ranks = self.plan.layout.replica_ranks(self.replica)
-        self.is_leader = info.rank == self.replica_ranks[0]
-        self.index_folder = Path(config.data.index_folder or self.root / "index")
-        self._check_data()
         self.preference = PreferenceRun(config, self.trainer_step)
-        self.loader = self._loader()
-        self.eval_batch = self._eval_batch()
+        self.data = RunData(config, self.plan, self.groups, self.preference.file)
         self.step = 0
         self.num_tokens = 0
         self.num_samples = 0
@@ -138,9 +114,9 @@ class Trainer:
         checkpoint = config.checkpoint
         while self.step < config.num_steps and not interrupted:
             start = time.perf_counter()
-            batch = self.loader.next_step()
-            following = self.loader.peek() if self.step + 1 < config.num_steps else None
-            skipped = sum(self.loader.skipped().values()) if self.is_leader else 0
+            batch = self.data.loader.next_step()
+            following = self.data.loader.peek() if self.step + 1 < config.num_steps else None
+            skipped = sum(self.data.loader.skipped().values()) if self.data.is_leader else 0
             stops = self.signals.received is not None
             result = self.trainer_step.run(batch, self.step, following, skipped, stops)
             self._poll_saver()
@@ -152,7 +128,7 @@ class Trainer:
             held_out = self._evaluate() if self._due(config.eval_every_steps) else None
             if self.watch is not None:
                 self.watch.report(self.step, result, seconds, held_out, self._counts())
-                self.watch.show_samples(self.step, batch, self.settings, self.tokenizer)
+                self.watch.show_samples(self.step, batch, self.data.settings, self.data.tokenizer)
             self._check_gradients(result)
             if result.bad is not None and self._react(result.bad):
                 continue
@@ -169,88 +145,15 @@ class Trainer:
     def close(self) -> None:
         """End threads and close the metrics files."""
         self.saver.close()
-        self.loader.close()
+        self.data.loader.close()
         if self.watch is not None:
             self.watch.close()
-
-    def _check_data(self) -> None:
-        """Rank 0 reads the meta files and indexes the annotations that are not yet; the others then find the indices.
-
-        Raises:
-            DataError: on all ranks, if a file is wrong.
-        """
-        data = self.config.data
-        eval_metas = [] if self.config.eval_every_steps is None else [data.eval_meta]
-
-        def work() -> None:
-            entries = read_meta(data.meta)
-            dataset_groups(entries, data.group_weights)
-            entries += [entry for meta in eval_metas if meta is not None for entry in read_meta(meta)]
-            num_threads = min(MAX_INDEX_THREADS, len(os.sched_getaffinity(0)))
-            prepare_records(entries, self.index_folder, num_threads)
-
-        def broadcast(payload: bytes | None) -> bytes:
-            return broadcast_bytes(payload, 0, self.groups.host_world)
-
-        one_rank_first(work, self.is_main, broadcast, self.config.parallel.collective_timeout_seconds / 4)
-
-    def _loader(self) -> ReplicaLoader:
-        """Row g of the run comes from stream g modulo `rows_per_step`, which the leader of replica g modulo replicas reads, so
-        the data of a step do not depend on the layout."""
-        config, layout = self.config, self.plan.layout
-        streams = None
-        if self.is_leader:
-            datasets = load_datasets(config.data.meta, self.index_folder)
-            numbers = range(self.replica, config.rows_per_step, layout.data_size)
-            streams = [
-                SampleStream(
-                    datasets, self.settings, self.tokenizer, number, config.rows_per_step, self.preference.file
-                )
-                for number in numbers
-            ]
-
-        def broadcast(payload: bytes | None) -> bytes:
-            return broadcast_bytes(payload, self.replica_ranks[0], self.groups.host_replica)
-
-        def rows(step: int) -> range:
-            return rows_of_step(config, step)
-
-        place, size = self.replica_ranks.index(self.groups.rank), len(self.replica_ranks)
-        return ReplicaLoader(streams, broadcast, self.settings, place, size, self._row_exchange(), rows)
-
-    def _row_exchange(self) -> RowExchange | None:
-        """This leader's trade of rows with those of the other replicas, if there is one."""
-        if not self.is_leader or not self.plan.balance_rows:
-            return None
-        layout = self.plan.layout
-        cost = RowCost.of_model(self.config.model.language, cut_multiple(self.config, layout))
-
-        def exchange(payloads: Sequence[bytes]) -> list[bytes]:
-            return exchange_bytes(payloads, self.groups.host_data)
-
-        return RowExchange(exchange, cost, self.replica, layout.data_size)
-
-    def _eval_batch(self) -> StepRows | None:
-        config = self.config
-        if config.data.eval_meta is None or config.eval_every_steps is None:
-            return None
-        rows = eval_rows(
-            config.data.eval_meta,
-            self.settings,
-            self.tokenizer,
-            config.eval_rows,
-            self.index_folder,
-            self.preference.file,
-        )
-        slots = range(self.replica, config.eval_rows, self.plan.layout.data_size)
-        mine, place = [rows[slot] for slot in slots], self.replica_ranks.index(self.groups.rank)
-        return StepRows(mine, slots, self.settings, place, len(self.replica_ranks))
 
     def _due(self, every: int | None) -> bool:
         return every is not None and (self.step % every == 0 or self.step == self.config.num_steps)
 
     def _evaluate(self) -> Outcome | None:
-        return None if self.eval_batch is None else self.trainer_step.judge(self.eval_batch)
+        return None if self.data.eval_rows is None else self.trainer_step.judge(self.data.eval_rows)
 
     def _resume(self, newest: Path | None) -> None:
         """Continue from the newest checkpoint of this run, or start from the weights the configuration names."""
@@ -267,7 +170,7 @@ class Trainer:
                 newest, self.model, self.trainer_step.optimizer, self.groups, self._base, own_layout
             )
             self.num_rewound_steps = info.num_rewound_steps
-            self.loader.load_state_dict(positions, info.step + info.num_rewound_steps)
+            self.data.loader.load_state_dict(positions, info.step + info.num_rewound_steps)
             judge = self.trainer_step.bad_steps
             judge.num_bad, judge.num_rewinds = info.num_bad_steps, info.num_rewinds
             self._continue_from(info)
@@ -383,7 +286,7 @@ class Trainer:
             **self.preference.checkpoint_fields(),
         )
         self.trainer_step.gather_parameters()
-        position: dict[str, Any] | None = self.loader.state_dict() if self.is_leader else None
+        position: dict[str, Any] | None = self.data.loader.state_dict() if self.data.is_leader else None
         optimizer = self.trainer_step.optimizer
         self.saver.start(save_load.state_to_save(info, self.model, optimizer, self.groups, position, self._base))
         if not checkpoint.asynchronous:
@@ -419,7 +322,7 @@ class Trainer:
 
     def _counts(self) -> dict[str, Any]:
         """Fields of `StepMetrics` that are about more than the step."""
-        bad_steps, saver, balance = self.trainer_step.bad_steps, self.saver, self.loader.balance
+        bad_steps, saver, balance = self.trainer_step.bad_steps, self.saver, self.data.loader.balance
         counts: dict[str, Any] = {
             "num_bad_steps": bad_steps.num_bad,
             "num_rewinds": bad_steps.num_rewinds,
@@ -452,18 +355,3 @@ def _writable(folder: Path) -> Path:
     if not os.access(folder, os.W_OK):
         raise ConfigError(f"folder={folder}: is not writable; choose another (folder=PATH)")
     return folder
-
-
-def open_tokenizer(config: RunConfig) -> Tokenizer:
-    """The run's tokenizer.
-
-    Raises:
-        ConfigError: it has more tokens than the model's vocabulary.
-    """
-    tokenizer = load_tokenizer(config.data.tokenizer)
-    if len(tokenizer) > config.model.language.vocab_size:
-        raise ConfigError(
-            f"data.tokenizer={config.data.tokenizer} has {len(tokenizer)} tokens, more than "
-            f"model.language.vocab_size={config.model.language.vocab_size}: set model.language.vocab_size={len(tokenizer)}"
-        )
-    return tokenizer

@@ -73,7 +73,7 @@ def _of_recipe(info: RankInfo, config: RunConfig, device: "Device") -> Iterator[
 
     trainer = Trainer(info, config, device)
     try:
-        yield trainer.trainer_step, trainer.loader.next_step
+        yield trainer.trainer_step, trainer.data.loader.next_step
     finally:
         trainer.close()
 

@@ -47,7 +47,9 @@ def trace_rank(info: RankInfo, config: RunConfig) -> Spans:
     with joined(info, device, config.parallel.collective_timeout_seconds):
         trainer = Trainer(info, config, device)
         try:
-            results = [trainer.trainer_step.run(trainer.loader.next_step(), step) for step in range(config.num_steps)]
+            results = [
+                trainer.trainer_step.run(trainer.data.loader.next_step(), step) for step in range(config.num_steps)
+            ]
         finally:
             trainer.close()
     return [(span.name, span.start_seconds, span.end_seconds) for span in results[-1].spans]

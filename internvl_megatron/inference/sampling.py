@@ -11,9 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from internvl_megatron.inference.settings import GREEDY, Sampling
-
-__all__ = ["GREEDY", "Sampling", "choose_tokens", "draw", "filtered", "penalised"]
+from internvl_megatron.inference.settings import Sampling
 
 
 def choose_tokens(logits: Tensor, sampling: Sampling, uniform: Sequence[float], seen: Sequence[np.ndarray]) -> Tensor:

@@ -69,10 +69,10 @@ def _train_with_data_left_out(info: RankInfo, config: RunConfig) -> list[float]:
     with joined(info, device, 60):
         trainer = Trainer(info, config, device)
         for number in range(STEPS):
-            batch = trainer.loader.next_step()
+            batch = trainer.data.loader.next_step()
             if number == SAVE_EVERY:
                 for _ in range(BAD + 1 - SAVE_EVERY):
-                    batch = trainer.loader.next_step()
+                    batch = trainer.data.loader.next_step()
             losses.append(trainer.trainer_step.run(batch, number).loss)
         trainer.close()
     return losses

@@ -117,7 +117,9 @@ def test_every_malformed_line_is_named_before_anything_is_asked(questions, tmp_p
 
 
 def test_questions_without_tasks_are_one(questions):
-    lines = [{name: value for name, value in entry(id=name).items() if name not in ("task", "chance")} for name in "ab"]
+    lines = [
+        {name: value for name, value in entry(id=name).items() if name not in ("task", "chance")} for name in "ab"
+    ]
     found = read_questions(questions(*lines))
     assert [(question.task, question.chance) for question in found] == [("all", 0.0)] * 2
 

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from internvl_megatron.errors import ConfigError
-from internvl_megatron.inference.sampling import GREEDY, Sampling, choose_tokens, draw, filtered, penalised
+from internvl_megatron.inference.sampling import choose_tokens, draw, filtered, penalised
+from internvl_megatron.inference.settings import GREEDY, Sampling
 
 VOCABULARY = 60
 
