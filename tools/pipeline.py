@@ -27,6 +27,7 @@ from internvl_megatron.evaluate.final_answer import is_match
 from internvl_megatron.launcher import InterruptedRunError, RankFailedError, launch
 from internvl_megatron.ranks import RankInfo
 from tools import build_preferences, build_prm_data
+from tools.machine_record import machine_record
 from tools.prepare_demo import Amounts
 from tools.prepare_reversals import ReversalAmounts, prepare_reversals
 from tools.rollouts import Asking, Job, Part, Question, ask, read_questions
@@ -95,12 +96,14 @@ class Pipeline:
             "judge", self.sizes.judge_steps, self.data / "judge" / "meta.json", "sft", "optimizer.learning_rate=1e-3"
         )
         report = {
+            "what": "pre-training, fine-tuning, MPO and a process reward model of a 1.8M model, against held-out questions",
+            **machine_record(),
             "sizes": asdict(self.sizes),
             "exact_match": {
                 stage: self._timed(f"ask {stage}", lambda s=stage: self._exact_match(s)) for stage in ("sft", "mpo")
             },
             "preference": self._timed("score pairs", self._preference),
-            "judge": self._timed("judge", self._ranking),
+            "judge": self._timed("judge solutions", self._ranking),
             "seconds": self.seconds,
         }
         write_whole(self.folder / "report.json", json.dumps(report, indent=2) + "\n")
