@@ -2,7 +2,7 @@
 
     python -m tools.pack_dataset META --output STORE --tokenizer FOLDER [--recipe NAME] [--workers N] [--parts N]
                                  [--machine I/N] [section.field=value ...]
-    python -m tools.pack_dataset STORE/meta.json --verify [--workers N]
+    python -m tools.pack_dataset STORE --verify [--workers N]
 
 Recipe and settings are those of the run. One epoch of all data sets is packed in parts, several at a time; started
 again, it makes those that are missing. Images stay where they are: a row says which there are and how they are cut. A run
@@ -133,8 +133,9 @@ def pack(options: argparse.Namespace) -> int:
 
 
 def verify(options: argparse.Namespace) -> int:
-    """Read the stores of a meta file through and compare all checksums."""
-    annotations = [Path(entry.annotation) for entry in read_meta(options.meta)]
+    """Read the stores of a meta file, or a store, through and compare all checksums."""
+    meta = Path(options.meta)
+    annotations = [Path(entry.annotation) for entry in read_meta(meta / META_FILE if meta.is_dir() else meta)]
     folders = [path for path in annotations if is_row_store(path)]
     if not folders:
         raise DataError(f"{options.meta}: names no store of packed rows; give the meta.json of a store")

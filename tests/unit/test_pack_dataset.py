@@ -64,7 +64,7 @@ def test_what_it_says_and_what_there_is(run, store, tmp_path, capsys):
     assert (totals["samples"], totals["images"], totals["tiles"]) == (300, 100, 300)
     out = capsys.readouterr().out
     assert f"300 samples in {totals['rows']} rows of 512 tokens" in out and f"data.meta={other}/meta.json" in out
-    assert main([f"{store}/meta.json", "--verify", "--workers", "1"]) == 0
+    assert main([str(store), "--verify", "--workers", "1"]) == 0
     assert f"{totals['rows']} rows in 4 parts are whole" in capsys.readouterr().out
 
 
