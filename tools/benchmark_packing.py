@@ -3,7 +3,7 @@
     python -m tools.benchmark packing [--output FILE]
     python -m tools.benchmark packing --draw      writes the file of sample sizes anew
 
-The file holds sizes drawn as `tools/image_text_rows.py` says, half of all tokens image tokens; other shares leave some of the
+The file holds sizes drawn as `internvl_megatron/scaling/drawn_rows.py` says, half of all tokens image tokens; other shares leave some of the
 samples out. Every stream goes through them in an order of its own. Costs are those of `row_cost.py` for padded rows, by the
 trade of `balance.py`. docs/packing.md has the table.
 """
@@ -28,7 +28,7 @@ from internvl_megatron.data.packer import Pack, fill_of
 from internvl_megatron.data.row_cost import RowCost
 from internvl_megatron.data.row_packer import RowPacker, make_packer
 from internvl_megatron.data.seeds import Purpose, generator
-from tools.image_text_rows import TILE_TOKENS, draw_samples
+from internvl_megatron.scaling.drawn_rows import TILE_TOKENS, draw_samples
 
 SAMPLES_FILE = Path(__file__).resolve().parents[1] / "benchmarks" / "data" / "packing_samples.npz"
 NUM_SAMPLES = 20000
@@ -278,7 +278,7 @@ def run(options: argparse.Namespace) -> int:
         "versions": {"numpy": np.__version__, "python": platform.python_version()},
         "samples": {
             "file": "benchmarks/data/packing_samples.npz",
-            "drawn_by": "tools.image_text_rows.draw_samples: sizes of images and log-normal text, as stated there",
+            "drawn_by": "internvl_megatron.scaling.drawn_rows.draw_samples: sizes of images and log-normal text, as stated there",
             "count": NUM_SAMPLES,
             "image_share": DRAWN_IMAGE_SHARE,
             "most_tokens": DRAWN_TOKENS,

@@ -28,6 +28,7 @@ from internvl_megatron.config.schema import ModelConfig
 from internvl_megatron.launcher import launch
 from internvl_megatron.scaling.bubble_time import BubbleWork
 from internvl_megatron.scaling.counts import layer_flops, output_layer_flops, tile_flops
+from internvl_megatron.scaling.drawn_rows import TILE_TOKENS, PackedRow, draw_rows
 from internvl_megatron.scaling.step_time import (
     Encoders,
     RowSizes,
@@ -38,7 +39,6 @@ from internvl_megatron.scaling.step_time import (
     counted_window,
     critical_paths,
 )
-from tools.image_text_rows import TILE_TOKENS, PackedRow, draw_rows
 from tools.schedule_trials import (
     NARROW,
     ROWS_PER_STEP,

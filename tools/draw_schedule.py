@@ -17,10 +17,10 @@ from internvl_megatron.config.plan import RunPlan, plan
 from internvl_megatron.config.recipes import find_recipe
 from internvl_megatron.config.schema import RunConfig
 from internvl_megatron.errors import UserError
+from internvl_megatron.scaling.drawn_rows import drawn_workload
 from internvl_megatron.scaling.gpus import GPUS, GpuKind, find_gpu
 from internvl_megatron.scaling.interleaved_time import Timeline, timeline
 from internvl_megatron.scaling.predicted_step import Workload, predicted_stages
-from tools.plan import drawn_workload
 from tools.timeline_picture import Bar, draw_timeline
 
 COLOURS = {"forward": "tab:blue", "backward": "tab:orange"}

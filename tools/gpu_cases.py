@@ -1,6 +1,6 @@
 """What is measured on one GPU: models of released sizes, number formats, packed rows, and how many layers fit.
 
-Rows are drawn as `image_text_rows` says, half of their tokens image tokens, with V2PE positions whose step is drawn per image. A
+Rows are drawn as `scaling/drawn_rows.py` says, half of their tokens image tokens, with V2PE positions whose step is drawn per image. A
 model that does not fit with its optimizer state gives up memory for time as `WAYS` says, and where that is not enough keeps
 its vision encoder, projector, embedding and head, and as many layers as fit. `dry` is everything at a width that a CPU can do.
 """
@@ -30,13 +30,14 @@ from internvl_megatron.data.packing import Row
 from internvl_megatron.data.positions import STRIDES, UNITS_PER_POSITION, v2pe_numerators
 from internvl_megatron.device import DeviceName
 from internvl_megatron.scaling.counts import parameter_counts
+from internvl_megatron.scaling.drawn_rows import TILE_TOKENS, PackedRow, draw_rows
 from internvl_megatron.scaling.memory import (
     OTHER_BYTES,
     USED_SHARE,
     layer_activation_bytes,
     tile_activation_bytes,
 )
-from tools.image_text_rows import TILE_TOKENS, PackedRow, draw_rows, small_row
+from tools.image_text_rows import small_row
 
 Size = Literal["1B", "2B", "8B"]
 SIZES: tuple[Size, ...] = ("1B", "2B", "8B")

@@ -1,19 +1,17 @@
 """Plan a training run: the fastest layout on so many GPUs, why the others lose, and the overrides that `train` takes.
 
-    python -m tools.plan 78b --gpus 512 --gpu h100-80g --rows 32768 --image-share 0.5 [--fp8 current] [--output FILE]
+    python -m tools.plan 78b --gpus 512 --gpu h100-80g --rows 32768 --image-share 0.5 [--fp8 current] [--output FILE] [--settings FILE]
 
-Rows are drawn as `image_text_rows` says. Times are predictions: docs/scaling.md says how far they were off where that could be checked.
+Rows are drawn as `scaling/drawn_rows.py` says. Times are predictions: docs/scaling.md says how far they were off where that could be checked.
 """
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
-from functools import cache
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from internvl_megatron.config.models import INTERNVL3
 from internvl_megatron.config.overrides import with_values
@@ -23,14 +21,12 @@ from internvl_megatron.config.schema import RunConfig
 from internvl_megatron.data.files import write_whole
 from internvl_megatron.errors import ConfigError, UserError
 from internvl_megatron.scaling.counts import step_flops
-from internvl_megatron.scaling.gpus import GPUS, GpuKind, find_gpu
+from internvl_megatron.scaling.drawn_rows import drawn_workload
+from internvl_megatron.scaling.gpus import GPUS, GPUS_PER_MACHINE, GpuKind, find_gpu
 from internvl_megatron.scaling.memory import USED_SHARE
 from internvl_megatron.scaling.planner import Choice, Search, judge, search, slower_because
 from internvl_megatron.scaling.predicted_step import StepTime, Workload
-from tools.image_text_rows import draw_rows
 
-DRAWN_ROWS = 200
-SEED = 1
 TOKENS_OF_RUN = 200e9
 """Of InternVL3's pre-training (paper, sec. 2.2)."""
 SHOWN_LOSERS = 6
@@ -63,20 +59,6 @@ HAND_LAYOUTS: dict[str, dict[str, dict[str, Any]]] = {
 """Layouts other trainers were published with, by size; what they compute again is not known, and here as the recipe has it."""
 
 
-@cache
-def drawn_workload(tokens_per_row: int, tiles_per_row: int, image_share: float) -> Workload:
-    """Averages over rows that are drawn."""
-    rows = draw_rows(image_share, DRAWN_ROWS, tokens_per_row, tiles_per_row, SEED)
-    pairs = np.array([sum(sample.num_tokens**2 for sample in row) for row in rows], dtype=float)
-    return Workload(
-        tokens_per_row=float(np.mean([sum(sample.num_tokens for sample in row) for row in rows])),
-        pairs_per_row=float(pairs.mean()),
-        supervised_per_row=float(np.mean([sum(sample.num_supervised_tokens for sample in row) for row in rows])),
-        tiles_per_row=float(np.mean([sum(sample.num_tiles for sample in row) for row in rows])),
-        pairs_spread=float(pairs.std() / pairs.mean()),
-    )
-
-
 def planned_config(size: str, num_gpus: int, tokens_per_row: int, rows_per_step: int | None, fp8: str) -> RunConfig:
     """Pre-training of a size, before a layout is chosen. Raises ConfigError for a size there is not."""
     known = {name.lower(): name for name in INTERNVL3}
@@ -91,15 +73,31 @@ def planned_config(size: str, num_gpus: int, tokens_per_row: int, rows_per_step:
     return replace(config, data=replace(config.data, meta="given later", tokenizer="given later"))
 
 
-def overrides_of(choice: Choice, config: RunConfig) -> list[str]:
-    """What `train` is given beside the recipe's name."""
-    values = choice.settings | {
+def values_of(choice: Choice, config: RunConfig) -> dict[str, Any]:
+    """What was planned, by the paths of the fields."""
+    return choice.settings | {
         "data.tokens_per_row": config.data.tokens_per_row,
         "data.tiles_per_row": config.data.tiles_per_row,
         "rows_per_step": config.rows_per_step,
         "fp8.language": config.fp8.language,
     }
-    return [f"{path}={_text(value)}" for path, value in values.items()]
+
+
+def overrides_of(choice: Choice, config: RunConfig) -> list[str]:
+    """What `train` is given beside the recipe's name."""
+    return [f"{path}={_text(value)}" for path, value in values_of(choice, config).items()]
+
+
+def settings_table(choice: Choice, config: RunConfig, num_gpus: int, gpu: GpuKind) -> str:
+    """A settings file for `launch`, with one table."""
+    lines = [
+        f"# {config.name}, planned for {num_gpus} x {gpu.name}: {choice.layout}, a step of {choice.time.total:.2f} s predicted",
+        f"[any.{num_gpus}]",
+    ]
+    for path, value in values_of(choice, config).items():
+        # As JSON but for null, which TOML does not have: launch reads the word.
+        lines.append(f"{path} = {json.dumps('null' if value is None else value)}")
+    return "\n".join(lines) + "\n"
 
 
 def _text(value: Any) -> str:
@@ -223,6 +221,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--image-share", type=float, default=0.5, help="of the tokens (default: %(default)s)")
     parser.add_argument("--fp8", choices=("none", "current", "blockwise"), default="none")
     parser.add_argument("--output", type=Path, help="file for the overrides, one a line: train RECIPE $(cat FILE)")
+    parser.add_argument(
+        "--settings", type=Path, metavar="FILE.toml", help="file for launch RECIPE --settings FILE.toml"
+    )
     options = parser.parse_args(arguments)
     try:
         if options.gpus < 1 or options.rows < 1 or not 0 <= options.image_share < 0.95:
@@ -239,7 +240,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.output is not None:
         write_whole(options.output, "".join(f"{override}\n" for override in overrides))
         print(f"\ninternvl-megatron train {config.name} $(cat {options.output}) data.meta=... data.tokenizer=...")
-    else:
+    if options.settings is not None:
+        write_whole(options.settings, settings_table(found.choices[0], config, options.gpus, gpu))
+        print(f"\ninternvl-megatron launch {config.name} --nodes {max(1, options.gpus // GPUS_PER_MACHINE)} ", end="")
+        print(f"--gpu {gpu.name} --settings {options.settings} data.meta=... data.tokenizer=...")
+    if options.output is None and options.settings is None:
         print("\n" + "\n".join(overrides))
     return 0
 

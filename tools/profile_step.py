@@ -26,9 +26,10 @@ from internvl_megatron.config.schema import RunConfig
 from internvl_megatron.data.files import write_whole
 from internvl_megatron.launcher import launch
 from internvl_megatron.ranks import RankInfo
+from internvl_megatron.scaling.drawn_rows import TILE_TOKENS
 from tools.gpu_cases import benchmark_rows
 from tools.gpu_training import TIMEOUT_SECONDS, use_own_cores
-from tools.image_text_rows import TILE_TOKENS, RandomPixels
+from tools.image_text_rows import RandomPixels
 from tools.machine_record import machine_record
 from tools.trace_analysis import PHASE_PREFIX, WHOLE, analyse, table
 

@@ -21,11 +21,12 @@ from internvl_megatron.config.plan import plan
 from internvl_megatron.config.schema import RunConfig
 from internvl_megatron.data.files import write_whole
 from internvl_megatron.errors import ConfigError
+from internvl_megatron.scaling.drawn_rows import drawn_workload
 from internvl_megatron.scaling.gpus import GPUS, GpuKind
 from internvl_megatron.scaling.memory import USED_SHARE, rank_bytes
 from internvl_megatron.scaling.planner import Search, judge, search
 from internvl_megatron.scaling.predicted_step import StepTime, Workload, predict_step
-from tools.plan import FIRST_STAGE, drawn_workload, figures, planned_config
+from tools.plan import FIRST_STAGE, figures, planned_config
 
 H100 = GPUS["h100-80g"]
 TOKENS_PER_ROW = 32768
@@ -318,7 +319,7 @@ ASSUMED = """Assumed, and not checked by a measurement of this project:
 * links reach 80 % of their bandwidth, machines have eight GPUs on rails, switches do not block; no slow rank, no failures;
 * messages of tensor parallelism are not hidden at all, all-to-all of context parallelism neither, half of the interleaved schedule's
   messages are; tiles travel ahead for nothing;
-* rows are drawn and packed first_fit (`tools/image_text_rows.py`), which leaves 5 to 15 % of them empty where images are in them (tokens/s
+* rows are drawn and packed first_fit (`internvl_megatron/scaling/drawn_rows.py`), which leaves 5 to 15 % of them empty where images are in them (tokens/s
   count what is in the rows); all are of average cost; replicas trade rows, so none waits for another;
 * memory is `scaling/memory.py`'s estimate, checked against one measurement and, for the state, against ranks of fake worlds;
 * the encoder in the first stage is given every layout that fits without it, and its own memory is not checked; disaggregated encoder ranks

@@ -31,8 +31,9 @@ from internvl_megatron.device import Device, Mark
 from internvl_megatron.parallel.bubble_plan import BubblePlan
 from internvl_megatron.ranks import RankInfo
 from internvl_megatron.scaling.bubble_time import BubbleWork
+from internvl_megatron.scaling.drawn_rows import draw_rows
 from internvl_megatron.scaling.step_time import Encoders, RowSizes, WindowWork, by_stage
-from tools.image_text_rows import RandomPixels, draw_rows, small_row
+from tools.image_text_rows import RandomPixels, small_row
 
 TOKENS_PER_ROW = 16384
 TILES_PER_ROW = 48

@@ -16,6 +16,7 @@ from internvl_megatron.cluster.request import JobRequest, Preflight, check, desc
 from internvl_megatron.config.overrides import CONFIG_FILE, from_json
 from internvl_megatron.errors import UserError
 from internvl_megatron.metrics import METRICS_FILE
+from internvl_megatron.scaling.gpus import GPUS, find_gpu
 
 ENDS = {
     "0": "finished",
@@ -42,7 +43,8 @@ def add_parsers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     launch.add_argument("--container", metavar="KIND:IMAGE", help="pyxis:IMAGE or apptainer:IMAGE")
     launch.add_argument("--container-mounts", metavar="SRC:DST,...")
     launch.add_argument("--python", help="interpreter of the job (default: this one; in a container, python3)")
-    launch.add_argument("--memory-gb", type=float, default=80.0, help="of a GPU (default: 80)")
+    launch.add_argument("--gpu", metavar="KIND", help=f"predict a step on these: {', '.join(GPUS)}")
+    launch.add_argument("--memory-gb", type=float, help="of a GPU (default: that of --gpu, or 80)")
     launch.add_argument(
         "--node-order", choices=get_args(Near), help="what is near in the network (default: SLURM's order)"
     )
@@ -73,6 +75,9 @@ def add_parsers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
 
 
 def _launch(options: argparse.Namespace) -> int:
+    memory_gb = options.memory_gb
+    if memory_gb is None:
+        memory_gb = 80.0 if options.gpu is None else find_gpu(options.gpu).memory_bytes / 1e9
     request = JobRequest(
         nodes=options.nodes,
         gpus_per_node=options.gpus_per_node,
@@ -86,7 +91,8 @@ def _launch(options: argparse.Namespace) -> int:
         python=options.python,
         preflight=options.preflight,
         node_order=options.node_order,
-        memory_gb=options.memory_gb,
+        gpu=options.gpu,
+        memory_gb=memory_gb,
         sbatch_options=tuple(option.removeprefix("=") for option in options.sbatch),
     )
     config = requested_config(options.recipe, request.num_ranks, options.settings, options.overrides)

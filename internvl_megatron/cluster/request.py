@@ -15,11 +15,15 @@ from internvl_megatron.config.schema import RunConfig
 from internvl_megatron.errors import ConfigError
 from internvl_megatron.parallel.layout import Layout
 from internvl_megatron.recipe_report import layout_and_memory
+from internvl_megatron.scaling.drawn_rows import drawn_workload
+from internvl_megatron.scaling.gpus import GpuKind, find_gpu
 from internvl_megatron.scaling.memory import USED_SHARE, rank_bytes
+from internvl_megatron.scaling.planner import judge
 
 Preflight = Literal["on", "bandwidth", "off"]
 TABLES = ("any", "pretrain", "sft", "mpo")
 """Of a settings file: for every recipe, or for those of a stage."""
+PREDICTED_IMAGE_SHARE = 0.5
 LONGEST_NOTICE_SECONDS = 24 * 3600
 _DAYS = re.compile(r"(\d+)-(\d+)(?::(\d+))?(?::(\d+))?")
 _CLOCK = re.compile(r"(?:(?:(\d+):)?(\d+):(\d+)|(\d+))")
@@ -49,6 +53,8 @@ class JobRequest:
     """Look at the nodes before the run starts; `bandwidth`: and time their network."""
     node_order: Near | None = None
     """What is near in the network (`node_order.py`); None = nodes in SLURM's order."""
+    gpu: str | None = None
+    """Kind of the GPUs (`scaling/gpus.py`), for which a step is predicted; None = no prediction."""
     memory_gb: float = 80.0
     """Memory of a GPU."""
     sbatch_options: tuple[str, ...] = field(default=())
@@ -203,9 +209,24 @@ def describe(config: RunConfig, made: RunPlan, request: JobRequest, counts: list
         *layout_and_memory(config, request.num_ranks),
         *layout_picture(made.layout, request.gpus_per_node),
     ]
+    if request.gpu is not None:
+        lines.append(predicted_step(config, request.num_ranks, find_gpu(request.gpu)))
     if request.min_nodes is not None:
         lines.append(f"may run on {', '.join(map(str, counts))} nodes")
     return "\n".join(lines)
+
+
+def predicted_step(config: RunConfig, num_ranks: int, gpu: GpuKind) -> str:
+    """How long a step will take, in a line. Raises ConfigError if the GPUs cannot do what is asked of them."""
+    if config.loss.kind == "mpo":
+        return "steps on pairs, with their passes of the reference, are not predicted"
+    workload = drawn_workload(config.data.tokens_per_row, config.data.tiles_per_row, PREDICTED_IMAGE_SHARE)
+    _, time = judge(config, num_ranks, workload, gpu)
+    tokens = config.rows_per_step * workload.tokens_per_row / time.total / num_ranks
+    return (
+        f"predicted step on {gpu.name}: {time.total:.1f} s, {tokens:.0f} tokens/s and GPU, if {PREDICTED_IMAGE_SHARE:.0%} of the tokens are of "
+        "images (docs/scaling.md says how far off it may be)"
+    )
 
 
 def layout_picture(layout: Layout, gpus_per_node: int) -> list[str]:

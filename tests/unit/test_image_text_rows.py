@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from internvl_megatron.config.schema import LanguageConfig, ModelConfig, VisionConfig
-from tools.image_text_rows import TILE_TOKENS, RandomPixels, draw_rows, small_row
+from internvl_megatron.scaling.drawn_rows import TILE_TOKENS, draw_rows
+from tools.image_text_rows import RandomPixels, small_row
 
 BUDGET = 8192, 24
 MODEL = ModelConfig(

@@ -9,9 +9,10 @@ pytest.importorskip("matplotlib", reason="figures need matplotlib (pip install '
 from matplotlib.patches import Rectangle
 
 from internvl_megatron.config.plan import plan
+from internvl_megatron.scaling.drawn_rows import drawn_workload
 from internvl_megatron.scaling.gpus import GPUS
 from internvl_megatron.scaling.planner import Search, search
-from tools.plan import drawn_workload, planned_config
+from tools.plan import planned_config
 from tools.scaling_report import fastest, fastest_first_stage, parts_figure, table
 
 NUM_GPUS = 16

@@ -1,18 +1,21 @@
 """The planner: what it offers is valid and fits, the best is the best, and `train` takes it."""
 
+import re
 from pathlib import Path
 
 import pytest
 
+from internvl_megatron.cluster.request import JobRequest, check, describe, requested_config
 from internvl_megatron.config.overrides import apply_overrides
 from internvl_megatron.config.plan import plan
 from internvl_megatron.config.recipes import find_recipe
 from internvl_megatron.errors import ConfigError
+from internvl_megatron.scaling.drawn_rows import drawn_workload
 from internvl_megatron.scaling.gpus import GPUS
 from internvl_megatron.scaling.memory import USED_SHARE, rank_bytes
 from internvl_megatron.scaling.planner import Search, judge, lighter_last, search, slower_because
 from internvl_megatron.scaling.predicted_step import predict_step
-from tools.plan import drawn_workload, main, planned_config
+from tools.plan import main, planned_config
 
 H100 = GPUS["h100-80g"]
 CONFIG = planned_config("8b", 16, 16384, 128, "none")
@@ -84,6 +87,22 @@ def test_what_does_not_fit_is_said_with_the_way_out() -> None:
         ConfigError, match=r"does not fit on 8 GPUs of 80 GB: .* needs \d+ GB on a rank; take more GPUs"
     ):
         search(config, 8, H100, drawn_workload(32768, config.data.tiles_per_row, 0.5))
+
+
+def test_what_is_planned_is_launched(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The same layout, and the same prediction, from the settings file."""
+    settings = tmp_path / "planned.toml"
+    assert main(["8b", "--gpus", "16", "--rows", "16384", "--settings", str(settings)]) == 0
+    said = capsys.readouterr().out
+    best = re.search(r"best: (TP\S+ x PP\S+(?: x \S+)*),", said)
+    seconds = re.search(r"predicted step (\d+\.\d+) s", said)
+    assert best is not None and seconds is not None
+    given = ["data.meta=m.json", "data.tokenizer=t", "checkpoint.load=w"]
+    config = requested_config("internvl3_8b_pretrain", 16, settings, given)
+    request = JobRequest(nodes=2, gpus_per_node=8, gpu="h100-80g")
+    shown = describe(config, check(config, request)[0], request, [2])
+    assert f"on 16 ranks: {best[1]}," in shown
+    assert f"predicted step on h100-80g: {float(seconds[1]):.1f} s" in shown
 
 
 @pytest.mark.parametrize(
