@@ -67,7 +67,11 @@ def get_file(url: str, path: Path) -> None:
 
 
 def file_sizes(url: str) -> dict[str, int]:
-    """Bytes of all files below a folder by their paths in it, as they are now; nothing if there is no such folder."""
+    """Bytes of all files below a folder by their paths in it, as they are now; nothing if there is no such folder.
+
+    Raises:
+        OSError: it cannot be listed, or has a file whose path leads out of it.
+    """
 
     def find(system: Any, place: str) -> dict[str, int]:
         system.invalidate_cache()
@@ -78,7 +82,11 @@ def file_sizes(url: str) -> dict[str, int]:
     except FileNotFoundError:
         return {}
     root = file_system(url)[1].rstrip("/")
-    return {path.removeprefix(f"{root}/"): size for path, size in found.items()}
+    sizes = {path.removeprefix(f"{root}/"): size for path, size in found.items()}
+    strange = [path for path in sizes if path.startswith("/") or ".." in path.split("/")]
+    if strange:
+        raise OSError(f"{url}: holds {strange[0]!r}, whose path leads out of it")
+    return sizes
 
 
 def _walk(system: Any, place: str) -> Iterator[tuple[str, int]]:

@@ -50,7 +50,7 @@ SETTINGS = (
     "data.tokens_per_row=512",
     "data.tiles_per_row=32",
     "rows_per_step=2",
-    "optimizer.learning_rate=5e-4",
+    "optimizer.learning_rate=1e-4",
     "optimizer.beta2=0.999",
 )
 """Changes to the demo's recipe."""
@@ -116,6 +116,7 @@ def train_with_huggingface(config: RunConfig, folder: Path) -> list[float]:
     """Losses of the plain loop."""
     from transformers import InternVLForConditionalGeneration
 
+    torch.set_num_threads(1)  # small tensors: more threads only wait for each other
     model: Any = InternVLForConditionalGeneration.from_pretrained(folder, local_files_only=True, dtype=torch.float32)
     model.train()
     rule, losses = config.optimizer, []

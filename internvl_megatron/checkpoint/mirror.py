@@ -23,7 +23,7 @@ from internvl_megatron.checkpoint.intact import damage_of
 from internvl_megatron.checkpoint.shared_job import SharedJob, reason_of
 from internvl_megatron.config.overrides import CONFIG_FILE
 from internvl_megatron.config.schema import CheckpointConfig
-from internvl_megatron.errors import CheckpointError
+from internvl_megatron.errors import CheckpointError, UserError
 from internvl_megatron.metrics import METRICS_FILE
 from internvl_megatron.object_store import file_sizes, get_file, put_file, remove
 from internvl_megatron.parallel.groups import Groups
@@ -123,7 +123,9 @@ class Mirror:
             CheckpointError: on all ranks: the store cannot be read, or all its copies are damaged. To begin anew without
                 being told to would be worse.
         """
-        names: list[str] = json.loads(self._from_rank_0(lambda: [] if self._has_own() else self._copied()))
+        names: list[str] = json.loads(
+            self._from_rank_0(lambda: [] if folders.finished(self._root) else self._copied())
+        )
         for name in reversed(names):
             folder = self._fetch(name)
             damage = damage_of(folder, self._groups, contents=True)
@@ -146,9 +148,6 @@ class Mirror:
         if self._groups.rank == 0:
             self.failures.append(f"{self._name} is not copied to {self._url}: {reason}")
             log.error("%s", self.failures[-1])
-
-    def _has_own(self) -> bool:
-        return bool(folders.finished(self._root) or folders.without_marker(self._root))
 
     def _place(self, *parts: str) -> str:
         return "/".join((self._url, *parts))
@@ -210,6 +209,8 @@ class Mirror:
             for path in (file_sums.SUMS_FILE, folders.MARKER):
                 if path in sizes:
                     get_file(self._place(folders.CHECKPOINTS, name, path), partial_folder / path)
+            if target.exists():  # without a marker
+                folders.set_aside(target)
             partial_folder.rename(target)
 
         self._from_rank_0(finish)
@@ -232,7 +233,7 @@ class Mirror:
         if self._groups.rank == 0:
             try:
                 payload = b"+" + json.dumps(work()).encode()
-            except OSError as error:
+            except (OSError, UserError) as error:
                 payload = b"-" + reason_of(error).encode()
         heard = broadcast_bytes(payload, 0, self._groups.host_world)
         if heard.startswith(b"-"):

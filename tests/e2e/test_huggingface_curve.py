@@ -9,6 +9,8 @@ from internvl_megatron.config.recipes import demo_digits
 from internvl_megatron.train.optimizer import learning_rate
 from tools.huggingface_curve import NUM_STEPS, TOLERANCE, compare, learning_rate_factor, main
 
+RECORDS = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
+
 
 @pytest.mark.slow
 @pytest.mark.parallel
@@ -18,6 +20,16 @@ def test_500_steps_give_the_losses_of_a_plain_loop(tmp_path: Path) -> None:
     assert len(record["ours"]) == len(record["huggingface"]) == NUM_STEPS == 500
     assert record["largest_difference"] <= TOLERANCE
     assert record["ours"][-1] < 0.3 * record["ours"][0], "it learned"
+
+
+def test_the_committed_record_says_what_its_curves_say() -> None:
+    (path,) = RECORDS.glob("huggingface_curve_cpu_*.json")
+    record = json.loads(path.read_text())
+    assert path.with_suffix(".png").stat().st_size > 10_000
+    differences = [abs(one - other) / other for one, other in zip(record["ours"], record["huggingface"], strict=True)]
+    assert len(differences) == NUM_STEPS
+    assert max(differences) == pytest.approx(record["largest_difference"], abs=1e-6)
+    assert max(differences) <= TOLERANCE
 
 
 def test_differences_are_relative_to_the_other_loop() -> None:

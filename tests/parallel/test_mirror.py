@@ -103,10 +103,13 @@ def test_copies_are_whole_and_old_ones_go(run_ranks: RunRanks, tmp_path: Path) -
         assert copied == own
 
     other = tmp_path / "other"
+    left = other / folders.CHECKPOINTS / "step-00000013"
+    left.mkdir(parents=True)
+    (left / "e").write_text("of a checkpoint that lost its marker")
     assert run_ranks(_fetch, 2, other, store) == ["step-00000013"] * 2
     assert _contents(other / folders.CHECKPOINTS) == {
         path: content for path, content in _contents(run / folders.CHECKPOINTS).items() if "step-00000013" in path
-    }
+    } | {"step-00000013.damaged/e": b"of a checkpoint that lost its marker"}
     assert (other / "huggingface" / "tokenizer.json").read_text() == "tokens"
     assert run_ranks(_fetch, 2, other, store) == [None, None], "it has one of its own"
 

@@ -33,6 +33,13 @@ def test_files_go_there_and_come_back(url: str, tmp_path: Path) -> None:
         get_file(f"{url}/a/b/one", tmp_path / "none")
 
 
+def test_no_path_leads_out_of_its_folder() -> None:
+    url = f"memory://{uuid.uuid4().hex}"
+    in_store(url, lambda system, place: system.store.update({f"{place}/../x": system.open(f"{place}/y", "wb")}))
+    with pytest.raises(OSError, match="leads out of it"):
+        file_sizes(url)
+
+
 def test_errors_are_those_of_files(tmp_path: Path) -> None:
     def fail(*_: object) -> None:
         raise RuntimeError("no such bucket")
