@@ -6,6 +6,7 @@ import os
 os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import signal
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,10 @@ import pytest
 import torch
 
 from internvl_megatron.launcher import launch
+
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    # A script that starts the suite in the background has it ignore Ctrl-C, and so would all that tests start and interrupt.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 torch.set_num_threads(1)  # tiny tensors: more threads only wait for each other, and for the ranks
 
