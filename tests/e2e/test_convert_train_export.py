@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 
+from checkpoint_convert.__main__ import main as convert
+from internvl_megatron.__main__ import main
 from internvl_megatron.config.recipes import demo_digits
 from internvl_megatron.data.tokenizer import load_tokenizer
 from internvl_megatron.metrics import METRICS_FILE, read_metrics
@@ -35,8 +37,7 @@ def weights(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     reference = huggingface_model(model, image_token=tokenizer.image_context_id)
     reference.save_pretrained(root / "source")
     tokenizer.save(root / "source")
-    done = _run("checkpoint_convert", "hf-to-megatron", root / "source", root / "weights")
-    assert done.returncode == 0, done.stderr
+    assert convert(["hf-to-megatron", str(root / "source"), str(root / "weights")]) == 0
     return root / "weights"
 
 
@@ -46,14 +47,18 @@ def _run(module: str, *arguments: Any) -> subprocess.CompletedProcess[str]:
 
 
 def _train(data: Path, weights: Path, run: Path, num_ranks: int, *settings: str) -> subprocess.CompletedProcess[str]:
+    return _run("internvl_megatron", *_training(data, weights, run, num_ranks, *settings))
+
+
+def _training(data: Path, weights: Path, run: Path, num_ranks: int, *settings: str) -> list[str]:
     vocab = json.loads((weights / "model.json").read_text())["model"]["language"]["vocab_size"]
-    return _run(
-        "internvl_megatron", "train", "demo_digits", f"data.meta={data / 'train_meta.json'}",
+    return [
+        "train", "demo_digits", f"data.meta={data / 'train_meta.json'}",
         f"data.tokenizer={weights / 'huggingface'}", f"folder={run}", "num_steps=2", "checkpoint.save_every_steps=1",
         "eval_every_steps=null", "data.eval_meta=null", "data.tokens_per_row=512", "data.tiles_per_row=32",
         f"model.language.vocab_size={vocab}", f"checkpoint.load={weights}", *settings,
-        "--nproc", num_ranks,
-    )  # fmt: skip
+        "--nproc", str(num_ranks),
+    ]  # fmt: skip
 
 
 def _losses(run: Path) -> list[float]:
@@ -94,10 +99,8 @@ def test_train_from_converted_weights_and_export(data: Path, weights: Path, tmp_
 
 def test_answer_from_converted_weights(weights: Path, data: Path) -> None:
     picture = next((data / "images").rglob("*.png"))
-    done = _run(
-        "internvl_megatron", "generate", weights, "Read the number.", "--image", picture, "--max-new-tokens", 3
-    )
-    assert done.returncode == 0, done.stderr
+    command = ["generate", str(weights), "Read the number.", "--image", str(picture), "--max-new-tokens", "3"]
+    assert main(command) == 0
 
 
 @pytest.mark.slow
@@ -117,22 +120,24 @@ def test_a_run_starts_from_another_run_and_bf16_is_compared_in_fp32(data: Path, 
     assert "is a Hugging Face checkpoint; convert it first" in refused.stderr
 
 
-def test_weights_of_another_model_are_refused(data: Path, weights: Path, tmp_path: Path) -> None:
-    done = _train(data, weights, tmp_path / "run", 1, "parallel.tensor_size=1", "parallel.pipeline_size=1",
-                  "model.language.rope_theta=10000")  # fmt: skip
-    assert done.returncode == 2
-    assert "holds another model than this run's" in done.stderr
-    assert "model.language.rope_theta=1000000.0" in done.stderr
+def test_weights_of_another_model_are_refused(
+    data: Path, weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    single = ("parallel.tensor_size=1", "parallel.pipeline_size=1")
+    other_base = _training(data, weights, tmp_path / "run", 1, *single, "model.language.rope_theta=10000")
+    assert main(other_base) == 2
+    error = capsys.readouterr().err
+    assert "holds another model than this run's" in error
+    assert "model.language.rope_theta=1000000.0" in error
     assert not (tmp_path / "run").exists(), "it is said before anything is made"
     broken = tmp_path / "broken"
     broken.mkdir()
     (broken / "model.json").write_bytes((weights / "model.json").read_bytes())
     edit_json(broken / "model.json", model__language__num_layers="four")
-    done = _train(data, weights, tmp_path / "other", 1, "parallel.tensor_size=1", "parallel.pipeline_size=1",
-                  f"checkpoint.load={broken}")  # fmt: skip
-    assert done.returncode == 2
-    assert "model.json" in done.stderr
-    assert "Traceback" not in done.stderr
+    assert main(_training(data, weights, tmp_path / "other", 1, *single, f"checkpoint.load={broken}")) == 2
+    error = capsys.readouterr().err
+    assert "model.json" in error
+    assert "Traceback" not in error
 
 
 @pytest.mark.slow

@@ -15,6 +15,7 @@ import psutil
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from internvl_megatron.__main__ import main
 from internvl_megatron.checkpoint import folders
 from internvl_megatron.metrics import METRICS_FILE, read_metrics
 from tests.support.small_runs import small_data, small_run_settings
@@ -49,6 +50,11 @@ def _train(data: Path, run: Path, *overrides: str, ranks: int = 4) -> subprocess
     return subprocess.run(
         _command(data, run, *overrides, ranks=ranks), capture_output=True, text=True, timeout=300, check=False
     )
+
+
+def _train_here(data: Path, run: Path, *overrides: str) -> int:
+    """In this process, which has all imported already; the exit status."""
+    return main(_command(data, run, *overrides)[3:])
 
 
 def _metrics(run: Path) -> list[dict[str, Any]]:
@@ -135,7 +141,7 @@ def test_ctrl_c_stops_in_order_and_the_run_continues(data: Path, whole: Path, tm
     assert saved, "the interrupted run saved nothing"
     assert folders.read_info(saved[-1]).step < STEPS, "the run was over before the interrupt: nothing was tested"
     assert not list((tmp_path / "checkpoints").glob("*.writing"))
-    assert _train(data, tmp_path).returncode == 0
+    assert _train_here(data, tmp_path) == 0
     assert _losses(tmp_path) == _losses(whole)
 
 
@@ -176,7 +182,7 @@ def test_a_killed_rank_ends_all_and_the_run_continues(data: Path, whole: Path, t
     assert "killed by SIGKILL" in errors
     _assert_gone(family)
     assert folders.read_info(folders.finished(tmp_path / "checkpoints")[-1]).step >= SAVE_EVERY
-    assert _train(data, tmp_path).returncode == 0
+    assert _train_here(data, tmp_path) == 0
     assert _losses(tmp_path) == _losses(whole)
 
 
@@ -198,30 +204,24 @@ def test_continuing_under_another_layout(data: Path, whole: Path, tmp_path: Path
             assert resumed[step][1] == pytest.approx(eval_loss, rel=1e-5)
 
 
-def test_a_finished_run_answers(data: Path, whole: Path) -> None:
+def test_a_finished_run_answers(data: Path, whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
     picture = data / "images" / "heldout" / "00000.png"
-    command = [sys.executable, "-m", "internvl_megatron", "generate", str(whole), "What number is shown?"]
-    done = subprocess.run(
-        [*command, "--image", str(picture), "--max-new-tokens", "3"],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    missing = subprocess.run(
-        [*command, "--image", "nowhere.png"], capture_output=True, text=True, timeout=120, check=False
-    )
-    assert missing.returncode == 2
-    assert re.search(r"nowhere\.png.*not found", missing.stderr)
-    assert "Traceback" not in missing.stderr
+    command = ["generate", str(whole), "What number is shown?", "--max-new-tokens", "3"]
+    assert main([*command, "--image", str(picture)]) == 0
+    capsys.readouterr()
+    assert main([*command, "--image", "nowhere.png"]) == 2
+    error = capsys.readouterr().err
+    assert re.search(r"nowhere\.png.*not found", error)
+    assert "Traceback" not in error
 
 
-def test_another_model_in_the_same_folder_is_refused(data: Path, whole: Path) -> None:
-    done = _train(data, whole, "model.language.ffn_hidden_size=128")
-    assert done.returncode == 2
-    assert "other settings of model.language.ffn_hidden_size" in done.stderr
-    assert "Traceback" not in done.stderr
+def test_another_model_in_the_same_folder_is_refused(
+    data: Path, whole: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert _train_here(data, whole, "model.language.ffn_hidden_size=128") == 2
+    error = capsys.readouterr().err
+    assert "other settings of model.language.ffn_hidden_size" in error
+    assert "Traceback" not in error
 
 
 @pytest.mark.slow
@@ -239,7 +239,9 @@ def test_a_broken_image_stops_or_is_skipped(data: Path, tmp_path: Path) -> None:
     assert all(row["num_failed_images"] > 0 and row["loss"] > 0 for row in _metrics(tmp_path / "skip"))
 
 
-def test_an_annotation_that_cannot_be_read_ends_all_ranks(data: Path, tmp_path: Path) -> None:
+def test_an_annotation_that_cannot_be_read_ends_all_ranks(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Rank 0 alone looks for it; the others, leaders or not, hear of it and do not wait for ever."""
     meta = json.loads((data / "train_meta.json").read_text())
     for entry in meta.values():
@@ -248,7 +250,7 @@ def test_an_annotation_that_cannot_be_read_ends_all_ranks(data: Path, tmp_path: 
     meta["facts"]["annotation"] = str(tmp_path / "none.jsonl")
     path = tmp_path / "meta.json"
     path.write_text(json.dumps(meta))
-    done = _train(data, tmp_path / "run", f"data.meta={path}")
-    assert done.returncode == 2
-    assert "none.jsonl: cannot be read (No such file or directory)" in done.stderr
-    assert "Traceback" not in done.stderr
+    assert _train_here(data, tmp_path / "run", f"data.meta={path}") == 2
+    error = capsys.readouterr().err
+    assert "none.jsonl: cannot be read (No such file or directory)" in error
+    assert "Traceback" not in error
