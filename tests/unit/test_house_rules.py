@@ -163,6 +163,16 @@ def test_imports_only_point_down() -> None:
     expect_none(wrong)
 
 
+def test_converters_are_used_where_foreign_weights_are_answered_with_alone() -> None:
+    """They stand on the package; only inference, which reads Hugging Face folders as they are, stands on them."""
+    found = {
+        path.relative_to(PACKAGE).as_posix()
+        for path, node in nodes(ast.Import, ast.ImportFrom, rooms=(PACKAGE.name,))
+        if any(name.split(".")[0] == "checkpoint_convert" for name in imported(node))
+    }
+    assert found == {"inference/run.py"}
+
+
 def is_number(annotation: ast.expr) -> bool:
     return any(isinstance(part, ast.Name) and part.id in {"int", "float"} for part in ast.walk(annotation))
 
