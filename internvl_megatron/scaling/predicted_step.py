@@ -66,7 +66,7 @@ class StepTime:
     imbalance: float
     """Waiting for the replica whose rows cost most."""
     vision: float
-    """Encoding outside of pauses."""
+    """Encoding, before and after the pipeline and in its pauses."""
     vision_messages: float
     data_parallel: float
     """Exposed sums of gradients and gathers of parameters of both modules."""
@@ -142,11 +142,10 @@ def predict_step(config: RunConfig, plan: RunPlan, workload: Workload, gpu: GpuK
     # Every window of rows fills and empties the pipeline.
     pauses = num_windows * pipeline_seconds(run, stages)[1]
     encode, backprop = (0.0, 0.0) if in_first_stage else vision.window(min(window_rows, num_rows))
-    outside = num_windows * (encode + backprop)
+    encoding = num_windows * (encode + backprop)
     if fills:
         first, last = vision.row()
-        filled = min(pauses, outside - first - last)
-        pauses, outside = pauses - filled, outside - filled
+        pauses -= min(pauses, encoding - first - last)
     exposed, update = data_parallel_seconds(run, stages, kernels, network, OURS)
     reduce, vision_update = vision.reduce(backprop)
     return StepTime(
@@ -154,7 +153,7 @@ def predict_step(config: RunConfig, plan: RunPlan, workload: Workload, gpu: GpuK
         language_messages=num_rows * (sum(busiest.messages) + sum(busiest.to_neighbours)),
         pauses=pauses,
         imbalance=_imbalance(config, plan, workload, run, kernels),
-        vision=outside,
+        vision=encoding,
         vision_messages=0.0 if in_first_stage else num_windows * vision.messages(min(window_rows, num_rows)),
         data_parallel=exposed + reduce,
         update=update + vision_update,
