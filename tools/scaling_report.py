@@ -27,7 +27,7 @@ from internvl_megatron.scaling.planner import Search, judge, search
 from internvl_megatron.scaling.predicted_step import StepTime, Workload
 from tools.judged_layouts import H100, fastest
 from tools.plan import figures, planned_config
-from tools.schedule_comparison import HEAD, cells, compared, speed
+from tools.schedule_comparison import HEAD, WAYS, cells, compared, speed
 
 TOKENS_PER_ROW = 32768
 IMAGE_SHARE = 0.5
@@ -175,7 +175,7 @@ def other_ways() -> str:
                 size.upper(), f"{share:.0%}", *(speed(way, best, tokens) for way in ways.values()),
                 str(apart.num_encoding) if apart else "",
             ])  # fmt: skip
-    head = ("size", "image tokens", *ways, "encoder ranks")
+    head = ("size", "image tokens", *WAYS, "encoder ranks")
     return table(("size", *HEAD), rows) + "\n\nTokens/s/GPU (decoupled over it):\n\n" + table(head, by_share)
 
 

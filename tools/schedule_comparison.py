@@ -15,6 +15,7 @@ from internvl_megatron.scaling.predicted_events import StepEvents, step_events
 from internvl_megatron.scaling.predicted_step import Workload
 from tools.judged_layouts import H100, Judged, ranked, ranked_first_stage
 
+WAYS = ("decoupled", "first stage", "first stage, no pipeline", "disaggregated")
 NUM_SIMULATED = 6
 """Layouts of each way whose schedule is run."""
 
@@ -45,25 +46,24 @@ def compared(config: RunConfig, found: Search, num_gpus: int, workload: Workload
         num_gpus: of all ways.
         workload: rows.
     """
-    ways: dict[str, Way | None] = {
-        "decoupled": _best(ranked(found, num_gpus, workload), num_gpus, workload),
-        "first stage": _best(ranked_first_stage(found, num_gpus, workload), num_gpus, workload),
-        "first stage, no pipeline": _best(
-            ranked_first_stage(found, num_gpus, workload, has_pipeline=False), num_gpus, workload
-        ),
-        "disaggregated": None,
-    }
     best = best_division(config, num_gpus, workload, H100)
+    divided = None
     if best is not None:
         division, step = best
-        ways["disaggregated"] = Way(
+        divided = Way(
             layout=str(division.plan.layout),
             num_encoding=division.num_encoders,
             memory_bytes=division.memory_bytes,
             rows_per_step=division.config.rows_per_step,
             step=step,
         )
-    return ways
+    found_ways = (
+        _best(ranked(found, num_gpus, workload), num_gpus, workload),
+        _best(ranked_first_stage(found, num_gpus, workload), num_gpus, workload),
+        _best(ranked_first_stage(found, num_gpus, workload, has_pipeline=False), num_gpus, workload),
+        divided,
+    )
+    return dict(zip(WAYS, found_ways, strict=True))
 
 
 def _best(judged: list[Judged], num_gpus: int, workload: Workload) -> Way | None:

@@ -27,7 +27,8 @@ def equal(num_ranks, num_rows, num_chunks=1, forward=1.0, backward=2.0):
 
 def drawn(num_ranks, num_rows, seed=0):
     rng = np.random.default_rng(seed)
-    passes = PipelineSeconds(*rng.random((2, num_ranks, num_rows)), num_ranks)
+    forward, backward = rng.random((2, num_ranks, num_rows))
+    passes = PipelineSeconds(forward, backward, num_ranks)
     return passes, *rng.random((2, num_rows))
 
 
