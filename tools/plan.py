@@ -23,7 +23,7 @@ from internvl_megatron.errors import ConfigError, UserError
 from internvl_megatron.scaling.counts import step_flops
 from internvl_megatron.scaling.drawn_rows import drawn_workload
 from internvl_megatron.scaling.gpus import GPUS, GPUS_PER_MACHINE, GpuKind, find_gpu
-from internvl_megatron.scaling.memory import USED_SHARE
+from internvl_megatron.scaling.memory import USED_SHARE, first_stage_bytes
 from internvl_megatron.scaling.planner import Choice, Search, judge, search, slower_because
 from internvl_megatron.scaling.predicted_step import StepTime, Workload
 
@@ -201,13 +201,11 @@ def _made_by_hand(name: str, config: RunConfig, num_gpus: int, workload: Workloa
         memory, time = judge(config, num_gpus, workload, gpu)
     except ConfigError as error:
         return f"{name} does not go: {str(error).splitlines()[0]}"
-    if config.parallel.vision_placement == "first_stage":
-        fits = "(encoder on the first stage, whose memory is not estimated)"
-    elif memory.total <= USED_SHARE * gpu.memory_bytes:
-        fits = "fits"
-    else:
-        fits = f"does not fit ({memory.total / 1e9:.0f} GB)"
-    return f"{name}, {plan(config, num_gpus).layout}: {fits}, {time.total:.2f} s, {time.total / best.time.total:.2f} times the best"
+    made, num_bytes = plan(config, num_gpus), memory.total
+    if made.vision_layout.first_stage_only:
+        num_bytes = first_stage_bytes(config, made)
+    fits = "fits" if num_bytes <= USED_SHARE * gpu.memory_bytes else f"does not fit ({num_bytes / 1e9:.0f} GB)"
+    return f"{name}, {made.layout}: {fits}, {time.total:.2f} s, {time.total / best.time.total:.2f} times the best"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -12,7 +12,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 from matplotlib.figure import Figure
 
@@ -22,15 +21,18 @@ from internvl_megatron.config.schema import RunConfig
 from internvl_megatron.data.files import write_whole
 from internvl_megatron.errors import ConfigError
 from internvl_megatron.scaling.drawn_rows import drawn_workload
-from internvl_megatron.scaling.gpus import GPUS, GpuKind
-from internvl_megatron.scaling.memory import USED_SHARE, rank_bytes
+from internvl_megatron.scaling.gpus import GPUS
+from internvl_megatron.scaling.memory import USED_SHARE
 from internvl_megatron.scaling.planner import Search, judge, search
-from internvl_megatron.scaling.predicted_step import StepTime, Workload, predict_step
-from tools.plan import FIRST_STAGE, figures, planned_config
+from internvl_megatron.scaling.predicted_step import StepTime, Workload
+from tools.judged_layouts import H100, fastest
+from tools.plan import figures, planned_config
+from tools.schedule_comparison import HEAD, WAYS, cells, compared, speed
 
-H100 = GPUS["h100-80g"]
 TOKENS_PER_ROW = 32768
 IMAGE_SHARE = 0.5
+SIZES = ("8b", "38b", "78b")
+COMPARED_GPUS, COMPARED_SHARES = 1024, (0.25, 0.5, 0.75)
 WEAK_SCALING_GPUS = (64, 128, 256, 512, 1024, 2048, 4096)
 STRONG_SCALING_GPUS = (64, 128, 256, 512, 1024)
 ROW_TOKENS = (8192, 16384, 32768, 65536, 131072)
@@ -39,62 +41,19 @@ LARGEST_WORLD = 98304
 INTERRUPTIONS = (419, 54, 16384)
 """Unexpected ones, days and GPUs of Llama 3 405B's pre-training (arXiv 2407.21783, Tab. 5)."""
 
-Judged = tuple[RunConfig, StepTime]
+
+def configured(size: str, num_gpus: int) -> RunConfig:
+    """Pre-training with 512 rows of 32K, before a layout is chosen."""
+    return planned_config(size, num_gpus, TOKENS_PER_ROW, None, "none")
 
 
 @cache
 def searched(size: str, num_gpus: int) -> Search:
-    """All layouts of pre-training with 512 rows of 32K, half image tokens, on H100."""
-    config = planned_config(size, num_gpus, TOKENS_PER_ROW, None, "none")
+    """All its layouts, for half image tokens, on H100."""
+    config = configured(size, num_gpus)
     workload = drawn_workload(TOKENS_PER_ROW, config.data.tiles_per_row, IMAGE_SHARE)
     print(f"searching {size} on {num_gpus} GPUs", file=sys.stderr)
     return search(config, num_gpus, H100, workload)
-
-
-def fastest(found: Search, num_gpus: int, workload: Workload, gpu: GpuKind = H100, **changes: Any) -> Judged | None:
-    """Of the layouts found, the fastest that is valid and fits with some settings changed; None if none does.
-
-    Args:
-        found: layouts of the same number of GPUs.
-        num_gpus: it.
-        workload: rows.
-        gpu: kind of all GPUs.
-        **changes: values by the field's path, dots written as two underscores.
-    """
-    values = {path.replace("__", "."): value for path, value in changes.items()}
-    best: Judged | None = None
-    for choice in found.choices:
-        for again in ("none", "full"):
-            config = with_values(choice.config, values | {"parallel.language_recompute": again})
-            try:
-                made = plan(config, num_gpus)
-            except ConfigError:
-                continue
-            if rank_bytes(config, made).total > USED_SHARE * gpu.memory_bytes:
-                continue
-            time = predict_step(config, made, workload, gpu)
-            if best is None or time.total < best[1].total:
-                best = (config, time)
-            break  # keeping more is faster
-    return best
-
-
-def fastest_first_stage(found: Search, num_gpus: int, workload: Workload) -> Judged | None:
-    """The fastest of the layouts found with the encoder in the first stage; whether it fits is not asked."""
-    best: Judged | None = None
-    for choice in found.choices:
-        parallel = choice.config.parallel
-        if parallel.pipeline_size == 1 or parallel.virtual_size > 1:
-            continue
-        own = {"parallel.sequence_parallel": parallel.sequence_parallel, "parallel.stage_layers": None}
-        config = with_values(choice.config, FIRST_STAGE | own)
-        try:
-            _, time = judge(config, num_gpus, workload, H100)
-        except ConfigError:
-            continue
-        if best is None or time.total < best[1].total:
-            best = (config, time)
-    return best
 
 
 def of(config: RunConfig, image_share: float = IMAGE_SHARE) -> Workload:
@@ -182,24 +141,42 @@ def does_it_fit(folder: Path) -> str:
 
 
 def decoupled() -> str:
-    """Question 4."""
+    """Question 4: what all ranks' encoding costs."""
     rows = []
-    for size in ("8b", "38b", "78b"):
-        found = searched(size, 1024)
-        best, first = found.choices[0], fastest_first_stage(found, 1024, of(found.choices[0].config))
-        phases = fastest(found, 1024, of(best.config), parallel__vision_in_bubbles=False)
-        text = fastest(found, 1024, of(best.config, 0.0))
+    for size in SIZES:
+        found = searched(size, COMPARED_GPUS)
+        best = found.choices[0]
+        phases = fastest(found, COMPARED_GPUS, of(best.config), parallel__vision_in_bubbles=False)
+        text = fastest(found, COMPARED_GPUS, of(best.config, 0.0))
         assert phases is not None and text is not None, "layouts that fit with images fit without"
         rates = [
             of(best.config, share).tokens_per_row / time.total for share, time in ((0.5, best.time), (0.0, text[1]))
         ]
         rows.append([
-            size.upper(), f"{best.layout}: {best.time.total:.2f} s", f"{phases[1].total:.2f} s",
-            "" if first is None else f"{layout(first[0], 1024)}: {first[1].total:.2f} s",
-            "" if first is None else f"{first[1].total / best.time.total:.2f}", f"{rates[0] / rates[1]:.0%}",
+            size.upper(), f"{best.layout}: {best.time.total:.2f} s", f"{phases[1].total:.2f} s", f"{rates[0] / rates[1]:.0%}",
         ])  # fmt: skip
-    head = ("size", "decoupled", "phases apart", "best first-stage layout", "gain over it", "tokens/s over text alone")
-    return table(head, rows)
+    return table(("size", "decoupled", "phases apart", "tokens/s over text alone"), rows)
+
+
+def other_ways() -> str:
+    """Question 4: against the encoder in the first stage, and on GPUs of its own."""
+    rows, by_share = [], []
+    for size in SIZES:
+        found, config = searched(size, COMPARED_GPUS), configured(size, COMPARED_GPUS)
+        for share in COMPARED_SHARES:
+            ways = compared(config, found, COMPARED_GPUS, of(config, share))
+            best = ways["decoupled"]
+            assert best is not None, "the layouts were found to fit"
+            tokens = of(config, share).tokens_per_row
+            if share == IMAGE_SHARE:
+                rows += [[size.upper(), *cells(name, way, best, tokens)] for name, way in ways.items()]
+            apart = ways["disaggregated"]
+            by_share.append([
+                size.upper(), f"{share:.0%}", *(speed(way, best, tokens) for way in ways.values()),
+                str(apart.num_encoding) if apart else "",
+            ])  # fmt: skip
+    head = ("size", "image tokens", *WAYS, "encoder ranks")
+    return table(("size", *HEAD), rows) + "\n\nTokens/s/GPU (decoupled over it):\n\n" + table(head, by_share)
 
 
 def weak_scaling(folder: Path) -> str:
@@ -322,8 +299,14 @@ ASSUMED = """Assumed, and not checked by a measurement of this project:
 * rows are drawn and packed first_fit (`internvl_megatron/scaling/drawn_rows.py`), which leaves 5 to 15 % of them empty where images are in them (tokens/s
   count what is in the rows); all are of average cost; replicas trade rows, so none waits for another;
 * memory is `scaling/memory.py`'s estimate, checked against one measurement and, for the state, against ranks of fake worlds;
-* the encoder in the first stage is given every layout that fits without it, and its own memory is not checked; disaggregated encoder ranks
-  are not modelled; reading data, evaluation and checkpoints are left out.
+* rows are equal in the schedules that are run event by event, with as many tiles as the mean has: a replica or a first stage that encodes its own rows
+  waits for none with more tiles, which favours the first stage;
+* an encoder in the first stage: each of its ranks has all of it, and of a row's tiles as many as the others, rounded up; layers are divided to make
+  room for it; it sends nothing;
+* encoder ranks: whole machines of them, each with all of the encoder and the same part of the tiles of a row of all pipelines, fractions of tiles
+  too; the other GPUs are whole replicas with as many rows each (so a step may have up to 6 % more or fewer), in any layout that fits; embeddings and
+  gradients travel beside all work. Fractions, rows and messages favour them. The trainer has none;
+* reading data, evaluation and checkpoints are left out.
 How far the model was off where it could be checked: docs/scaling.md."""
 
 
@@ -347,11 +330,21 @@ By the estimate of memory {len(found.choices)} layouts fit on 64 H100, {len(foun
 
 {does_it_fit(folder)}
 
-## What does the decoupled schedule buy at 1024 GPUs?
+## What does the decoupled schedule buy at {COMPARED_GPUS} GPUs?
 {decoupled()}
 
-The 6B encoder is sharded where it does not fit otherwise, and a sharded encoder does not fill pauses; then decoupled and phases apart are
-the same.
+A layout of one stage has no pauses, and with chunks or a sharded encoder (the 6B does not fit otherwise) they are not filled: there decoupled and
+phases apart are the same.
+
+Beside it the other ways to run the encoder, each in its best layout on as many GPUs. Layouts are ranked by the closed form of all
+tables here; of the best the schedule is run event by event, with messages between stages, and to and from encoders, as events (`internvl_megatron/scaling/event_time.py`).
+The number of encoder ranks is the best of those that leave whole replicas.
+
+{other_ways()}
+
+Bubbles: time in the pipeline in which GPUs wait and no message is the reason. Busiest over mean: work of the busiest GPU above that of the mean.
+Exposed: time in which a message between ranks holds a GPU up; those of tensor and context parallelism are in the passes. All three are of the GPUs' time, encoder ranks
+counted.
 
 ## Weak scaling
 {weak_scaling(folder)}

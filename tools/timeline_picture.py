@@ -14,8 +14,23 @@ class Bar(NamedTuple):
     opacity: float = 1.0
 
 
+class Line(NamedTuple):
+    """A message from one rank to another."""
+
+    sender: int
+    start: float
+    receiver: int
+    end: float
+
+
 def draw_timeline(
-    ranks: Sequence[Sequence[Bar]], colours: Mapping[str, str], file: Path, title: str, unit: str, rank_name: str
+    ranks: Sequence[Sequence[Bar]],
+    colours: Mapping[str, str],
+    file: Path,
+    title: str,
+    unit: str,
+    rank_name: str,
+    messages: Sequence[Line] = (),
 ) -> None:
     """Draw it.
 
@@ -26,6 +41,7 @@ def draw_timeline(
         title: above it.
         unit: of the times.
         rank_name: what the ranks are called.
+        messages: between them.
     """
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
@@ -36,6 +52,10 @@ def draw_timeline(
         for kind, start, end, opacity in bars:
             look: Any = {"color": colours[kind], "alpha": opacity, "edgecolor": "white", "linewidth": 0.3}
             axes.barh(rank, end - start, left=start, **look)
+    for sender, start, receiver, end in messages:
+        # From the lower or upper edge of one rank's bars to that of the other's, over them.
+        edge = 0.4 if receiver > sender else -0.4
+        axes.plot((start, end), (sender + edge, receiver - edge), color="black", linewidth=0.4)
     axes.set(xlabel=unit, ylabel=rank_name, yticks=range(len(ranks)), title=title)
     axes.invert_yaxis()
     place: Any = "outside right"  # newer than matplotlib's types

@@ -169,15 +169,20 @@ def _output_layer(run: LanguageRun, kernels: Kernels, habits: Habits) -> Passes:
     return product.plus(kernels.elementwise(3 * logits, 2 * logits))
 
 
-def _to_neighbours(run: LanguageRun, network: Network, habits: Habits) -> Passes:
-    """Exposed messages between stages, V of them for a row's pass."""
+def neighbour_seconds(run: LanguageRun, network: Network, habits: Habits = OURS) -> tuple[float, float]:
+    """Seconds of a message between stages: (until it is there, of these those that hold up its sender)."""
     layout = run.layout
-    if layout.pipeline_size == 1:
-        return Passes(0.0, 0.0)
     divided = layout.tensor_size if run.sequence_parallel else 1
     num_bytes = 2 * run.tokens_per_row * run.language.hidden_size / layout.context_size / divided
     once = network.message(num_bytes, stride=layout.stage_size * layout.data_size)
-    exposed = layout.virtual_size * once * (1 - habits.neighbours_hidden_share if layout.virtual_size > 1 else 1)
+    return once, once * (1 - habits.neighbours_hidden_share if layout.virtual_size > 1 else 1)
+
+
+def _to_neighbours(run: LanguageRun, network: Network, habits: Habits) -> Passes:
+    """Exposed messages between stages, V of them for a row's pass."""
+    if run.layout.pipeline_size == 1:
+        return Passes(0.0, 0.0)
+    exposed = run.layout.virtual_size * neighbour_seconds(run, network, habits)[1]
     return Passes(exposed, exposed)
 
 

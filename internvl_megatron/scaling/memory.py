@@ -144,7 +144,14 @@ def _state_of_vision(config: RunConfig, plan: RunPlan) -> tuple[float, float, fl
         weights = sum(4 * shard for shard, _ in shards)
         gradients = sum(4 * shard for shard, trainable in shards if trainable)
         return weights, gradients, 2 * gradients
-    states = [_state(config, parameters, world_size, trainable) for parameters, trainable in sides]
+    return vision_state(config, world_size)
+
+
+def vision_state(config: RunConfig, num_copies: int) -> tuple[float, float, float]:
+    """Bytes of (weights, gradients, optimizer) of a vision side that so many ranks have, each all of it."""
+    counts, parts = parameter_counts(config.model), config.optimizer
+    sides = ((counts.vision, parts.vision.trainable), (counts.projector, parts.projector.trainable))
+    states = [_state(config, parameters, num_copies, trainable) for parameters, trainable in sides]
     weights, gradients, optimizer = (sum(values) for values in zip(*states, strict=True))
     return weights, gradients, optimizer
 
@@ -176,20 +183,59 @@ def _activations(config: RunConfig, plan: RunPlan, stage: int) -> float:
     window_rows = parallel.vision_window_rows or plan.rows_per_replica
     replica_ranks = plan.layout.stage_size * plan.layout.pipeline_size
     tiles = -(-window_rows * data.tiles_per_row // replica_ranks)  # of a rank, in a window
-    pixels = tiles * 3 * vision.tile_pixels**2
-    chunk_tiles = min(parallel.vision_chunk_tiles, tiles)
     embeddings = 0.0
     if stage == 0:
         tokens = window_rows * data.tiles_per_row * vision.tokens_per_tile
         embeddings = 2 * tokens * config.model.language.hidden_size / _parts(config)
-    per_tile, language = tile_activation_bytes(vision), _language_activations(config, plan, stage)
+    pixels, kept, at_a_time = encoder_activations(config, tiles)
+    gathered = 0.0
+    if parallel.vision_sharding == "sharded":  # weights of two layers in bf16, gradients of one in fp32
+        gathered = 8 * parameter_counts(config.model).vision / vision.num_layers
+    language = _language_activations(config, plan, stage)
+    return pixels + embeddings + kept + max(language, at_a_time + gathered)
+
+
+def encoder_activations(config: RunConfig, tiles: int) -> tuple[float, float, float]:
+    """Of tiles whose backward pass is still to come, on a rank: (pixels, what is kept of all, what is there of a chunk at a time)."""
+    vision, recompute = config.model.vision, config.parallel.vision_recompute
+    chunk_tiles = min(config.parallel.vision_chunk_tiles, tiles)
+    per_tile = tile_activation_bytes(vision)
     layer_inputs = 2 * vision.num_layers * (vision.patches_per_side**2 + 1) * vision.hidden_size
     kept, at_a_time = {
         "none": (tiles * per_tile, 0.0),
         "layer": (tiles * layer_inputs, chunk_tiles * per_tile / vision.num_layers),
-        "full": (0, chunk_tiles * per_tile),
-    }[parallel.vision_recompute]
-    gathered = 0.0
-    if parallel.vision_sharding == "sharded":  # weights of two layers in bf16, gradients of one in fp32
-        gathered = 8 * parameter_counts(config.model).vision / vision.num_layers
-    return pixels + embeddings + kept + max(language, at_a_time + gathered)
+        "full": (0.0, chunk_tiles * per_tile),
+    }[recompute]
+    return tiles * 3.0 * vision.tile_pixels**2, kept, at_a_time
+
+
+def first_stage_bytes(config: RunConfig, plan: RunPlan) -> float:
+    """The rank that has most, where the ranks of the first stage encode, and have the encoder, alone: an estimate."""
+    layout = plan.layout
+    rows = min(plan.rows_per_replica, layout.pipeline_size)
+    tiles = rows * -(-config.data.tiles_per_row // layout.stage_size)
+    encoder = sum(vision_state(config, layout.stage_size * layout.data_size)) + sum(encoder_activations(config, tiles))
+    return OTHER_BYTES + max(
+        _bytes_of_stage(config, plan, stage) + (encoder if stage == 0 else 0) for stage in range(layout.pipeline_size)
+    )
+
+
+def language_bytes(config: RunConfig, plan: RunPlan) -> float:
+    """The rank that has most, where none of these ranks encodes: an estimate."""
+    tokens = min(plan.rows_per_replica, plan.layout.pipeline_size) * config.data.tiles_per_row
+    tokens *= config.model.vision.tokens_per_tile
+    embeddings = 2 * tokens * config.model.language.hidden_size / _parts(config)
+    return OTHER_BYTES + max(
+        _bytes_of_stage(config, plan, stage) + (embeddings if stage == 0 else 0)
+        for stage in range(plan.layout.pipeline_size)
+    )
+
+
+def encoder_bytes(config: RunConfig, num_ranks: int, tiles: int) -> float:
+    """A rank of those that do nothing but encode, and have the encoder each, with so many tiles under way: an estimate."""
+    return OTHER_BYTES + sum(vision_state(config, num_ranks)) + sum(encoder_activations(config, tiles))
+
+
+def _bytes_of_stage(config: RunConfig, plan: RunPlan, stage: int) -> float:
+    """The language model's."""
+    return sum(_state_of_stage(config, plan, stage)) + _language_activations(config, plan, stage)

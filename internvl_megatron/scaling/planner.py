@@ -74,7 +74,7 @@ def search(config: RunConfig, num_gpus: int, gpu: GpuKind, workload: Workload) -
     """
     best: dict[str, Choice] = {}
     tries = _Tries(config, num_gpus, USED_SHARE * gpu.memory_bytes)
-    for sizes in _sizes(config, num_gpus, workload):
+    for sizes in layout_sizes(config, num_gpus, workload):
         for settings, candidate, made, memory in tries.fitting(sizes):
             name, time = str(made.layout), predict_step(candidate, made, workload, gpu)
             if name not in best or time.total < best[name].time.total:
@@ -99,7 +99,7 @@ def slower_because(choice: Choice, best: Choice) -> list[tuple[str, float]]:
     return sorted(((part, loss) for part, loss in losses.items() if loss > 0), key=lambda item: -item[1])
 
 
-def _sizes(config: RunConfig, num_gpus: int, workload: Workload) -> Iterator[Settings]:
+def layout_sizes(config: RunConfig, num_gpus: int, workload: Workload) -> Iterator[Settings]:
     """Sizes, chunks and divisions of layers."""
     num_layers = config.model.language.num_layers
     head = _head_in_layers(config, workload)

@@ -66,7 +66,7 @@ class StepTime:
     imbalance: float
     """Waiting for the replica whose rows cost most."""
     vision: float
-    """Encoding outside of pauses."""
+    """Encoding, before and after the pipeline and in its pauses."""
     vision_messages: float
     data_parallel: float
     """Exposed sums of gradients and gathers of parameters of both modules."""
@@ -132,37 +132,36 @@ def predict_step(config: RunConfig, plan: RunPlan, workload: Workload, gpu: GpuK
     run = language_run(config, plan, workload)
     num_rows, window_rows = plan.rows_per_replica, config.parallel.vision_window_rows or plan.rows_per_replica
     stages = predicted_stages(config, plan, workload, gpu)
-    vision = _Vision(config, plan, workload, gpu)
+    vision = VisionSeconds(config, plan, workload, gpu)
     in_first_stage = plan.vision_layout.first_stage_only
     if in_first_stage:
         stages[0] = replace(stages[0], kernels=stages[0].kernels.plus(vision.beside_a_row()))
     busiest = max(stages, key=lambda stage: stage.row)
-    fills = _fills_bubbles(config, plan)
+    fills = fills_bubbles(config, plan)
     num_windows = 1 if workload.tiles_per_row == 0 or in_first_stage else -(-num_rows // window_rows)
     # Every window of rows fills and empties the pipeline.
     pauses = num_windows * pipeline_seconds(run, stages)[1]
     encode, backprop = (0.0, 0.0) if in_first_stage else vision.window(min(window_rows, num_rows))
-    outside = num_windows * (encode + backprop)
+    encoding = num_windows * (encode + backprop)
     if fills:
         first, last = vision.row()
-        filled = min(pauses, outside - first - last)
-        pauses, outside = pauses - filled, outside - filled
+        pauses -= min(pauses, encoding - first - last)
     exposed, update = data_parallel_seconds(run, stages, kernels, network, OURS)
-    reduce, vision_update = vision.reduce(backprop)
+    reduce, vision_update = vision.reduce(backprop, plan.layout.world_size)
     return StepTime(
         language=num_rows * sum(busiest.kernels),
         language_messages=num_rows * (sum(busiest.messages) + sum(busiest.to_neighbours)),
         pauses=pauses,
         imbalance=_imbalance(config, plan, workload, run, kernels),
-        vision=outside,
+        vision=encoding,
         vision_messages=0.0 if in_first_stage else num_windows * vision.messages(min(window_rows, num_rows)),
         data_parallel=exposed + reduce,
         update=update + vision_update,
     )
 
 
-class _Vision:
-    """The vision side of one configuration."""
+class VisionSeconds:
+    """Seconds of the vision side of one configuration."""
 
     def __init__(self, config: RunConfig, plan: RunPlan, workload: Workload, gpu: GpuKind) -> None:
         self._plan, self._workload = plan, workload
@@ -177,14 +176,17 @@ class _Vision:
         tiles = self._workload.tiles_per_row * num_rows * layout.data_size
         return math.ceil(tiles / layout.world_size) if tiles else 0
 
+    def tiles(self, count: float) -> Passes:
+        """Seconds of so many tiles on a rank, as many of them side by side as a chunk has."""
+        if not count:
+            return Passes(0.0, 0.0)
+        run = replace(self._run, chunk_tiles=min(self._run.chunk_tiles, math.ceil(count)))
+        once = tile_passes(run, self._kernels).times(count)
+        return once if run.trainable else once._replace(backward=0.0)
+
     def beside_a_row(self) -> Passes:
         """Seconds in which the ranks of the first stage encode a row's tiles."""
-        tiles = math.ceil(self._workload.tiles_per_row / self._plan.layout.stage_size)
-        if not tiles:
-            return Passes(0.0, 0.0)
-        return tile_passes(replace(self._run, chunk_tiles=min(self._run.chunk_tiles, tiles)), self._kernels).times(
-            tiles
-        )
+        return self.tiles(math.ceil(self._workload.tiles_per_row / self._plan.layout.stage_size))
 
     def window(self, num_rows: int) -> tuple[float, float]:
         """Seconds of (encode, backprop) of one window."""
@@ -192,10 +194,9 @@ class _Vision:
         if not tiles:
             return 0.0, 0.0
         run = replace(self._run, chunk_tiles=min(self._run.chunk_tiles, int(tiles)))
-        tile, gathers = tile_passes(run, self._kernels), chunk_gathers(run, self._kernels, self._network)
-        num_chunks = -(-tiles // run.chunk_tiles)
-        backward = tile.backward * tiles + gathers.backward * num_chunks if self._run.trainable else 0.0
-        return tile.forward * tiles + gathers.forward * num_chunks, backward
+        gathers, num_chunks = chunk_gathers(run, self._kernels, self._network), -(-tiles // run.chunk_tiles)
+        encode, backprop = self.tiles(tiles)
+        return encode + gathers.forward * num_chunks, backprop + run.trainable * gathers.backward * num_chunks
 
     def row(self) -> tuple[float, float]:
         """What cannot be done in pauses: the first row's tiles forward, the last one's backward, shared by all ranks."""
@@ -203,25 +204,39 @@ class _Vision:
 
     def messages(self, num_rows: int) -> float:
         """Exposed seconds of a window's exchange: embeddings there and gradients back; tiles are sent ahead."""
+        return 2 * self.exchange(num_rows, self.tiles_per_rank(num_rows))
+
+    def exchange(self, num_rows: int, encoded: float) -> float:
+        """Seconds until the embeddings of a replica's rows are with those who own their tokens, or gradients back.
+
+        Args:
+            num_rows: of every replica.
+            encoded: tiles of a rank that encodes.
+        """
         if not self._workload.tiles_per_row or self._plan.layout.world_size == 1:
             return 0.0
         owned = self._workload.tiles_per_row * num_rows / self._plan.layout.stage_size
         width, per_tile = self._run.model.language.hidden_size, self._run.model.vision.tokens_per_tile
-        num_bytes = 2 * width * per_tile * max(owned, self.tiles_per_rank(num_rows))
+        num_bytes = 2 * width * per_tile * max(owned, encoded)
         # To any rank of the exchange group: if it is on several machines, most are on others.
-        return 2 * self._network.message(num_bytes, stride=self._plan.layout.world_size // 2)
+        return self._network.message(num_bytes, stride=self._plan.layout.world_size // 2)
 
-    def reduce(self, beside: float) -> tuple[float, float]:
-        """Seconds of (exposed sums of gradients, optimizer)."""
-        world_size, counts = self._plan.layout.world_size, parameter_counts(self._run.model)
+    def reduce(self, beside: float, num_ranks: int) -> tuple[float, float]:
+        """Seconds of (exposed sums of gradients, optimizer) of an encoder that so many ranks have.
+
+        Args:
+            beside: seconds of the backward pass that messages may hide in.
+            num_ranks: all of them, sharded or not.
+        """
+        counts = parameter_counts(self._run.model)
         if not self._run.trainable or not self._workload.tiles_per_row:
             return 0.0, 0.0
-        divided = self._run.shard_ranks if self._run.shard_ranks > 1 else world_size
+        divided = self._run.shard_ranks if self._run.shard_ranks > 1 else num_ranks
         update = self._kernels.update((counts.vision + counts.projector) / divided)
-        return reduce_seconds(self._run, world_size, self._network, beside), update
+        return reduce_seconds(self._run, num_ranks, self._network, beside), update
 
 
-def _fills_bubbles(config: RunConfig, plan: RunPlan) -> bool:
+def fills_bubbles(config: RunConfig, plan: RunPlan) -> bool:
     """As `WindowMaker` decides."""
     parallel = config.parallel
     one_window = parallel.vision_window_rows is None

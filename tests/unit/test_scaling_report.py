@@ -8,12 +8,12 @@ pytest.importorskip("matplotlib", reason="figures need matplotlib (pip install '
 
 from matplotlib.patches import Rectangle
 
-from internvl_megatron.config.plan import plan
 from internvl_megatron.scaling.drawn_rows import drawn_workload
 from internvl_megatron.scaling.gpus import GPUS
 from internvl_megatron.scaling.planner import Search, search
+from tools.judged_layouts import fastest
 from tools.plan import planned_config
-from tools.scaling_report import fastest, fastest_first_stage, parts_figure, table
+from tools.scaling_report import parts_figure, table
 
 NUM_GPUS = 16
 CONFIG = planned_config("8b", NUM_GPUS, 16384, 128, "none")
@@ -41,16 +41,6 @@ def test_formats_and_gpus_change_what_they_should(found: Search) -> None:
     assert fp8[1].vision == pytest.approx(best.vision, rel=0.5), "the encoder stays in bf16"
     assert a100[1].total > 2 * best.total
     assert fastest(found, NUM_GPUS, WORKLOAD, data__tokens_per_row=2**24) is None, "nothing holds such a row"
-
-
-def test_the_first_stage_s_layout_is_one_that_train_takes(found: Search) -> None:
-    judged = fastest_first_stage(found, NUM_GPUS, WORKLOAD)
-    assert judged is not None
-    config, time = judged
-    assert plan(config, NUM_GPUS).vision_layout.first_stage_only
-    assert config.parallel.pipeline_size > 1
-    assert time.total > found.choices[0].time.total
-    assert time.vision == 0
 
 
 def test_bars_are_whole(found: Search) -> None:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tools.timeline_picture import Bar, draw_timeline
+from tools.timeline_picture import Bar, Line, draw_timeline
 
 COLOURS = {"work": "red", "rest": "blue"}
 
@@ -36,3 +36,15 @@ def test_bars_are_where_the_work_is(picture: Path) -> None:
 
 def test_every_kind_is_in_the_legend(picture: Path) -> None:
     assert all(coloured(picture, channel)[:, int(0.9 * 1100) :].any() for channel in (0, 2))
+
+
+def test_messages_are_lines_between_ranks(picture: Path, tmp_path: Path) -> None:
+    ranks = [[Bar("work", 0, 1), Bar("rest", 1, 2)], [Bar("rest", 0, 1), Bar("work", 1, 2)]]
+    file = tmp_path / "sent.png"
+    draw_timeline(ranks, COLOURS, file, "two ranks", "seconds", "rank", [Line(0, 0.4, 1, 0.6), Line(1, 1.4, 0, 1.6)])
+    pixels, before = (np.asarray(Image.open(path).convert("L")).astype(int) for path in (file, picture))
+    assert pixels.shape == before.shape
+    changed = np.abs(pixels - before) > 40
+    columns = np.flatnonzero(changed.any(axis=0))
+    assert columns.size > 0
+    assert len(np.flatnonzero(np.diff(columns) > 20)) == 1, "two lines, apart"

@@ -39,7 +39,7 @@ def test_equal_passes_take_rows_and_a_pause_divided_by_the_chunks(
     shape = (num_ranks * num_chunks, num_rows)
     whole = timeline(np.full(shape, 1.0), np.full(shape, 2.0), num_ranks)
     assert whole.makespan == pytest.approx(3.0 * (num_rows * num_chunks + num_ranks - 1))
-    assert whole.idle_share == pytest.approx((num_ranks - 1) / (num_rows * num_chunks + num_ranks - 1))
+    assert whole.bubble_share == pytest.approx((num_ranks - 1) / (num_rows * num_chunks + num_ranks - 1))
 
 
 def test_one_chunk_is_1f1b() -> None:
@@ -76,21 +76,3 @@ def test_no_pass_begins_before_its_input_is_there() -> None:
         assert before is None or span.start >= before.end
         if kind == "backward":
             assert span.start >= spans["forward", stage, row].end
-
-
-@pytest.mark.parametrize("overrides", [[], ["parallel.virtual_size=5", "parallel.vision_window_rows=null"]])
-def test_the_prediction_counts_the_pauses_of_the_timeline(overrides: list[str]) -> None:
-    """Predicted from durations of stages, without going through the schedule."""
-    from internvl_megatron.config.plan import plan
-    from internvl_megatron.scaling.gpus import GPUS
-    from internvl_megatron.scaling.predicted_step import predict_step
-    from tests.unit.scaling.test_predicted_step import ROWS, config_of
-    from tools.draw_schedule import predicted_timeline
-
-    config = config_of("internvl3_78b_pretrain", 256, *overrides)
-    made = plan(config, 256)
-    time = predict_step(config, made, ROWS, GPUS["h100-80g"])
-    found = predicted_timeline(config, made, ROWS, GPUS["h100-80g"])
-    windows = made.rows_per_replica // (config.parallel.vision_window_rows or made.rows_per_replica)
-    counted = time.language + time.language_messages + time.pauses
-    assert windows * found.makespan == pytest.approx(counted, rel=0.02)

@@ -45,12 +45,18 @@ def test_windows_each_fill_and_empty_the_pipeline() -> None:
 
 
 def test_encoding_in_pauses_hides_it() -> None:
+    """The pauses go, the encoding still takes its time: what is done in a pause is counted once."""
     apart = predicted(*REPLICATED, "parallel.vision_in_bubbles=false")
     filled = predicted(*REPLICATED)
-    hidden = apart.vision - filled.vision
-    assert 0 < hidden == pytest.approx(apart.pauses - filled.pauses)
+    assert filled.vision == apart.vision
     assert filled.language == apart.language
-    assert filled.vision > 0.5 * apart.vision / 64, "first and last row are outside"
+    assert 0 <= filled.pauses < apart.pauses
+    assert apart.total - filled.total == pytest.approx(apart.pauses - filled.pauses)
+
+
+def test_no_step_is_shorter_than_the_busiest_rank_s_work() -> None:
+    filled = predicted(*REPLICATED)
+    assert filled.total > filled.language + filled.language_messages + filled.vision
 
 
 def test_text_alone_has_no_vision_side() -> None:
