@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.attention.bias import CausalBias
 from torch.overrides import TorchFunctionMode
 
@@ -160,7 +161,14 @@ def held_bytes(step: Any, model: Any) -> BuiltBytes:
 def tensors_that_stay(step: Any, model: Any) -> list[Tensor]:
     """Those of `held_bytes` that stay from step to step: all but the gradients of a sharded encoder."""
     states = [_kept_by(side)[1] for side in step.optimizer.sides]
-    return [*weights_of(model), *gradients_of(step), *(tensor for state in states for tensor in state)]
+    # FSDP2 gathers from tensors of its own: real ones share the shards' memory, those on the meta device do not.
+    gathered = [
+        parameter._sharded_param_data
+        for module in model.vision.modules()
+        if isinstance(module, FSDPModule)
+        for parameter in getattr(module._get_fsdp_state()._fsdp_param_group, "fsdp_params", ())
+    ]
+    return [*weights_of(model), *gathered, *gradients_of(step), *(tensor for state in states for tensor in state)]
 
 
 def weights_of(model: Any) -> list[Tensor]:
