@@ -40,13 +40,25 @@ class BlackTiles:
     """Rows of one step of one replica with black images; has what `Step` asks of `StepRows`."""
 
     def __init__(
-        self, rows: list[Row], slots: Sequence[int], tile_pixels: int, rank_in_replica: int, replica_size: int
+        self,
+        rows: list[Row],
+        slots: Sequence[int],
+        tile_pixels: int,
+        rank_in_replica: int,
+        replica_size: int,
+        fewest_rows: int,
     ) -> None:
         self.rows = rows
         self.slots = list(slots)
         self.image_owner = assign_images(rows, replica_size)
-        self._shape = 3, tile_pixels, tile_pixels
-        self._rank = rank_in_replica
+        self._tile_pixels = tile_pixels
+        self._rank, self._replica_size = rank_in_replica, replica_size
+        self._fewest_rows = fewest_rows
+
+    def fewer(self) -> "BlackTiles":
+        """The first rows alone, for a step that nobody looks at."""
+        few = self._fewest_rows
+        return BlackTiles(self.rows[:few], self.slots[:few], self._tile_pixels, self._rank, self._replica_size, few)
 
     def tiles(self) -> DecodedTiles:
         """The tiles this rank decodes; all are the same zero in memory."""
@@ -56,9 +68,9 @@ class BlackTiles:
             for image, owner in enumerate(owners)
             if owner == self._rank
         ]
-        black = np.zeros((), dtype=np.uint8)
+        black, shape = np.zeros((), dtype=np.uint8), (3, self._tile_pixels, self._tile_pixels)
         numbers = {(row, image): self.rows[row].images[image].num_tiles for row, image in mine}
-        return DecodedTiles({key: np.broadcast_to(black, (number, *self._shape)) for key, number in numbers.items()})
+        return DecodedTiles({key: np.broadcast_to(black, (number, *shape)) for key, number in numbers.items()})
 
 
 @dataclass(frozen=True)
@@ -80,6 +92,7 @@ class DrawnRows:
             self.config.model.vision.tile_pixels,
             members.index(rank),
             len(members),
+            fewest_rows=layout.pipeline_size if layout.virtual_size > 1 else 1,
         )
 
 

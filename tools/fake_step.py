@@ -25,14 +25,19 @@ from internvl_megatron.config.schema import RunConfig
 from internvl_megatron.device import open_device
 from internvl_megatron.parallel.groups import Groups
 from internvl_megatron.parallel.host import gather_integers
+from internvl_megatron.parallel.layout import Layout
 from internvl_megatron.ranks import RankInfo
 from tools.fake_world import META, BuiltBytes, FakeWorldDevice, held_bytes, tensors_that_stay, without_memory
 from tools.step_account import Message, StepAccount, Traffic
 from tools.tensor_bytes import TensorBytes, is_of_others, plain_tensors
 
 aten = torch.ops.aten
+ELEMENTWISE = {"add", "sub", "mul", "div", "pow", "rsqrt", "gelu", "silu"}
+IN_PLACE = {"add_", "sub_", "mul_", "div_", "addcmul_", "addcdiv_", "lerp_", "copy_", "zero_", "fill_"}
+"""Operations that are answered here: torch takes half a millisecond to find out the form of their results."""
 RowsOf = Callable[[int, int], Any]
-"""Rows of one step of a replica, as `Step.run` takes them, by replica and by a rank of it."""
+"""Rows of one step of a replica, as `Step.run` takes them, by replica and by a rank of it. Those of the first step are the same, or
+what their `fewer()` gives, if they have that."""
 
 
 @dataclass(frozen=True)
@@ -61,9 +66,17 @@ class DryRun:
     """Of the process, at most."""
 
 
-def step_figures(step: Any, model: Any, groups: Groups, rows: Any) -> StepFigures:
-    """Run two steps on the same rows, and count the second; collective over all ranks, if these are real."""
-    step.run(rows, 0)
+def step_figures(step: Any, model: Any, groups: Groups, rows: Any, first_rows: Any | None = None) -> StepFigures:
+    """Run two steps, and count the second; collective over all ranks, if these are real.
+
+    Args:
+        step: the trainer's.
+        model: which it trains.
+        groups: process groups.
+        rows: of the step that is counted.
+        first_rows: of the one before, whose only trace is that the run has begun; None = the same.
+    """
+    step.run(rows if first_rows is None else first_rows, 0)
     held = held_bytes(step, model)
     account = StepAccount(model, groups, TensorBytes(ignored=tensors_that_stay(step, model)))
     with account.counting():
@@ -104,21 +117,23 @@ def _dry_run(config: RunConfig, num_ranks: int, rank: int, rows_of: RowsOf) -> D
         rows_of(replica, rank if replica == layout.replica(rank) else layout.replica_ranks(replica)[0])
         for replica in range(layout.data_size)
     ]
-    with without_memory(), without_values(all_rows, groups, config):
+    first_rows = [rows.fewer() if hasattr(rows, "fewer") else rows for rows in all_rows]
+    replica = layout.replica(rank)
+    with without_memory(), without_values([all_rows, first_rows], groups, config):
         model = build_model(config, groups, device, initialize=False)
         step = Step(config, model, groups, device)
-        figures = step_figures(step, model, groups, all_rows[layout.replica(rank)])
+        figures = step_figures(step, model, groups, all_rows[replica], first_rows[replica])
     dist.destroy_process_group()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return DryRun(figures, time.process_time() - began, peak)
 
 
 @contextmanager
-def without_values(all_rows: Sequence[Any], groups: Groups, config: RunConfig) -> Iterator[None]:
+def without_values(steps: Sequence[Sequence[Any]], groups: Groups, config: RunConfig) -> Iterator[None]:
     """In the block, tensors without memory go together with real ones, and every message is answered.
 
     Args:
-        all_rows: of all replicas.
+        steps: rows that are trained on, of all replicas.
         groups: process groups of a fake world.
         config: of the run.
     """
@@ -126,25 +141,15 @@ def without_values(all_rows: Sequence[Any], groups: Groups, config: RunConfig) -
 
     from internvl_megatron.train import agreement
 
-    multiple = cut_multiple(config, groups.layout)
-    of_replicas = [
-        agreement.replica_message(
-            rows.rows if multiple is None else [row.cut(multiple) for row in rows.rows],
-            rows,
-            replica,
-            groups.layout,
-            config,
-        )
-        for replica, rows in enumerate(all_rows)
-    ]
+    of_steps = [_messages_of_replicas(all_rows, groups.layout, config) for all_rows in steps]
+    replica = groups.layout.replica(groups.rank)
 
     def gather(values: np.ndarray, group: dist.ProcessGroup) -> list[np.ndarray]:
         assert group is groups.host_data, "what is gathered here is what replicas say of their rows"
-        own = of_replicas[groups.layout.replica(groups.rank)]
-        assert np.array_equal(values, own), "this replica says something else of its rows"
-        longest = max(len(message) for message in of_replicas)
+        found = next(messages for messages in of_steps if np.array_equal(messages[replica], values))
+        longest = max(len(message) for message in found)
         gather_integers(np.zeros(longest, dtype=np.int64), group)  # the messages themselves
-        return of_replicas
+        return found
 
     def begin_all(operations: list[dist.P2POp]) -> list[Any]:
         return [one.op(one.tensor, group=one.group, tag=one.tag, **_peer(one)) for one in operations]
@@ -160,6 +165,18 @@ def without_values(all_rows: Sequence[Any], groups: Groups, config: RunConfig) -
         yield
 
 
+def _messages_of_replicas(all_rows: Sequence[Any], layout: Layout, config: RunConfig) -> list[np.ndarray]:
+    """What replicas tell each other of their rows of a step."""
+    from internvl_megatron.train.agreement import replica_message
+
+    multiple = cut_multiple(config, layout)
+    trained_on = [rows.rows if multiple is None else [row.cut(multiple) for row in rows.rows] for rows in all_rows]
+    return [
+        replica_message(rows, batch, replica, layout, config)
+        for replica, (rows, batch) in enumerate(zip(trained_on, all_rows, strict=True))
+    ]
+
+
 def _peer(operation: dist.P2POp) -> dict[str, int]:
     return {"group_dst" if operation.op is dist.isend else "group_src": operation.group_peer}
 
@@ -173,7 +190,7 @@ class _WithoutValues(TorchDispatchMode):
         kwargs = kwargs or {}
         if func.namespace == "c10d":
             return _answer(func, args)
-        tensors = list(plain_tensors(args, kwargs))
+        tensors = list(plain_tensors(args, *kwargs.values()))
         if not any(tensor.is_meta for tensor in tensors):
             if func is aten._to_copy.default and _makes_floats(args[0], kwargs.get("dtype")):
                 return torch.empty_like(args[0], dtype=kwargs["dtype"], device=META)
@@ -185,6 +202,10 @@ class _WithoutValues(TorchDispatchMode):
             return torch.empty_like(args[0])
         if name == "_scaled_dot_product_flash_attention_for_cpu":
             return _attention_on_cpu(args[0])
+        if name in IN_PLACE and args[0].is_meta:
+            return args[0]
+        if name in ELEMENTWISE and "out" not in kwargs and (found := _elementwise(*args[:2])) is not None:
+            return found
         if kwargs.get("device") is not None:
             kwargs = {**kwargs, "device": META}
         if not all(tensor.is_meta for tensor in tensors):
@@ -204,6 +225,19 @@ def _without_memory(tensor: torch.Tensor) -> torch.Tensor:
     if tensor.is_meta or tensor.dim() == 0:
         return tensor
     return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=META)
+
+
+def _elementwise(first: Any, second: Any = None) -> torch.Tensor | None:
+    """The result of an elementwise operation; None where its form is not that of the larger operand, and torch is asked."""
+    operands = [one for one in (first, second) if isinstance(one, torch.Tensor)]
+    largest = max(operands, key=torch.Tensor.numel)
+    for one in operands:
+        sizes = zip(one.shape[::-1], largest.shape[::-1], strict=False)
+        fits = one.dim() <= largest.dim() and all(size in (1, wanted) for size, wanted in sizes)
+        if not (fits and one.is_meta and one.is_floating_point() and one.is_contiguous()):
+            return None
+    dtype = largest.dtype if second is None else torch.result_type(first, second)
+    return torch.empty_like(largest, dtype=dtype)
 
 
 def _attention_on_cpu(query: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -15,7 +15,6 @@ import torch
 import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from internvl_megatron.model.build import Model
@@ -110,7 +109,7 @@ class StepAccount:
         assert name in MESSAGES, f"{name} is not known as a message"
         kind, given = MESSAGES[name]
         group = dist.ProcessGroup.unbox(args[_group_argument(func)])
-        num_bytes = sum(tensor.nbytes for tensor in tree_leaves(args[given]))
+        num_bytes = sum(tensor.nbytes for tensor in plain_tensors(args[given]))
         key = Message(kind, self._names.get(group.group_name, group.group_desc), group.size())
         before = self.messages.get(key, Traffic(0, 0))
         self.messages[key] = Traffic(before.num_messages + 1, before.num_bytes + num_bytes)
@@ -123,7 +122,7 @@ class StepAccount:
 
         def end(_module: Any, args: Any, kwargs: Any, output: Any) -> None:
             self._parts.pop()
-            _mark(output, (args, kwargs), part)
+            _mark(output, (args, *kwargs.values()), part)
 
         yield module.register_forward_pre_hook(begin)
         # Also where it is left by an error: recomputing stops in the middle when all is there again.
@@ -202,6 +201,6 @@ class _Counting(TorchDispatchMode):
         formula = FLOPS.get(func.overloadpacket)
         if formula is not None:
             account.flops[account.part()] += formula(*args, **kwargs, out_val=result)
-        for tensor in plain_tensors(args, kwargs, result):
+        for tensor in plain_tensors(args, *kwargs.values(), result):
             account.live.note(tensor.untyped_storage())
         return result

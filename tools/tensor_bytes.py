@@ -10,7 +10,6 @@ from unittest.mock import patch
 import torch
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 
 class TensorBytes:
@@ -74,8 +73,12 @@ class TensorBytes:
 
 
 def plain_tensors(*values: Any) -> Iterator[torch.Tensor]:
-    """Tensors with memory of their own; those made of others have none."""
-    return (value for value in tree_leaves(values) if type(value) in (torch.Tensor, torch.nn.Parameter))
+    """Tensors with memory of their own, in sequences too; those made of others have none."""
+    for value in values:
+        if type(value) in (torch.Tensor, torch.nn.Parameter):
+            yield value
+        elif isinstance(value, list | tuple):
+            yield from plain_tensors(*value)
 
 
 def is_of_others(types: Any) -> bool:
@@ -92,6 +95,6 @@ class _Noting(TorchDispatchMode):
         if is_of_others(types):
             return NotImplemented
         result = func(*args, **(kwargs or {}))
-        for tensor in plain_tensors(args, kwargs, result):
+        for tensor in plain_tensors(args, *(kwargs or {}).values(), result):
             self.account.note(tensor.untyped_storage())
         return result
