@@ -232,9 +232,15 @@ def _elementwise(first: Any, second: Any = None) -> torch.Tensor | None:
     operands = [one for one in (first, second) if isinstance(one, torch.Tensor)]
     largest = max(operands, key=torch.Tensor.numel)
     for one in operands:
-        sizes = zip(one.shape[::-1], largest.shape[::-1], strict=False)
-        fits = one.dim() <= largest.dim() and all(size in (1, wanted) for size, wanted in sizes)
-        if not (fits and one.is_meta and one.is_floating_point() and one.is_contiguous()):
+        if not (one.is_meta and one.is_floating_point()):
+            return None
+        if one.shape == largest.shape:
+            fits = one.stride() == largest.stride()
+        else:
+            sizes = zip(one.shape[::-1], largest.shape[::-1], strict=False)
+            fits = one.dim() <= largest.dim() and all(size in (1, wanted) for size, wanted in sizes)
+            fits = fits and one.is_contiguous()
+        if not fits:
             return None
     dtype = largest.dtype if second is None else torch.result_type(first, second)
     return torch.empty_like(largest, dtype=dtype)
