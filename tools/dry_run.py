@@ -120,7 +120,9 @@ def dry_config(recipe: str, num_ranks: int, overrides: Sequence[str], rows_per_r
     if config.loss.kind != "next_token":
         raise UserError(f"loss.kind={config.loss.kind}: rows of pairs are not drawn; set loss.kind=next_token")
     if not parallel.pad_rows and parallel.pipeline_size > 1:
-        raise UserError("parallel.pad_rows=false: lengths that stages tell each other are not answered; set it to true")
+        raise UserError(
+            "parallel.pad_rows=false: lengths that stages tell each other are not answered; set it to true"
+        )
     if parallel.context_ring_size > 1 or TILE_TOKENS % config.model.vision.tokens_per_tile:
         raise UserError("rows are drawn for no ring, and for tiles of 256 tokens or a divisor of it")
     if config.optimizer.name != "adamw":

@@ -196,15 +196,8 @@ class _WithoutValues(TorchDispatchMode):
                 return torch.empty_like(args[0], dtype=kwargs["dtype"], device=META)
             return func(*args, **kwargs)
         name = func.overloadpacket.__name__
-        if name in ("index_put_", "_index_put_impl_"):
-            return args[0]  # where to write may be a mask, whose number of places is a value
-        if name == "index_put":
-            return torch.empty_like(args[0])
-        if name == "_scaled_dot_product_flash_attention_for_cpu":
-            return _attention_on_cpu(args[0])
-        if name in IN_PLACE and args[0].is_meta:
-            return args[0]
-        if name in ELEMENTWISE and "out" not in kwargs and (found := _elementwise(*args[:2])) is not None:
+        found = _answered_here(name, args, kwargs)
+        if found is not None:
             return found
         if kwargs.get("device") is not None:
             kwargs = {**kwargs, "device": META}
@@ -213,6 +206,17 @@ class _WithoutValues(TorchDispatchMode):
                 return args[0]  # a real tensor stays as it is
             args, kwargs = tree_map_only(torch.Tensor, _without_memory, (args, kwargs))
         return func(*args, **kwargs)
+
+
+def _answered_here(name: str, args: Any, kwargs: Any) -> Any:
+    """Results of operations that torch has no answer for on the meta device, another one, or a slow one; None = ask torch."""
+    if name == "index_put_" or (name in IN_PLACE and args[0].is_meta):
+        return args[0]  # where `index_put_` writes may be a mask, whose number of places is a value
+    if name == "index_put":
+        return torch.empty_like(args[0])
+    if name == "_scaled_dot_product_flash_attention_for_cpu":
+        return _attention_on_cpu(args[0])
+    return _elementwise(*args[:2]) if name in ELEMENTWISE and "out" not in kwargs else None
 
 
 def _makes_floats(tensor: torch.Tensor, dtype: torch.dtype | None) -> bool:

@@ -57,7 +57,7 @@ class _WithoutMemory(TorchFunctionMode):
         if makes or (name in LIKE_OTHERS and args[0].is_floating_point()):
             kwargs["device"] = META
         elif func in BACKWARD:
-            with self:  # which is set aside in here otherwise, and what a backward pass computes again makes tensors too
+            with self:  # it is set aside in here otherwise, and what a backward pass computes again makes tensors too
                 return _backward(args, kwargs)
         elif func in READS and args[0].is_meta:
             # Whatever decides what the host does next, a loss or a norm: one is finite, and nothing to skip a step for.
@@ -76,9 +76,12 @@ class _WithoutMemory(TorchFunctionMode):
 def _backward(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """A backward pass from the outputs that are given by place, with the gradients of these, if there are any."""
     outputs, *more = args
-    gradients = more[0] if more else kwargs.get("gradient", kwargs.get("grad_tensors"))
-    outputs, gradients = ([one] if one is None or isinstance(one, Tensor) else list(one) for one in (outputs, gradients))
-    filled = tuple(torch.ones_like(out) if grad is None else grad for out, grad in zip(outputs, gradients, strict=True))
+    given = [more.pop(0) if more else None, kwargs.pop("gradient", None), kwargs.pop("grad_tensors", None)]
+    gradients = next((one for one in given if one is not None), None)
+    assert not any((*more, *kwargs.values())), f"a backward pass with {kwargs or more} is not known here"
+    outputs, gradients = ([one] if one is None or isinstance(one, Tensor) else one for one in (outputs, gradients))
+    pairs = zip(outputs, gradients, strict=True)
+    filled = tuple(torch.ones_like(output) if gradient is None else gradient for output, gradient in pairs)
     run_backward = torch.autograd.Variable._execution_engine.run_backward
     run_backward(tuple(outputs), filled, False, False, (), allow_unreachable=True, accumulate_grad=True)
 
