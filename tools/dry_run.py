@@ -112,11 +112,11 @@ def dry_config(recipe: str, num_ranks: int, overrides: Sequence[str], rows_per_r
         UserError: it does not go on so many ranks, or its rows cannot be drawn.
     """
     config = apply_overrides(find_recipe(recipe, num_ranks), [*GIVEN, *overrides])
-    data_size = plan(config, num_ranks).layout.data_size
-    if rows_per_replica is not None:
-        config = replace(config, rows_per_step=rows_per_replica * data_size)
-        plan(config, num_ranks)
     parallel = config.parallel
+    if rows_per_replica is not None:
+        replica_ranks = parallel.tensor_size * parallel.pipeline_size * parallel.context_size
+        config = replace(config, rows_per_step=rows_per_replica * max(1, num_ranks // replica_ranks))
+    plan(config, num_ranks)
     if config.loss.kind != "next_token":
         raise UserError(f"loss.kind={config.loss.kind}: rows of pairs are not drawn; set loss.kind=next_token")
     if not parallel.pad_rows and parallel.pipeline_size > 1:

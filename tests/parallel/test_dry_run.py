@@ -1,16 +1,21 @@
 """A step without memory is the step: what real ranks hold, send, compute and have alive at most, and what the same ranks of a fake world do."""
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from internvl_megatron.config.plan import plan
 from internvl_megatron.config.schema import DataConfig, RunConfig
 from internvl_megatron.ranks import RankInfo
+from internvl_megatron.scaling.memory import rank_bytes
 from tests.support.layouts import ADAMW, LAYOUTS, Ranks, Scenario, run_config
 from tests.support.models import small_model
 from tests.support.rows import MemoryRows
+from tools import dry_run
 
 pytestmark = pytest.mark.parallel
 
@@ -72,7 +77,6 @@ def real_figures(info: RankInfo, cases: dict[str, Case]) -> dict[str, Any]:
     """One real rank of every case, all of the same number of ranks."""
     import torch
 
-    from internvl_megatron.config.plan import plan
     from internvl_megatron.device import open_device
     from internvl_megatron.parallel.groups import make_groups
     from internvl_megatron.ranks import joined
@@ -96,11 +100,11 @@ def real_figures(info: RankInfo, cases: dict[str, Case]) -> dict[str, Any]:
 def dry_figures(info: RankInfo, cases: dict[str, Case]) -> dict[str, list[Any]]:
     """All ranks of every case, one after the other in this process."""
     from internvl_megatron.train import optimizer
-    from tools.fake_step import dry_run
+    from tools import fake_step
 
     optimizer.BUCKET_PARAMETERS = SMALL_BUCKETS
     return {
-        name: dry_run(info, case.config, case.ranks.num_ranks, range(case.ranks.num_ranks), case.rows)
+        name: fake_step.dry_run(info, case.config, case.ranks.num_ranks, range(case.ranks.num_ranks), case.rows)
         for name, case in cases.items()
     }
 
@@ -133,3 +137,44 @@ def test_a_dry_rank_holds_sends_and_computes_what_a_real_one_does(
         assert dry.messages == real.messages, f"rank {rank}"
         assert dry.flops == real.flops, f"rank {rank}"
         assert dry.peak_bytes == pytest.approx(real.peak_bytes, rel=PEAK_TOLERANCE), f"rank {rank}"
+
+
+def test_the_command_counts_the_demo(tmp_path: Path) -> None:
+    output = tmp_path / "rank.json"
+    assert dry_run.main(["demo_digits", "--world-size", "4", "--rank", "3", "--output", str(output)]) == 0
+    found = json.loads(output.read_text(encoding="utf-8"))
+    assert (found["layout"], found["stage"], found["rows_per_replica"]) == ("TP2 x PP2 x DP1", 1, 2)
+    groups = {message["group"] for message in found["messages"]}
+    assert {"language.tp", "vision.dp", "embeddings", "gradients", "host_data"} <= groups
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["demo_digits", "--world-size", "4", "--rank", "4"], "--rank=4"),
+        (["demo_digits", "--world-size", "4", "--image-share", "1"], "--image-share=1"),
+        (["demo_digits", "--world-size", "3"], "parallel."),
+        (["demo_digits", "--world-size", "4", "--set", "optimizer.name=sgd"], "optimizer.name=sgd"),
+        (["internvl3_1b_mpo", "--world-size", "8"], "loss.kind=mpo"),
+        (["demo_digits", "--world-size", "4", "--rows-per-replica", "0"], "--rows-per-replica=0"),
+    ],
+)
+def test_the_command_says_what_to_mend(capsys: pytest.CaptureFixture[str], arguments: list[str], named: str) -> None:
+    assert dry_run.main(arguments) == 2
+    assert named in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 512, 1023], ids=["first stage", "a middle stage", "last stage"])
+def test_a_rank_of_1024_takes_a_minute_and_little_memory(tmp_path: Path, rank: int) -> None:
+    """78B: 60 s of a core, 4 GB. The peak is that of the whole step, which has several windows of so many rows."""
+    output, name = tmp_path / "rank.json", "internvl3_78b_pretrain"
+    options = ["--world-size", "1024", "--rank", str(rank), "--rows-per-replica", "4", "--output", str(output)]
+    assert dry_run.main([name, *options]) == 0
+    found = json.loads(output.read_text(encoding="utf-8"))
+    assert found["seconds"] < 60
+    assert found["resident_bytes"] < 4e9
+    config = dry_run.dry_config(name, 1024, [], None)
+    foretold = rank_bytes(config, plan(config, 1024))
+    state = found["weights_bytes"] + found["gradients_bytes"] + found["optimizer_bytes"]
+    assert 0.9 * foretold.state < state < 1.01 * foretold.state, "closed form, of the fullest rank"
