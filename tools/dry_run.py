@@ -21,7 +21,7 @@ import numpy as np
 from internvl_megatron.config.overrides import apply_overrides
 from internvl_megatron.config.plan import RunPlan, plan
 from internvl_megatron.config.recipes import find_recipe
-from internvl_megatron.config.schema import RunConfig
+from internvl_megatron.config.schema import ParallelConfig, RunConfig
 from internvl_megatron.data.files import write_whole
 from internvl_megatron.data.packing import Row
 from internvl_megatron.data.step_rows import DecodedTiles, assign_images
@@ -113,9 +113,11 @@ def dry_config(recipe: str, num_ranks: int, overrides: Sequence[str], rows_per_r
     """
     config = apply_overrides(find_recipe(recipe, num_ranks), [*GIVEN, *overrides])
     parallel = config.parallel
-    if rows_per_replica is not None:
-        replica_ranks = parallel.tensor_size * parallel.pipeline_size * parallel.context_size
-        config = replace(config, rows_per_step=rows_per_replica * max(1, num_ranks // replica_ranks))
+    data_size = max(1, num_ranks // (parallel.tensor_size * parallel.pipeline_size * parallel.context_size))
+    if rows_per_replica is None:
+        plan(config, num_ranks)
+        rows_per_replica = min(config.rows_per_step // data_size, enough_rows(parallel))
+    config = replace(config, rows_per_step=rows_per_replica * data_size)
     plan(config, num_ranks)
     if config.loss.kind != "next_token":
         raise UserError(f"loss.kind={config.loss.kind}: rows of pairs are not drawn; set loss.kind=next_token")
@@ -130,8 +132,14 @@ def dry_config(recipe: str, num_ranks: int, overrides: Sequence[str], rows_per_r
     return config
 
 
-def as_record(run: Any, config: RunConfig, made: RunPlan, rank: int) -> dict[str, Any]:
-    """All figures, for JSON."""
+def enough_rows(parallel: ParallelConfig) -> int:
+    """Rows with which a rank's memory is fullest: a window's; or as many as fill a pipeline and its pauses."""
+    rows = parallel.vision_window_rows or 2 * parallel.pipeline_size
+    return -(-rows // parallel.pipeline_size) * parallel.pipeline_size if parallel.virtual_size > 1 else rows
+
+
+def as_record(run: Any, config: RunConfig, made: RunPlan, rank: int, step_rows: int) -> dict[str, Any]:
+    """All figures, for JSON; `step_rows`: of the recipe's step."""
     figures = run.figures
     return {
         "recipe": config.name,
@@ -140,6 +148,7 @@ def as_record(run: Any, config: RunConfig, made: RunPlan, rank: int) -> dict[str
         "rank": rank,
         "stage": made.layout.stage(rank),
         "rows_per_replica": figures.num_rows,
+        "rows_per_replica_of_recipe": step_rows // made.layout.data_size,
         "tokens_per_row": config.data.tokens_per_row,
         "parameters": figures.held.parameters,
         "weights_bytes": figures.held.weights,
@@ -159,11 +168,13 @@ def report(record: Mapping[str, Any], config: RunConfig, made: RunPlan) -> str:
     """The same to read."""
     stages = made.layout.pipeline_size
     under_way = min(stages - record["stage"], record["rows_per_replica"])
+    times = record["rows_per_replica_of_recipe"] / record["rows_per_replica"]
     lines = [
         f"{record['recipe']} on {record['world_size']} ranks, {record['layout']}: rank {record['rank']}, "
         f"stage {record['stage'] + 1} of {stages}; torch's layers, {config.dtype}",
         f"a step of {record['rows_per_replica']} rows of {record['tokens_per_row']} tokens a replica, {under_way} under way at most"
         + (" and chunk" if made.layout.virtual_size > 1 else ""),
+        f"the recipe's step has {record['rows_per_replica_of_recipe']} rows: {times:g} times the FLOPs and the messages of rows and tiles",
         "",
         f"parameters {record['parameters'] / GIGA:.3f} B",
         *(
@@ -200,8 +211,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--rows-per-replica",
         type=int,
         metavar="N",
-        help="a step with fewer rows (default: the recipe's). The peak is the same from as many on as are under way, or as make a "
-        "window; FLOPs and messages of rows, tiles and layers grow with rows, those of gradients and parameters do not",
+        help="of the step (default: a window's, or twice the stages; at most the recipe's). More rows have the same peak, but for "
+        "pixels; FLOPs and messages of rows and tiles grow with them, those of gradients and parameters do not",
     )
     parser.add_argument("--output", type=Path, help="JSON to write")
     options = parser.parse_args(arguments)
@@ -220,7 +231,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"dry_run: {error}", file=sys.stderr)
         return 2
-    record = as_record(run, config, made, options.rank)
+    step_rows = apply_overrides(find_recipe(options.recipe, options.world_size), options.set).rows_per_step
+    record = as_record(run, config, made, options.rank, step_rows)
     if options.output is not None:
         write_whole(options.output, json.dumps(record, indent=1) + "\n")
     print(report(record, config, made))
