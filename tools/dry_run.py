@@ -133,8 +133,9 @@ def dry_config(recipe: str, num_ranks: int, overrides: Sequence[str], rows_per_r
 
 
 def enough_rows(parallel: ParallelConfig) -> int:
-    """Rows with which a rank's memory is fullest: a window's; or as many as fill a pipeline and its pauses."""
-    rows = parallel.vision_window_rows or 2 * parallel.pipeline_size
+    """Rows with which a rank's memory is fullest: two windows', for a sharded encoder's gradients stay from one to the next; or
+    as many as fill a pipeline and its pauses."""
+    rows = 2 * (parallel.vision_window_rows or parallel.pipeline_size)
     return -(-rows // parallel.pipeline_size) * parallel.pipeline_size if parallel.virtual_size > 1 else rows
 
 
@@ -211,7 +212,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--rows-per-replica",
         type=int,
         metavar="N",
-        help="of the step (default: a window's, or twice the stages; at most the recipe's). More rows have the same peak, but for "
+        help="of the step (default: two windows', or twice the stages; at most the recipe's). More rows have the same peak, but for "
         "pixels; FLOPs and messages of rows and tiles grow with them, those of gradients and parameters do not",
     )
     parser.add_argument("--output", type=Path, help="JSON to write")
