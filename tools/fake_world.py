@@ -15,7 +15,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
-from torch.nn.attention.bias import CausalBias
 from torch.overrides import TorchFunctionMode
 
 from internvl_megatron.config.plan import plan
@@ -86,16 +85,9 @@ def _backward(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     run_backward(tuple(outputs), filled, False, False, (), allow_unreachable=True, accumulate_grad=True)
 
 
-def _attention(
-    query: Tensor, key: Tensor, value: Tensor, mask: Any = None, dropout: float = 0.0, is_causal: bool = False
-) -> Tensor:
+def _attention(query: Tensor, key: Tensor, value: Tensor, is_causal: bool = False) -> Tensor:
     """What a CPU computes attention with: on the meta device torch would choose another kernel, which keeps other tensors."""
-    if isinstance(mask, CausalBias):
-        is_causal = mask.seq_len_q == mask.seq_len_kv
-        allowed = None if is_causal else mask._materialize(META)
-        mask = None if allowed is None else torch.empty_like(allowed, dtype=query.dtype)
-    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    return kernel(query, key, value, dropout, is_causal, attn_mask=mask)[0]
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, is_causal=is_causal)[0]
 
 
 @contextmanager

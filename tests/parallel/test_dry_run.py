@@ -36,11 +36,11 @@ class Case:
     @property
     def config(self) -> RunConfig:
         changes = {"prepare_ahead": False, **self.parallel_changes}
+        data = DataConfig(tokens_per_row=64, tiles_per_row=16, meta="not read", tokenizer="not read")
         return run_config(
             small_model(self.family),
             parallel=self.ranks.config(**changes),
-            data=DataConfig(tokens_per_row=64, tiles_per_row=16, meta="not read", tokenizer="not read"),
-            **{"optimizer": ADAMW, "rows_per_step": 4, **self.changes},
+            **{"data": data, "optimizer": ADAMW, "rows_per_step": 4, **self.changes},
         )
 
     def rows(self, replica: int, rank: int) -> MemoryRows:
@@ -66,7 +66,7 @@ MORE_CASES = {
     "PP2xDP2 sharded encoder in bf16": Case(
         LAYOUTS["PP2xDP2"], {**SHARDED, "vision_shard_ranks": 2}, {"dtype": "bf16"}, "6b"
     ),
-    "CP4 ring 2": Case(LAYOUTS["CP4 ring 2"]),
+    "CP4": Case(LAYOUTS["CP4"]),
     "TP2xPP2 first stage": Case(LAYOUTS["TP2xPP2 first stage"]),
     "PP2xVPP2xDP2": Case(LAYOUTS["PP2xVPP2xDP2"]),
     "PP4": Case(LAYOUTS["PP4"]),
