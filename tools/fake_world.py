@@ -74,6 +74,8 @@ class _WithoutMemory(TorchFunctionMode):
 
 def _backward(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """A backward pass from the outputs that are given by place, with the gradients of these, if there are any."""
+    outputs: Any
+    gradients: Any
     outputs, *more = args
     given = [more.pop(0) if more else None, kwargs.pop("gradient", None), kwargs.pop("grad_tensors", None)]
     gradients = next((one for one in given if one is not None), None)

@@ -100,7 +100,7 @@ class StepAccount:
         """The part of the model that runs now, forward or backward."""
         if self._parts:
             return self._parts[-1]
-        node = torch._C._current_autograd_node()
+        node: Any = torch._C._current_autograd_node()
         return ELSEWHERE if node is None else node.metadata.get(_KEY, ELSEWHERE)
 
     def add_message(self, func: Any, args: Any) -> None:
@@ -175,7 +175,8 @@ def _mark(output: Any, inputs: Any, part: str) -> None:
             continue
         reached.add(id(node))
         known.append(node)
-        node.metadata.setdefault(_KEY, part)
+        metadata: Any = node.metadata
+        metadata.setdefault(_KEY, part)
         waiting += [following for following, _ in node.next_functions]
 
 
