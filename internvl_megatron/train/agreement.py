@@ -20,10 +20,12 @@ from internvl_megatron.data.step_rows import ImageKey, StepRows
 from internvl_megatron.errors import DataError
 from internvl_megatron.parallel.groups import Groups
 from internvl_megatron.parallel.host import gather_integers
+from internvl_megatron.parallel.layout import Layout
 from internvl_megatron.parallel.tile_plan import TileTable
 
 _COLUMNS = 7  # row, row_tokens, span_start, span_tokens, start, decoder, number
 _SECOND_COLUMNS = 3  # start, span_start, span_tokens
+_COUNTS = 7 + len(STRIDES)  # data sets, tokens, samples, supervised tokens, failed images, stops, pairs; strides
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,49 @@ def agree(batch: StepRows, groups: Groups, config: RunConfig) -> StepAgreement:
     multiple = cut_multiple(config, groups.layout)
     if multiple is not None:
         rows = [row.cut(multiple) for row in rows]
-    ranks = groups.layout.replica_ranks(groups.layout.replica(groups.rank))
+    replica = groups.layout.replica(groups.rank)
+    message = replica_message(rows, batch, replica, groups.layout, config, num_failed_images, must_stop)
+    gathered = gather_integers(message, groups.host_data)
+    split = [np.split(values, _COUNTS + len(rows) * np.arange(3)) for values in gathered]
+    sums = np.sum([part[0][1:] for part in split], axis=0).tolist()
+    if sums[4]:
+        raise error or DataError("another rank has an image that cannot be decoded; its message says which")
+    return StepAgreement(
+        rows=rows,
+        table=_table([part[3] for part in split], config.loss.kind == "mpo"),
+        row_weights=np.sum([np.ascontiguousarray(part[2]).view(np.float64) for part in split], axis=0),
+        row_costs=np.array([part[1] for part in split]),
+        num_tokens=sums[0],
+        num_samples=sums[1],
+        num_supervised_tokens=sums[2],
+        num_failed_images=sums[3],
+        attention_pairs=sums[5],
+        num_datasets=max(int(part[0][0]) for part in split),
+        stride_counts=np.array(sums[6:]),
+    )
+
+
+def replica_message(
+    rows: list[Row],
+    batch: StepRows,
+    replica: int,
+    layout: Layout,
+    config: RunConfig,
+    num_failed_images: int = 0,
+    must_stop: bool = False,
+) -> np.ndarray:
+    """What the ranks of a replica tell those of the others, int64.
+
+    Args:
+        rows: the replica's, as they are trained on.
+        batch: says who decodes their images, and their slots.
+        replica: which one.
+        layout: of the language model.
+        config: of the run.
+        num_failed_images: of the replica.
+        must_stop: some rank of the replica has an image that cannot be decoded, and the policy is to stop.
+    """
+    ranks = layout.replica_ranks(replica)
     tiles = [
         (
             index,
@@ -112,25 +156,8 @@ def agree(batch: StepRows, groups: Groups, config: RunConfig) -> StepAgreement:
     ]
     num_datasets = 1 + max((source.dataset for row in rows for source in row.sources), default=-1)
     counts = [num_datasets, *totals]
-    message = np.concatenate([counts, costs, weights.view(np.int64), np.array(tiles, dtype=np.int64).ravel()])
-    gathered = gather_integers(message, groups.host_data)
-    split = [np.split(values, len(counts) + len(rows) * np.arange(3)) for values in gathered]
-    sums = np.sum([part[0][1:] for part in split], axis=0).tolist()
-    if sums[4]:
-        raise error or DataError("another rank has an image that cannot be decoded; its message says which")
-    return StepAgreement(
-        rows=rows,
-        table=_table([part[3] for part in split], has_pairs),
-        row_weights=np.sum([np.ascontiguousarray(part[2]).view(np.float64) for part in split], axis=0),
-        row_costs=np.array([part[1] for part in split]),
-        num_tokens=sums[0],
-        num_samples=sums[1],
-        num_supervised_tokens=sums[2],
-        num_failed_images=sums[3],
-        attention_pairs=sums[5],
-        num_datasets=max(int(part[0][0]) for part in split),
-        stride_counts=np.array(sums[6:]),
-    )
+    assert len(counts) == _COUNTS, f"{len(counts)} counts, not {_COUNTS}"
+    return np.concatenate([counts, costs, weights.view(np.int64), np.array(tiles, dtype=np.int64).ravel()])
 
 
 def decoded_tiles(batch: StepRows, tile_pixels: int, rows: range) -> list[np.ndarray]:

@@ -200,7 +200,7 @@ def extra_bytes(info: RankInfo, dtype: torch.dtype) -> dict[int | None, int]:
     from internvl_megatron.device import open_device
     from internvl_megatron.model.output_layer import Targets
     from internvl_megatron.ranks import joined
-    from tests.support.tensor_bytes import TensorBytes
+    from tools.tensor_bytes import TensorBytes
 
     device, (num_tokens, chunk_tokens), sizes = open_device("cpu"), (1024, 32), (112, 4700)
     found = {}

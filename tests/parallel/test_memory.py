@@ -92,8 +92,8 @@ def measure(info: RankInfo, case: Case) -> dict[int, int]:
     from internvl_megatron.device import open_device
     from internvl_megatron.parallel.groups import make_groups
     from internvl_megatron.ranks import joined
-    from tests.support.tensor_bytes import TensorBytes
     from tests.support.training import make_step
+    from tools.tensor_bytes import TensorBytes
 
     torch.set_num_threads(1)
     device = open_device("cpu")
