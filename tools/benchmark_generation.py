@@ -145,6 +145,7 @@ def time_transformers(
                 attention_mask=mask,
                 max_new_tokens=limit,
                 do_sample=False,
+                use_cache=True,  # the configuration is one for training, which says no
                 eos_token_id=None,
                 pad_token_id=0,
             )

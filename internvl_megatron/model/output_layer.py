@@ -126,8 +126,15 @@ class OutputLayer(ColumnParallelLinear):
         )
 
     def _logits(self, hidden_states: Tensor) -> Tensor:
+        if not torch.is_grad_enabled():
+            # Without padding: 8 positions of the 1B take 53 ms of two cores, and 84 with it (MKL, 151,674 of 152,064 columns).
+            weight: Any = self.weight
+            logits = torch.nn.functional.linear(hidden_states, weight[: self._num_real_columns])
+            return torch.nn.functional.pad(
+                logits, (0, self.output_size_per_partition - self._num_real_columns), value=float("-inf")
+            )
         output: Any = super().forward(hidden_states)
-        logits: Tensor = output[0]
+        logits = output[0]
         if self._num_real_columns == logits.shape[-1]:
             return logits
         padding = torch.arange(logits.shape[-1], device=logits.device) >= self._num_real_columns
