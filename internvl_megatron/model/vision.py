@@ -195,8 +195,13 @@ class InternViTLayer(TransformerLayer):
         scale = tiles.residual_scale
         self._residual_scale = None if scale is None else scale[self.layer_number - 1]
         # The block is in this context already, but not where a layer runs again for backward.
-        with get_fp8_context(self.config, self.layer_number - 1):
-            return super().forward(*args, **kwargs)
+        try:
+            with get_fp8_context(self.config, self.layer_number - 1):
+                return super().forward(*args, **kwargs)
+        finally:
+            # Running again for backward ends by an exception where nothing more is needed, before Megatron Core empties this. It
+            # would keep all that was computed again until the layer's next forward pass.
+            self.mlp_norm_manager = None
 
     def _add_branch(self, branch: int, _training: bool, _fused: bool) -> Any:
         """The slot Megatron Core fills with bias-dropout-add: here LayerScale, drop path and residual in one kernel."""

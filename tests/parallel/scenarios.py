@@ -130,3 +130,9 @@ LAYOUTS_OF = {name: ["TP2xPP2"] for name in SCENARIOS} | {
     "drop_path": ["1", "DP2", "TP2xPP2", "TP2xDP2"],
 }
 """Layouts each scenario is trained under."""
+
+SLOW_LAYOUTS = {
+    "CP4", "CP2xDP2", "PP4", "PP2xVPP2xDP2", "CP4 ring 2",
+    "TP2+SPxDP2 first stage", "PP2xVPP2xDP2 first stage", "CP2xPP2 first stage",
+}  # fmt: skip
+"""With few scenarios of their own, and in `test_matrix` what they combine meets too."""

@@ -56,11 +56,11 @@ CASES = {
     "DP2": Case(LAYOUTS["DP2"]),
     "TP2+SP": Case(LAYOUTS["TP2+SP"]),
     "PP2": Case(LAYOUTS["PP2"]),
+}
+MORE_CASES = {
     "CP2": Case(LAYOUTS["CP2"]),
     "PP2xVPP2": Case(LAYOUTS["PP2xVPP2"]),
     "DP2 sharded encoder": Case(LAYOUTS["DP2"], SHARDED, family="6b"),
-}
-MORE_CASES = {
     "TP2xPP2": Case(LAYOUTS["TP2xPP2"]),
     "TP2+SPxPP2 computed again": Case(LAYOUTS["TP2+SPxPP2"], {"language_recompute": "full", "vision_window_rows": 2}),
     "PP2xDP2 sharded encoder in bf16": Case(

@@ -165,6 +165,7 @@ def test_another_number_of_steps_keeps_the_newest(
         assert (loaded[name][kept:] == 0).all()
 
 
+@pytest.mark.slow
 def test_with_and_without_fp8_continue_from_each_other(
     run_ranks: Callable[..., list[Any]],
     saved: tuple[Path, list[Run], list[float]],

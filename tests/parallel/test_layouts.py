@@ -5,13 +5,14 @@ what a layout trains is trained once for all of them.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import numpy as np
 import pytest
 
 from tests.parallel.conftest import TrainedBy
-from tests.parallel.scenarios import LAYOUTS_OF, SCENARIOS
+from tests.parallel.scenarios import LAYOUTS_OF, SCENARIOS, SLOW_LAYOUTS
 from tests.support.comparison import expect_equal, expect_same_training
 from tests.support.layouts import LAYOUTS
 from tests.support.training import Tensors, Trained, merge
@@ -20,8 +21,14 @@ pytestmark = pytest.mark.parallel
 
 Reference = Callable[[str, str], Trained]
 
+
+def cases(layouts: Iterable[str]) -> list[Any]:
+    """Parameters of a test."""
+    return [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW_LAYOUTS else []) for name in layouts]
+
+
 COMPARABLE = [
-    (layout, scenario)
+    pytest.param(layout, scenario, marks=[pytest.mark.slow] if layout in SLOW_LAYOUTS else [])
     for scenario, layouts in LAYOUTS_OF.items()
     if SCENARIOS[scenario].drop_path_rate == 0 and scenario != "bf16"
     for layout in layouts
@@ -57,7 +64,7 @@ def test_one_rank_encodes_a_lone_tile_and_all_ranks_run_the_same_chunks(trained:
     assert all(found.vision_calls == [[1], [1]] for found in trained(layout, "one_tile"))
 
 
-@pytest.mark.parametrize("layout", [name for name in LAYOUTS_OF["300m"] if " " not in name or "uneven" in name])
+@pytest.mark.parametrize("layout", cases(name for name in LAYOUTS_OF["300m"] if " " not in name or "uneven" in name))
 def test_tiles_are_shared_out_evenly(trained: TrainedBy, layout: str) -> None:
     calls = [found.vision_calls[0] for found in trained(layout, "300m")]
     if "PP" not in layout or "VPP" in layout:  # in the pauses of a pipeline ranks encode different rows

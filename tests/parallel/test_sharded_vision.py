@@ -74,8 +74,13 @@ def replicated(run_ranks: Callable[..., list[Any]], weights: dict[str, Tensors])
     return run_ranks(train_scenarios, 1, LAYOUTS["1"], wanted, weights)[0]
 
 
-CASES = [(layout, name, "") for name, layouts in COMPARED.items() for layout in layouts]
-CASES += [(layout, name, ", copies") for name, layouts in COPIES.items() for layout in layouts]
+SLOW = {"TP2+SPxCP2", "PP2xDP2 apart"}
+CASES = [
+    pytest.param(layout, name, kind, marks=[pytest.mark.slow] if layout in SLOW else [])
+    for kind, scenarios in (("", COMPARED), (", copies", COPIES))
+    for name, layouts in scenarios.items()
+    for layout in layouts
+]
 
 
 @pytest.mark.parametrize(("layout", "scenario", "kind"), CASES)
