@@ -218,8 +218,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, help="JSON to write")
     options = parser.parse_args(arguments)
     try:
-        if options.world_size < 1 or not 0 <= options.rank < options.world_size:
-            raise UserError(f"--rank={options.rank}: ranks of --world-size={options.world_size} are from 0")
+        if options.world_size < 1:
+            raise UserError(f"--world-size={options.world_size}: at least 1")
+        if not 0 <= options.rank < options.world_size:
+            raise UserError(f"--rank={options.rank}: from 0 to {options.world_size - 1}")
         if not 0 <= options.image_share < 0.95:
             raise UserError(f"--image-share={options.image_share}: from 0 to below 0.95")
         if options.rows_per_replica is not None and options.rows_per_replica < 1:
