@@ -222,6 +222,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise UserError(f"--world-size={options.world_size}: at least 1")
         if not 0 <= options.rank < options.world_size:
             raise UserError(f"--rank={options.rank}: from 0 to {options.world_size - 1}")
+        if options.output is not None and not options.output.parent.is_dir():
+            raise UserError(f"--output={options.output}: {options.output.parent} is no folder; make it first")
         if not 0 <= options.image_share < 0.95:
             raise UserError(f"--image-share={options.image_share}: from 0 to below 0.95")
         if options.rows_per_replica is not None and options.rows_per_replica < 1:

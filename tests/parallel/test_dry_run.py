@@ -152,6 +152,8 @@ def test_the_command_counts_the_demo(tmp_path: Path) -> None:
     ("arguments", "named"),
     [
         (["demo_digits", "--world-size", "4", "--rank", "4"], "--rank=4"),
+        (["demo_digits", "--world-size", "0"], "--world-size=0"),
+        (["demo_digits", "--world-size", "4", "--output", "no/such/folder/rank.json"], "no/such/folder is no folder"),
         (["demo_digits", "--world-size", "4", "--image-share", "1"], "--image-share=1"),
         (["demo_digits", "--world-size", "3"], "parallel."),
         (["demo_digits", "--world-size", "4", "--set", "optimizer.name=sgd"], "optimizer.name=sgd"),
