@@ -1,7 +1,8 @@
 """Ways to run the encoder on the same GPUs, each in its best layout: a part of the scaling report.
 
-Decoupled (all ranks encode), in the first stage (of a pipeline, or of layouts without one), and on encoder ranks. Layouts are ranked by the cost model's closed form; of the best
-of each way the schedule is run event by event (`scaling.predicted_events`), and the fastest by that is reported.
+Decoupled (all ranks encode), in the first stage (of a pipeline, or of layouts without one), and on encoder ranks. Layouts are
+ranked by the cost model's closed form; of the best of each way the schedule is run event by event (`scaling.predicted_events`),
+and the fastest by that is reported.
 """
 
 from dataclasses import dataclass
@@ -18,6 +19,20 @@ from tools.judged_layouts import H100, Judged, ranked, ranked_first_stage
 WAYS = ("decoupled", "first stage", "first stage, no pipeline", "disaggregated")
 NUM_SIMULATED = 6
 """Layouts of each way whose schedule is run."""
+
+HEAD = (
+    "encoder",
+    "layout of the language model",
+    "GPUs that encode",
+    "GB",
+    "rows a step",
+    "step s",
+    "bubbles",
+    "busiest over mean",
+    "exposed messages between ranks",
+    "tokens/s/GPU (decoupled over it)",
+)
+"""Of a table of `cells`."""
 
 
 @dataclass(frozen=True)
@@ -97,17 +112,3 @@ def cells(name: str, way: Way | None, decoupled: Way, tokens_per_row: float) -> 
         f"{found.bubble_share:.1%}", f"{found.imbalance:.1%}", f"{found.exposed_share:.1%}",
         speed(way, decoupled, tokens_per_row),
     ]  # fmt: skip
-
-
-HEAD = (
-    "encoder",
-    "layout of the language model",
-    "GPUs that encode",
-    "GB",
-    "rows a step",
-    "step s",
-    "bubbles",
-    "busiest over mean",
-    "exposed messages between ranks",
-    "tokens/s/GPU (decoupled over it)",
-)

@@ -14,13 +14,12 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from internvl_megatron.model.build import Model
 from internvl_megatron.parallel.groups import Groups, Peers
 from internvl_megatron.parallel.vision_mesh import COPIES, SHARDS
-from tools.tensor_bytes import TensorBytes, is_of_others, plain_tensors
+from tools.tensor_bytes import Noting, TensorBytes, is_of_others, plain_tensors
 
 aten = torch.ops.aten
 
@@ -187,21 +186,18 @@ def _group_argument(func: Any) -> int:
     return next(place for place, name in enumerate(types) if name.endswith("ProcessGroup"))
 
 
-class _Counting(TorchDispatchMode):
+class _Counting(Noting):
     def __init__(self, account: StepAccount) -> None:
-        super().__init__()
-        self.account = account
+        super().__init__(account.live)
+        self._account = account
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if is_of_others(types):
             return NotImplemented
-        account, kwargs = self.account, kwargs or {}
         if func.namespace == "c10d":
-            account.add_message(func, args)
-        result = func(*args, **kwargs)
+            self._account.add_message(func, args)
+        result = super().__torch_dispatch__(func, types, args, kwargs)
         formula = FLOPS.get(func.overloadpacket)
         if formula is not None:
-            account.flops[account.part()] += formula(*args, **kwargs, out_val=result)
-        for tensor in plain_tensors(args, *kwargs.values(), result):
-            account.live.note(tensor.untyped_storage())
+            self._account.flops[self._account.part()] += formula(*args, **(kwargs or {}), out_val=result)
         return result

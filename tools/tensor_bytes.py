@@ -31,7 +31,7 @@ class TensorBytes:
 
         What an operation allocates and frees inside itself is not seen.
         """
-        return _Noting(self)
+        return Noting(self)
 
     @contextmanager
     def resizes(self) -> Iterator[None]:
@@ -86,15 +86,18 @@ def is_of_others(types: Any) -> bool:
     return any(issubclass(kind, DTensor) for kind in types)
 
 
-class _Noting(TorchDispatchMode):
-    def __init__(self, account: TensorBytes) -> None:
+class Noting(TorchDispatchMode):
+    """Notes what operations take and give."""
+
+    def __init__(self, live: TensorBytes) -> None:
         super().__init__()
-        self.account = account
+        self._live = live
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run the operation."""
         if is_of_others(types):
             return NotImplemented
         result = func(*args, **(kwargs or {}))
         for tensor in plain_tensors(args, *(kwargs or {}).values(), result):
-            self.account.note(tensor.untyped_storage())
+            self._live.note(tensor.untyped_storage())
         return result
