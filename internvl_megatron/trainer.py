@@ -14,7 +14,6 @@ from tqdm import tqdm
 
 from internvl_megatron.boards import check_wandb
 from internvl_megatron.checkpoint import adapter_base, folders, save_load, weights
-from internvl_megatron.checkpoint.intact import newest_intact
 from internvl_megatron.checkpoint.optimizer_layout import optimizer_layout
 from internvl_megatron.checkpoint.saver import Saver
 from internvl_megatron.config.overrides import CONFIG_FILE, changed_fields, from_json, to_json
@@ -86,8 +85,7 @@ class Trainer:
             self.plan.layout, device, config.parallel.collective_timeout_seconds, self.plan.vision_layout
         )
         self.saver = Saver(self.root / folders.CHECKPOINTS, config.checkpoint, self.groups)
-        self.saver.fetch()
-        newest = newest_intact(self.saver.root, self.groups, config.checkpoint.verify == "contents", sets_aside=True)
+        newest = self.saver.newest(config.checkpoint.verify == "contents")
         if newest is not None:
             self.saver.copy(newest)
         starts_fresh = newest is None and config.checkpoint.load is None
@@ -217,7 +215,7 @@ class Trainer:
                 "step's data. bad_steps.* says what happens to such steps"
             )
         self.saver.wait()
-        newest = newest_intact(self.saver.root, self.groups, contents=True, sets_aside=True)
+        newest = self.saver.newest(contents=True)
         if newest is None:
             raise TrainingError(
                 f"step {self.step} is bad ({bad.reason}), and there is no checkpoint yet to go back to: set "

@@ -13,6 +13,10 @@ from internvl_megatron.parallel.host import broadcast_bytes, exchange_bytes
 log = logging.getLogger(__name__)
 
 
+class AllDamagedError(CheckpointError):
+    """A run has checkpoints, and none is as it was written."""
+
+
 def newest_intact(root: Path, groups: Groups, contents: bool, sets_aside: bool) -> Path | None:
     """Look at a run's checkpoints from the newest on; collective: every rank reads some of the files.
 
@@ -26,7 +30,8 @@ def newest_intact(root: Path, groups: Groups, contents: bool, sets_aside: bool) 
         The checkpoint; None if there is none at all.
 
     Raises:
-        CheckpointError: there are some, and every one is damaged; or one is of another version.
+        AllDamagedError: there are some, and every one is damaged.
+        OtherVersionError: one is of a version this program does not read.
     """
     # One rank lists them: others may not see yet what was renamed a moment ago.
     listed = json.dumps([path.name for path in folders.finished(root)]).encode() if groups.rank == 0 else None
@@ -46,7 +51,7 @@ def newest_intact(root: Path, groups: Groups, contents: bool, sets_aside: bool) 
             if sets_aside and len(damaged) < len(names):
                 _set_aside(root / name)
     if damaged:
-        raise CheckpointError(
+        raise AllDamagedError(
             f"{root}: all {len(damaged)} checkpoints are damaged: {'; '.join(damaged)}. Bring one back from a copy, or "
             "choose another folder (folder=...)"
         )

@@ -3,7 +3,8 @@
     copy      every rank copies its share of a finished checkpoint's files, in a thread                training goes on
     close     when all have, rank 0 copies the list of checksums, what else is needed to go on         training goes on
               (configuration, metrics, tokenizer), and last the marker; then it removes old copies
-    fetch     at the start, if the run's folder has no checkpoint: every rank brings back its share    training waits
+    fetch     if the run's folder has no checkpoint, or damaged ones alone: every rank brings back     training waits
+              its share
 
 The store then looks as the run's folder does. What has no marker is no checkpoint there either. If another checkpoint is finished
 before a copy is, it waits its turn, and if yet another is, that takes its place. A store that is slow, full or gone costs copies
@@ -114,18 +115,16 @@ class Mirror:
         self._job.shutdown()
 
     def fetch(self) -> Path | None:
-        """Bring back the newest copy that is intact, if the run's folder has no checkpoint.
+        """Bring back the newest copy that is intact; what is in its place is set aside.
 
         Returns:
-            The checkpoint it has become; None if there is one already, or no copy.
+            The checkpoint it has become; None if there is no copy.
 
         Raises:
             CheckpointError: on all ranks: the store cannot be read, or all its copies are damaged. To begin anew without
                 being told to would be worse.
         """
-        names: list[str] = json.loads(
-            self._from_rank_0(lambda: [] if folders.finished(self._root) else self._copied())
-        )
+        names: list[str] = json.loads(self._from_rank_0(self._copied))
         for name in reversed(names):
             folder = self._fetch(name)
             damage = damage_of(folder, self._groups, contents=True)
@@ -209,7 +208,7 @@ class Mirror:
             for path in (file_sums.SUMS_FILE, folders.MARKER):
                 if path in sizes:
                     get_file(self._place(folders.CHECKPOINTS, name, path), partial_folder / path)
-            if target.exists():  # without a marker
+            if target.exists():  # damaged, or without a marker
                 folders.set_aside(target)
             partial_folder.rename(target)
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from internvl_megatron.checkpoint import file_sums, folders
+from internvl_megatron.checkpoint.intact import AllDamagedError, newest_intact
 from internvl_megatron.checkpoint.mirror import Mirror
 from internvl_megatron.checkpoint.shard_writer import HostCopies, Written, write_contents, write_shards
 from internvl_megatron.checkpoint.shared_job import JobError, SharedJob, reason_of
@@ -146,14 +147,27 @@ class Saver:
             self._mirror.wait(self._settings.max_wait_seconds)
             self.poll()
 
-    def fetch(self) -> None:
-        """Bring the newest intact checkpoint back from the object store, if there is one and the run's folder has none.
+    def newest(self, contents: bool) -> Path | None:
+        """The checkpoint to go on from: the run's newest intact one, else its newest intact copy in the object store.
+
+        Args:
+            contents: compare what is in the files, and not only how long they are.
+
+        Returns:
+            None if there is none at all.
 
         Raises:
-            CheckpointError: on all ranks: the store cannot be read, or has damaged ones alone.
+            CheckpointError: on all ranks: there are some, and every one is damaged; or the store cannot be read when it is needed.
         """
-        if self._mirror is not None:
-            self._mirror.fetch()
+        find = partial(newest_intact, self.root, self.groups, contents, sets_aside=True)
+        if self._mirror is None:
+            return find()
+        try:
+            return find() or self._mirror.fetch()
+        except AllDamagedError:
+            if self._mirror.fetch() is None:
+                raise
+            return find()  # which sets the damaged ones aside
 
     def copy(self, checkpoint: Path) -> None:
         """Begin to copy a checkpoint to the object store, if it is not there."""

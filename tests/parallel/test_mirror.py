@@ -3,6 +3,7 @@
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 
 from internvl_megatron.checkpoint import file_sums, folders
 from internvl_megatron.checkpoint.mirror import Mirror
+from internvl_megatron.checkpoint.saver import Saver
 from internvl_megatron.config.overrides import CONFIG_FILE
 from internvl_megatron.config.schema import CheckpointConfig
 from internvl_megatron.device import open_device
@@ -70,12 +72,15 @@ def _copy(info: RankInfo, run: Path, store: Path, steps: list[int]) -> list[str]
         return mirror.failures
 
 
-def _fetch(info: RankInfo, run: Path, store: Path) -> str | None:
+def _newest(info: RankInfo, run: Path, store: Path) -> str | None:
     with _groups(info) as groups:
+        saver = Saver(run / folders.CHECKPOINTS, replace(SETTINGS, mirror=_url(store)), groups)
         try:
-            found = Mirror(_url(store), run / folders.CHECKPOINTS, groups, SETTINGS).fetch()
+            found = saver.newest(contents=True)
         except CheckpointError as error:
             return f"error: {error}"
+        finally:
+            saver.close()
         return None if found is None else found.name
 
 
@@ -106,12 +111,14 @@ def test_copies_are_whole_and_old_ones_go(run_ranks: RunRanks, tmp_path: Path) -
     left = other / folders.CHECKPOINTS / "step-00000013"
     left.mkdir(parents=True)
     (left / "e").write_text("of a checkpoint that lost its marker")
-    assert run_ranks(_fetch, 2, other, store) == ["step-00000013"] * 2
+    assert run_ranks(_newest, 2, other, store) == ["step-00000013"] * 2
     assert _contents(other / folders.CHECKPOINTS) == {
         path: content for path, content in _contents(run / folders.CHECKPOINTS).items() if "step-00000013" in path
     } | {"step-00000013.damaged/e": b"of a checkpoint that lost its marker"}
     assert (other / "huggingface" / "tokenizer.json").read_text() == "tokens"
-    assert run_ranks(_fetch, 2, other, store) == [None, None], "it has one of its own"
+    shutil.rmtree(store)
+    assert run_ranks(_newest, 2, other, store) == ["step-00000013"] * 2, "it has one of its own"
+    assert run_ranks(_newest, 2, tmp_path / "third", store) == [None, None]
 
 
 def test_a_damaged_copy_gives_way_to_an_older_one(run_ranks: RunRanks, tmp_path: Path) -> None:
@@ -119,12 +126,28 @@ def test_a_damaged_copy_gives_way_to_an_older_one(run_ranks: RunRanks, tmp_path:
     run_ranks(_copy, 2, run, store, [1, 2])
     copies = store / folders.CHECKPOINTS
     (copies / "step-00000002" / "inner" / "d").write_bytes(b"other")
-    assert run_ranks(_fetch, 2, tmp_path / "other", store) == ["step-00000001"] * 2
+    assert run_ranks(_newest, 2, tmp_path / "other", store) == ["step-00000001"] * 2
     assert _names(tmp_path / "other" / folders.CHECKPOINTS) == ["step-00000001"]
 
     (copies / "step-00000001" / folders.MARKER).unlink()
-    (found, _) = run_ranks(_fetch, 2, tmp_path / "third", store)
+    (found, _) = run_ranks(_newest, 2, tmp_path / "third", store)
     assert found.startswith("error: ") and "all 1 copies are damaged" in found
+
+
+def test_a_copy_takes_the_place_of_checkpoints_that_are_all_damaged(run_ranks: RunRanks, tmp_path: Path) -> None:
+    run, store = _run_folder(tmp_path / "run", [1, 2, 3]), tmp_path / "store"
+    run_ranks(_copy, 2, run, store, [1, 2])
+    own, copied = run / folders.CHECKPOINTS, _contents(store / folders.CHECKPOINTS / "step-00000002")
+    for step in (1, 2, 3):
+        (own / f"step-0000000{step}" / "inner" / "d").write_bytes(b"other")
+    assert run_ranks(_newest, 2, run, store) == ["step-00000002"] * 2
+    assert _contents(own / "step-00000002") == copied
+    assert _names(own) == ["step-00000001", "step-00000002", "step-00000002.damaged", "step-00000003.damaged"]
+
+    (own / "step-00000002" / "a").unlink()
+    shutil.rmtree(store)
+    (found, _) = run_ranks(_newest, 2, run, store)
+    assert found.startswith("error: ") and "all 2 checkpoints are damaged" in found
 
 
 def test_a_store_that_fails_costs_copies_alone(run_ranks: RunRanks, tmp_path: Path) -> None:
@@ -132,7 +155,7 @@ def test_a_store_that_fails_costs_copies_alone(run_ranks: RunRanks, tmp_path: Pa
     store.write_text("where the folder should be, there is a file")
     (failures, _) = run_ranks(_copy, 2, run, store, [1])
     assert len(failures) == 1 and failures[0].startswith(f"step-00000001 is not copied to file://{store}: rank 0: ")
-    (found, other) = run_ranks(_fetch, 2, tmp_path / "other", store)
+    (found, other) = run_ranks(_newest, 2, tmp_path / "other", store)
     assert found == other and "cannot be told" in found and "checkpoint.mirror=null" in found
     store.unlink()
     (run / folders.CHECKPOINTS / "step-00000002" / "c").unlink()
