@@ -145,7 +145,9 @@ def test_ctrl_c_stops_in_order_and_the_run_continues(data: Path, whole: Path, tm
     assert _losses(tmp_path) == _losses(whole)
 
 
-@pytest.mark.parametrize(("number", "has_launcher"), [(signal.SIGUSR1, True), (signal.SIGTERM, False)])
+@pytest.mark.parametrize(
+    ("number", "has_launcher"), [pytest.param(signal.SIGUSR1, True, marks=pytest.mark.slow), (signal.SIGTERM, False)]
+)
 def test_what_the_system_stops_has_saved_and_asks_to_be_started_again(
     data: Path, tmp_path: Path, number: signal.Signals, has_launcher: bool
 ) -> None:

@@ -1,4 +1,4 @@
-"""Trains all scenarios of a layout in one go, the first time a test asks for one of them."""
+"""Trains all scenarios of a layout in one go, the first time a test asks for one of them; those of slow tests apart."""
 
 from collections.abc import Callable
 from functools import cache
@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tests.parallel.scenarios import LAYOUTS_OF, SCENARIOS
+from tests.parallel.scenarios import LAYOUTS_OF, SCENARIOS, SLOW_SCENARIOS
 from tests.support.layouts import LAYOUTS
 from tests.support.models import huggingface_model, small_model
 from tests.support.reference import our_tensors, train_reference
@@ -26,12 +26,13 @@ def weights() -> dict[str, Tensors]:
 @pytest.fixture(scope="session")
 def trained(run_ranks: Callable[..., list[Any]], weights: dict[str, Tensors]) -> TrainedBy:
     @cache
-    def train_layout(layout: str) -> list[dict[str, Trained]]:
+    def train_layout(layout: str, is_slow: bool) -> list[dict[str, Trained]]:
         ranks = LAYOUTS[layout]
-        wanted = {name: SCENARIOS[name] for name, layouts in LAYOUTS_OF.items() if layout in layouts}
+        names = [name for name, layouts in LAYOUTS_OF.items() if layout in layouts]
+        wanted = {name: SCENARIOS[name] for name in names if (name in SLOW_SCENARIOS) == is_slow}
         return run_ranks(train_scenarios, ranks.num_ranks, ranks, wanted, weights)
 
-    return lambda layout, scenario: [results[scenario] for results in train_layout(layout)]
+    return lambda layout, scenario: [results[scenario] for results in train_layout(layout, scenario in SLOW_SCENARIOS)]
 
 
 @pytest.fixture(scope="session")

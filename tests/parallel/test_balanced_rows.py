@@ -107,7 +107,7 @@ def _metrics(run: Path) -> list[dict[str, float]]:
     return read_metrics(run / METRICS_FILE)
 
 
-@pytest.mark.parametrize("layout", ["DP2", "TP2xDP2"])
+@pytest.mark.parametrize("layout", [pytest.param("DP2", marks=pytest.mark.slow), "TP2xDP2"])
 def test_a_run_is_the_same_with_and_without(
     run_ranks: Callable[..., list[Any]], data: Path, tmp_path: Path, layout: str
 ) -> None:

@@ -32,6 +32,10 @@ History = list[tuple[float, float]]
 """(loss, gradient norm) by step."""
 
 
+def _slow(*case: Any) -> Any:
+    return pytest.param(*case, marks=pytest.mark.slow)
+
+
 def _train(
     info: RankInfo,
     ranks: Ranks,
@@ -83,7 +87,9 @@ def test_same_layout_continues_bit_for_bit(
     assert run_ranks(_train, 4, LAYOUTS["TP2xPP2"], None, root, SAVED_AT, STEPS)[0] == whole[SAVED_AT:]
 
 
-@pytest.mark.parametrize("layout", ["1", "DP2", "TP2+SP", "PP2xDP2", "PP2xVPP2xDP2", "TP2+SPxCP2", "PP2 uneven"])
+@pytest.mark.parametrize(
+    "layout", ["1", "PP2xVPP2xDP2", "TP2+SPxCP2", "PP2 uneven", *map(_slow, ("DP2", "TP2+SP", "PP2xDP2"))]
+)
 def test_other_layouts_continue(
     run_ranks: Callable[..., list[Any]], interrupted: tuple[Path, History], layout: str
 ) -> None:
@@ -167,7 +173,8 @@ def sharded(
 
 
 @pytest.mark.parametrize(
-    ("layout", "scenario"), [("TP2xPP2", SHARDED), ("TP2xPP2", COPIES), ("1", SHARDED), ("TP2+SP", SCENARIO)]
+    ("layout", "scenario"),
+    [("TP2xPP2", COPIES), ("1", SHARDED), _slow("TP2xPP2", SHARDED), _slow("TP2+SP", SCENARIO)],
 )
 def test_shards_go_on_in_other_numbers_and_as_a_whole(
     run_ranks: Callable[..., list[Any]],

@@ -161,7 +161,13 @@ def test_an_interrupt_lets_ranks_end_in_order(run_ranks: Run, tmp_path: Path) ->
     expect_gone(tmp_path, 2)
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM], ids=["killed", "terminated twice"])
+@pytest.mark.parametrize(
+    "number",
+    [
+        pytest.param(signal.SIGKILL, id="killed"),
+        pytest.param(signal.SIGTERM, id="terminated twice", marks=pytest.mark.slow),
+    ],
+)
 def test_ranks_end_with_their_launcher(tmp_path: Path, number: signal.Signals) -> None:
     code = (
         "import sys, pathlib\n"

@@ -5,14 +5,14 @@ what a layout trains is trained once for all of them.
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 
 from tests.parallel.conftest import TrainedBy
-from tests.parallel.scenarios import LAYOUTS_OF, SCENARIOS, SLOW_LAYOUTS
+from tests.parallel.scenarios import LAYOUTS_OF, SCENARIOS, SLOW_LAYOUTS, SLOW_SCENARIOS
 from tests.support.comparison import expect_equal, expect_same_training
 from tests.support.layouts import LAYOUTS
 from tests.support.training import Tensors, Trained, merge
@@ -22,13 +22,14 @@ pytestmark = pytest.mark.parallel
 Reference = Callable[[str, str], Trained]
 
 
-def cases(layouts: Iterable[str]) -> list[Any]:
-    """Parameters of a test."""
-    return [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW_LAYOUTS else []) for name in layouts]
+def case(*names: str) -> Any:
+    """Parameters of a test: layouts and scenarios."""
+    is_slow = not (SLOW_LAYOUTS | SLOW_SCENARIOS).isdisjoint(names)
+    return pytest.param(*names, marks=[pytest.mark.slow] if is_slow else [])
 
 
 COMPARABLE = [
-    pytest.param(layout, scenario, marks=[pytest.mark.slow] if layout in SLOW_LAYOUTS else [])
+    case(layout, scenario)
     for scenario, layouts in LAYOUTS_OF.items()
     if SCENARIOS[scenario].drop_path_rate == 0 and scenario != "bf16"
     for layout in layouts
@@ -58,13 +59,13 @@ def test_a_step_without_images_never_calls_the_vision_tower(trained: TrainedBy, 
     assert all(found.vision_calls == [[], []] for found in trained(layout, "text"))
 
 
-@pytest.mark.parametrize("layout", [name for name in LAYOUTS_OF["one_tile"] if "first stage" not in name])
+@pytest.mark.parametrize("layout", [case(name) for name in LAYOUTS_OF["one_tile"] if "first stage" not in name])
 def test_one_rank_encodes_a_lone_tile_and_all_ranks_run_the_same_chunks(trained: TrainedBy, layout: str) -> None:
     # A rank without tiles encodes one black dummy: the sizes are the same, the gradients of test_training_* tell them apart.
     assert all(found.vision_calls == [[1], [1]] for found in trained(layout, "one_tile"))
 
 
-@pytest.mark.parametrize("layout", cases(name for name in LAYOUTS_OF["300m"] if " " not in name or "uneven" in name))
+@pytest.mark.parametrize("layout", [case(name) for name in LAYOUTS_OF["300m"] if " " not in name or "uneven" in name])
 def test_tiles_are_shared_out_evenly(trained: TrainedBy, layout: str) -> None:
     calls = [found.vision_calls[0] for found in trained(layout, "300m")]
     if "PP" not in layout or "VPP" in layout:  # in the pauses of a pipeline ranks encode different rows
@@ -117,7 +118,7 @@ def test_overlapped_communication_changes_nothing(trained: TrainedBy, layout: st
             np.testing.assert_allclose(one.parameters[name], tensor, rtol=0, atol=1e-6, err_msg=name)
 
 
-@pytest.mark.parametrize(("ahead", "alone"), [("300m", "nothing_ahead"), ("window", "window_nothing_ahead")])
+@pytest.mark.parametrize(("ahead", "alone"), [("300m", "nothing_ahead"), case("window", "window_nothing_ahead")])
 def test_preparing_windows_ahead_changes_no_bit(trained: TrainedBy, ahead: str, alone: str) -> None:
     for one, other in zip(trained("TP2xPP2", ahead), trained("TP2xPP2", alone), strict=True):
         assert one.losses == other.losses
@@ -131,7 +132,7 @@ def test_drop_path_draws_do_not_depend_on_the_layout(trained: TrainedBy, layout:
         np.testing.assert_allclose(found.losses, trained("1", "drop_path")[0].losses, rtol=1e-5)
 
 
-@pytest.mark.parametrize("scenario", ["drop_path_otherwise", "drop_path_by_layer"])
+@pytest.mark.parametrize("scenario", ["drop_path_otherwise", case("drop_path_by_layer")])
 def test_drop_path_draws_do_not_depend_on_windows_chunks_and_recomputation(trained: TrainedBy, scenario: str) -> None:
     for found in trained("TP2xPP2", scenario):
         np.testing.assert_allclose(found.losses, trained("1", "drop_path")[0].losses, rtol=1e-5)

@@ -254,7 +254,7 @@ def vision_side_with_poison(info: RankInfo, ranks: Ranks, scenario: Scenario) ->
         return len(names), works, outcome.loss
 
 
-@pytest.mark.parametrize("layout", ["TP2xPP2", "TP2+SPxPP2"])
+@pytest.mark.parametrize("layout", [pytest.param("TP2xPP2", marks=pytest.mark.slow), "TP2+SPxPP2"])
 @pytest.mark.parametrize(
     "parallel",
     [{}, {"vision_sharding": "sharded"}, {"vision_recompute": "layer"}, {"vision_tensor_size": 2}],

@@ -62,14 +62,12 @@ class Case:
         )
 
 
-CASES = {
-    "PP2 in windows": Case(LAYOUTS["PP2"], {"vision_window_rows": 2}),
-}
 BUBBLE_CASES = {
     "PP2": Case(LAYOUTS["PP2"], {"vision_in_bubbles": True}),
     "TP2xPP2": Case(LAYOUTS["TP2xPP2"], {"vision_in_bubbles": True}),
 }
-MORE_CASES = {
+CASES = {
+    "PP2 in windows": Case(LAYOUTS["PP2"], {"vision_window_rows": 2}),
     "PP2": Case(LAYOUTS["PP2"]),
     "1": Case(LAYOUTS["1"]),
     "TP2": Case(LAYOUTS["TP2"]),
@@ -168,9 +166,10 @@ def bytes_per_row(case: Case, rank: int) -> int:
     return pixels + owned * model.language.hidden_size * FP32_BYTES + loss
 
 
-@pytest.mark.parametrize("name", [*CASES, *(pytest.param(name, marks=pytest.mark.slow) for name in MORE_CASES)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CASES)
 def test_memory_grows_by_tiles_and_owned_embeddings(run_ranks: Callable[..., list[Any]], name: str) -> None:
-    case = (CASES | MORE_CASES)[name]
+    case = CASES[name]
     found: list[dict[int, int]] = run_ranks(measure, case.ranks.num_ranks, case)
     for rank, peaks in enumerate(found):
         wanted = bytes_per_row(case, rank)

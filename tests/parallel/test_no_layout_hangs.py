@@ -68,18 +68,18 @@ class Case:
 
 CASES = {
     "TP2xPP2": Case(LAYOUTS["TP2xPP2"]),
-    "PP4": Case(LAYOUTS["PP4"], {"vision_recompute": "full"}, 7, rows_per_step=6),
     "DP2 sharded": Case(LAYOUTS["DP2"], {"vision_sharding": "sharded"}, 11),
     "TP2+SPxPP2 in windows": Case(LAYOUTS["TP2+SPxPP2"], {"vision_window_rows": 3, "vision_recompute": "full"}, 1),
     "PP2xDP2 apart": Case(LAYOUTS["PP2xDP2 apart"], {}, 2),
-    "CP2xDP2 nothing ahead": Case(LAYOUTS["CP2xDP2"], {"prepare_ahead": False, "vision_window_rows": 1}, 3),
     "PP2xVPP2xDP2 short rows": Case(LAYOUTS["PP2xVPP2xDP2"], {"pad_rows": False}, 4),
-    "TP2xPP2 first stage": Case(LAYOUTS["TP2xPP2 first stage"], {}, 5),
     "PP2xDP2 first stage short rows": Case(
         Ranks(4, pipeline_size=2, vision_placement="first_stage"), {"pad_rows": False, "vision_window_rows": 1}, 6
     ),
 }
 MORE_CASES = {
+    "PP4": Case(LAYOUTS["PP4"], {"vision_recompute": "full"}, 7, rows_per_step=6),
+    "CP2xDP2 nothing ahead": Case(LAYOUTS["CP2xDP2"], {"prepare_ahead": False, "vision_window_rows": 1}, 3),
+    "TP2xPP2 first stage": Case(LAYOUTS["TP2xPP2 first stage"], {}, 5),
     "TP2xPP2 phases apart": Case(LAYOUTS["TP2xPP2"], {"vision_in_bubbles": False}),
     "PP2xDP2 together": Case(LAYOUTS["PP2xDP2"], {}, 8, rows_per_step=6),
     "PP2xDP2 apart, more rows": Case(LAYOUTS["PP2xDP2 apart"], {}, 9, rows_per_step=8),

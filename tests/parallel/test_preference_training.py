@@ -68,6 +68,7 @@ QUICK = {
     ("chunks", "TP2+SPxPP2"),
     ("broken", "1"),
     ("sharded", "TP2+SPxPP2"),
+    *(("adamw", layout) for layout in ("1", "DP2", "TP2+SPxPP2")),
 }
 CASES = [
     pytest.param(layout, scenario, marks=[] if (scenario, layout) in QUICK else [pytest.mark.slow])
@@ -79,13 +80,15 @@ CASES = [
 @pytest.fixture(scope="module")
 def trained_on_pairs(run_ranks: Callable[..., list[Any]], weights: dict[str, Tensors]) -> TrainedBy:
     @cache
-    def train_layout(layout: str) -> list[dict[str, Trained]]:
+    def train_layout(layout: str, is_quick: bool) -> list[dict[str, Trained]]:
         ranks = LAYOUTS[layout]
-        every = LAYOUTS_OF | COMPARED_WITH_ONE_RANK
-        wanted = {name: SCENARIOS[name] for name, layouts in every.items() if layout in layouts}
+        names = [name for name, layouts in (LAYOUTS_OF | COMPARED_WITH_ONE_RANK).items() if layout in layouts]
+        wanted = {name: SCENARIOS[name] for name in names if ((name, layout) in QUICK) == is_quick}
         return run_ranks(train_scenarios, ranks.num_ranks, ranks, wanted, weights)
 
-    return lambda layout, scenario: [results[scenario] for results in train_layout(layout)]
+    return lambda layout, scenario: [
+        results[scenario] for results in train_layout(layout, (scenario, layout) in QUICK)
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +108,14 @@ def test_training_equals_plain_pytorch(
     expect_same_training(found, wanted, weights["300m"], LAYOUTS[layout].layout)
 
 
-@pytest.mark.parametrize(("layout", "scenario"), [("DP2", "adamw"), ("TP2+SPxPP2", "adamw"), ("DP2", "adamw_sharded")])
+@pytest.mark.parametrize(
+    ("layout", "scenario"),
+    [
+        ("DP2", "adamw"),
+        ("TP2+SPxPP2", "adamw"),
+        pytest.param("DP2", "adamw_sharded", marks=pytest.mark.slow),
+    ],
+)
 def test_training_with_adamw_and_drop_path_equals_one_rank(
     trained_on_pairs: TrainedBy, weights: dict[str, Tensors], layout: str, scenario: str
 ) -> None:

@@ -43,6 +43,13 @@ COPIES = {"300m": ["TP2xPP2"], "adamw": ["PP2xDP2 apart"]}
 """The same with two shards on four ranks, so that there are two copies of each."""
 OTHERS = {"bf16": ["DP2"], "drop_path": ["TP2xPP2"], "drop_path_otherwise": ["DP2"], "drop_path_by_layer": ["DP2"]}
 
+SLOW_LAYOUTS = {"TP2+SPxCP2", "PP2xDP2 apart"}
+SLOW_SCENARIOS = {
+    "6b", "offload", "small_chunks", "recompute", "frozen_vision", "frozen_language", "text",
+    "drop_path_otherwise", "drop_path_by_layer",
+}  # fmt: skip
+"""The others stand for them where time is short."""
+
 
 def sharded(name: str, **more: Any) -> Scenario:
     scenario = SCENARIOS[name]
@@ -54,7 +61,7 @@ def trained_sharded(run_ranks: Callable[..., list[Any]], weights: dict[str, Tens
     """(layout, scenario) to what every rank saw; "NAME, copies" is a scenario with two shards."""
 
     @cache
-    def train_layout(layout: str) -> list[dict[str, Trained]]:
+    def train_layout(layout: str, is_slow: bool) -> list[dict[str, Trained]]:
         wanted = {name: sharded(name) for name, layouts in (COMPARED | OTHERS).items() if layout in layouts}
         wanted |= {
             f"{name}, copies": sharded(name, vision_shard_ranks=2)
@@ -62,9 +69,10 @@ def trained_sharded(run_ranks: Callable[..., list[Any]], weights: dict[str, Tens
             if layout in layouts
         }
         ranks = LAYOUTS[layout]
+        wanted = {name: scenario for name, scenario in wanted.items() if (name in SLOW_SCENARIOS) == is_slow}
         return run_ranks(train_scenarios, ranks.num_ranks, ranks, wanted, weights)
 
-    return lambda layout, scenario: [results[scenario] for results in train_layout(layout)]
+    return lambda layout, scenario: [results[scenario] for results in train_layout(layout, scenario in SLOW_SCENARIOS)]
 
 
 @pytest.fixture(scope="module")
@@ -74,9 +82,14 @@ def replicated(run_ranks: Callable[..., list[Any]], weights: dict[str, Tensors])
     return run_ranks(train_scenarios, 1, LAYOUTS["1"], wanted, weights)[0]
 
 
-SLOW = {"TP2+SPxCP2", "PP2xDP2 apart"}
+def case(layout: str, name: str, *kind: str) -> Any:
+    """Parameters of a test."""
+    is_slow = layout in SLOW_LAYOUTS or name in SLOW_SCENARIOS
+    return pytest.param(layout, name, *kind, marks=[pytest.mark.slow] if is_slow else [])
+
+
 CASES = [
-    pytest.param(layout, name, kind, marks=[pytest.mark.slow] if layout in SLOW else [])
+    case(layout, name, kind)
     for kind, scenarios in (("", COMPARED), (", copies", COPIES))
     for name, layouts in scenarios.items()
     for layout in layouts
@@ -96,6 +109,7 @@ def test_training_equals_plain_pytorch(
     expect_same_training(found, reference(layout, scenario), start, LAYOUTS[layout].layout)
 
 
+@pytest.mark.slow
 def test_a_step_without_images_never_calls_the_tower(trained_sharded: TrainedBy) -> None:
     assert all(found.vision_calls == [[], []] for found in trained_sharded("TP2xPP2", "text"))
 
@@ -121,7 +135,7 @@ def test_without_targets_nothing_changes(trained_sharded: TrainedBy, weights: di
     expect_equal(merge([found.parameters for found in ranks], LAYOUTS["DP2"].layout), weights["300m"])
 
 
-@pytest.mark.parametrize(("layout", "scenario"), [(layout, name) for name in OTHERS for layout in OTHERS[name]])
+@pytest.mark.parametrize(("layout", "scenario"), [case(layout, name) for name in OTHERS for layout in OTHERS[name]])
 def test_what_has_no_reference_stays_near_the_replicated_one(
     replicated: dict[str, Trained], trained_sharded: TrainedBy, layout: str, scenario: str
 ) -> None:

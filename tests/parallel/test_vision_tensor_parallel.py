@@ -30,7 +30,12 @@ pytestmark = pytest.mark.parallel
 
 EVEN = "6b, 4 heads"
 SIZES = [1, 2, 4]
-CASES = [("300m", 1), ("300m", 2), ("300m", 4), ("6b", 1), ("6b", 2), ("6b", 4), (EVEN, 2)]
+CASES = [
+    ("300m", 2),
+    ("6b", 1),
+    ("6b", 4),
+    *(pytest.param(*case, marks=pytest.mark.slow) for case in (("300m", 1), ("300m", 4), ("6b", 2), (EVEN, 2))),
+]
 """Family and tensor-parallel size."""
 NUM_TILES, SAVED_AT, STEPS = 8, 2, 4
 OUTPUT_TOLERANCE, NORM_TOLERANCE = 1e-5, 1e-5
@@ -303,6 +308,7 @@ def test_bf16(trained: Trained, plain: Plain, family: str, tensor_size: int) -> 
     assert np.linalg.norm(output - wanted) < BF16_TOLERANCE * np.linalg.norm(wanted)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["300m", "6b"])
 def test_fresh_parameters_do_not_depend_on_the_split(trained: Trained, family: str) -> None:
     made = [
@@ -317,8 +323,10 @@ def test_fresh_parameters_do_not_depend_on_the_split(trained: Trained, family: s
     ("family", "source", "target"),
     [
         ("6b", 4, 1),
-        ("6b", 1, 2),
-        *(pytest.param(*case, marks=pytest.mark.slow) for case in (("6b", 2, 4), ("300m", 4, 2), (EVEN, 2, 4))),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (("6b", 1, 2), ("6b", 2, 4), ("300m", 4, 2), (EVEN, 2, 4))
+        ),
     ],
 )
 def test_checkpoints_fit_every_split(
@@ -355,9 +363,13 @@ WHOLE_MODEL = {
     "colocated": (Ranks(4, tensor_size=2, sequence_parallel=True, vision_placement="colocated"), ["adamw"]),
 }
 """Layouts, and what is trained under them."""
+SLOW_WHOLE_MODEL = ["units in a stage", "first stage"]
 
 
-@pytest.mark.parametrize("layout", WHOLE_MODEL)
+@pytest.mark.parametrize(
+    "layout",
+    ["units over replicas", "colocated", *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW_WHOLE_MODEL)],
+)
 def test_training_with_the_language_model(
     run_ranks: Run, reference: Callable[[str, str], TrainedModel], weights: dict[str, Tensors], layout: str
 ) -> None:
