@@ -1,17 +1,9 @@
-"""Generation: many answers grow together, one token each at a time, from cached keys and values.
+"""Generation: prompts are divided over data-parallel replicas, which answer theirs at their own pace (`batch.py`)."""
 
-Prompts wait in a queue. While there is room, those in front go through the model in one packed row and take a slot of the cache
-each; then all sequences under way get their next token in one batch, whatever their lengths. Who is finished leaves, and its
-slot goes to the next one. Prompts are divided over data-parallel replicas, which work at their own pace; inside a replica every
-rank keeps the same books, and the last stage says which tokens were chosen.
-"""
-
-from collections import deque
 from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from internvl_megatron.config.schema import RunConfig
 from internvl_megatron.data.positions import UNITS_PER_POSITION
@@ -19,11 +11,12 @@ from internvl_megatron.data.tokenizer import Tokenizer
 from internvl_megatron.device import Device
 from internvl_megatron.errors import ConfigError
 from internvl_megatron.inference.answer_text import AnswerText
+from internvl_megatron.inference.batch import Batch
+from internvl_megatron.inference.pieces import embed, prompt_piece
 from internvl_megatron.inference.prompt import ENDS, Answer, End, Prompt
 from internvl_megatron.inference.requests import Renderer, Request
-from internvl_megatron.inference.sampling import choose_tokens, draw
 from internvl_megatron.inference.settings import GREEDY, Generation, Limits, Sampling
-from internvl_megatron.inference.stages import Piece, Stages
+from internvl_megatron.inference.stages import Stages
 from internvl_megatron.model.build import Model
 from internvl_megatron.parallel.groups import Groups
 from internvl_megatron.parallel.host import gather_integers
@@ -98,12 +91,20 @@ class Generator:
         """
         settings = settings or Generation()
         rendered = self.renderer.render_all(prompts, settings.v2pe_numerator, settings.max_new_tokens)
-        mine = [
-            Request(number, prompts[number], rendered[number], settings.sampling.seed_of(number, prompts[number].seed))
-            for number in self.own_numbers(len(prompts))
-        ]
-        done = _Run(self, settings, on_text if self.stages.leads else None).finish(mine)
-        found = self.of_all_replicas({number: [ENDS.index(end), *ids] for number, (ids, end) in done.items()})
+        tell = on_text if self.stages.leads else None
+        is_text_needed = tell is not None or bool(settings.stop_strings)
+        batch, mine = self.new_batch(), []
+        for number in self.own_numbers(len(prompts)):
+            prompt = prompts[number]
+            seed = settings.sampling.seed_of(number, prompt.seed)
+            text = self.text_of(prompt, settings) if is_text_needed else None
+            mine.append(Request(number, rendered[number], settings, seed, text))
+            batch.add(mine[-1])
+        while batch.is_busy:
+            for request, piece in batch.step():
+                if piece and tell is not None:
+                    tell(request.number, piece)
+        found = self.of_all_replicas({request.number: _message(request) for request in mine})
         return [
             self._finished(prompt, ids, ENDS[end], settings)
             for prompt, (end, *ids) in ((prompt, found[number]) for number, prompt in enumerate(prompts))
@@ -115,21 +116,16 @@ class Generator:
 
         For comparing models, on one rank: ordinary positions (delta 1), the vocabulary without its padding.
         """
-        request = Request(0, prompt, self.renderer.render(prompt, UNITS_PER_POSITION), ())
+        request = Request(0, self.renderer.render(prompt, UNITS_PER_POSITION))
         end = len(request.rendered.token_ids)
-        self.embed([request])
+        embed(self.stages, [request])
         logits = self.stages.scores([prompt_piece(request, None, np.arange(max(0, end - num_positions), end))])
         assert logits is not None, "the only rank is on the last stage"
         return logits[:, : self.config.model.language.vocab_size].float().cpu().numpy()
 
-    def embed(self, requests: Sequence[Request]) -> None:
-        """Encode the images of some requests, all tiles together."""
-        with_images = [request for request in requests if request.rendered.images]
-        if not with_images:
-            return
-        embeddings = iter(self.stages.encode([image for one in with_images for image in one.rendered.images]))
-        for request in with_images:
-            request.embeddings = torch.cat([next(embeddings) for _ in request.rendered.images])
+    def new_batch(self) -> Batch:
+        """A batch that requests can join on this replica; there is one at a time."""
+        return Batch(self.stages, self.limits, self.config.data.tokens_per_row, self.tokenizer.turn_end_id)
 
     def text_of(self, prompt: Prompt, settings: Generation) -> AnswerText:
         """An empty text for the answer to a prompt."""
@@ -168,166 +164,7 @@ class Generator:
         return found
 
 
-def prompt_piece(request: Request, slot: int | None, wanted: np.ndarray) -> Piece:
-    """A whole prompt."""
-    rendered = request.rendered
-    return Piece(
-        slot,
-        0,
-        rendered.token_ids,
-        rendered.positions,
-        wanted,
-        rendered.image_places if rendered.images else None,
-        request.embeddings,
-    )
-
-
-class _Run:
-    """One call of `generate` on one replica."""
-
-    def __init__(self, generator: Generator, settings: Generation, on_text: OnText | None) -> None:
-        self.generator = generator
-        self.stages = generator.stages
-        self.limits = generator.limits
-        self.settings = settings
-        self.on_text = on_text
-        self.active: list[Request] = []
-        """The n-th has slot n."""
-        self.texts: dict[int, AnswerText] = {}
-        """Of the requests under way, where somebody waits for text or it may hold the end."""
-        self.done: dict[int, tuple[list[int], End]] = {}
-
-    def finish(self, requests: Sequence[Request]) -> dict[int, tuple[list[int], End]]:
-        """Tokens of the answers and how they ended, by the numbers of the requests."""
-        waiting = deque(requests)
-        while waiting or self.active:
-            admitted = self._admit(waiting)
-            if admitted:
-                self._append(admitted, self._first_tokens(admitted))
-            else:
-                self._append(self.active, self._next_tokens())
-            self._release()
-        return self.done
-
-    def _admit(self, waiting: deque[Request]) -> list[Request]:
-        """Take requests from the front that fit even when all answers are as long as they may be."""
-        limits, cache = self.limits, self.stages.cache
-        longest = cache.slot_tokens if self.active else 0
-        admitted: list[Request] = []
-        rendered: set[int] = set()
-        row_tokens = 0
-        while waiting:
-            request = waiting[0]
-            num_sequences = len(self.active) + len(admitted) + 1
-            longest_then = max(longest, len(request.rendered.token_ids) + self.settings.max_new_tokens)
-            is_new = id(request.rendered) not in rendered
-            row_tokens += len(request.rendered.token_ids) * is_new
-            fits = (
-                num_sequences <= limits.max_sequences
-                and num_sequences * longest_then <= limits.cache_tokens
-                and row_tokens <= self.generator.config.data.tokens_per_row
-            )
-            if not fits and num_sequences > 1:  # one that fits nowhere is alone
-                break
-            longest = longest_then
-            rendered.add(id(request.rendered))
-            admitted.append(waiting.popleft())
-        if admitted:
-            num_slots = len(self.active) + len(admitted)
-            cache.reserve(max(num_slots, cache.num_slots if self.active else 0), longest)
-        return admitted
-
-    def _first_tokens(self, admitted: Sequence[Request]) -> list[int]:
-        """Run prompts through the model, each once however many answers are wanted, and choose first tokens."""
-        first_slot = len(self.active)
-        leaders: dict[int, int] = {}  # a prompt's place in the row, by its identity
-        slots: list[int] = []
-        for slot, request in enumerate(admitted, first_slot):
-            if id(request.rendered) not in leaders:
-                leaders[id(request.rendered)] = len(slots)
-                slots.append(slot)
-        leading = [admitted[slot - first_slot] for slot in slots]
-        self.generator.embed(leading)
-        last = [np.array([len(request.rendered.token_ids) - 1]) for request in leading]
-        pieces = [prompt_piece(*place) for place in zip(leading, slots, last, strict=True)]
-        logits = self.stages.scores(pieces)
-        for request in leading:
-            request.embeddings = None
-        rows = [leaders[id(request.rendered)] for request in admitted]
-        for slot, (row, request) in enumerate(zip(rows, admitted, strict=True), first_slot):
-            if slots[row] != slot:
-                self.stages.cache.copy(slots[row], slot, len(request.rendered.token_ids))
-        self.active += admitted
-        return self._choose(admitted, None if logits is None else logits[rows])
-
-    def _next_tokens(self) -> list[int]:
-        """Run the newest token of every sequence through the model, and choose the next ones."""
-        newest = np.zeros(1, dtype=np.int64)
-        pieces = [
-            Piece(
-                slot,
-                request.num_cached,
-                np.array(request.answer_ids[-1:]),
-                request.rendered.next_positions(len(request.answer_ids) - 1, 1),
-                newest,
-            )
-            for slot, request in enumerate(self.active)
-        ]
-        return self._choose(self.active, self.stages.scores(pieces))
-
-    def _choose(self, requests: Sequence[Request], logits: Tensor | None) -> list[int]:
-        """Next tokens, chosen on the last stage."""
-        chosen = None
-        if logits is not None:
-            sampling = self.settings.sampling
-            uniform = [] if sampling.is_greedy else [draw(one.seed, len(one.answer_ids)) for one in requests]
-            seen = [] if sampling.repetition_penalty == 1 else [one.token_ids for one in requests]
-            chosen = choose_tokens(logits, sampling, uniform, seen).tolist()
-        return self.stages.agree(chosen, len(requests))
-
-    def _append(self, requests: Sequence[Request], token_ids: Sequence[int]) -> None:
-        """Give requests their tokens, and take notice of those that are finished with them."""
-        for request, token_id in zip(requests, token_ids, strict=True):
-            request.answer_ids.append(token_id)
-            is_end = self.generator.is_end(token_id, self.settings)
-            text = self._text_of(request)
-            if text is not None and not is_end:
-                self._tell(request, text.add(token_id))
-            end: End | None = None
-            if is_end:
-                end = "turn_end" if token_id == self.generator.tokenizer.turn_end_id else "stop"
-            elif text is not None and text.is_stopped:
-                end = "stop"
-            elif len(request.answer_ids) == self.settings.max_new_tokens:
-                end = "length"
-            if end is not None:
-                self.done[request.number] = (request.answer_ids, end)
-                if text is not None:
-                    self._tell(request, text.end())
-
-    def _text_of(self, request: Request) -> AnswerText | None:
-        """Text of a request under way; None where nobody needs it yet."""
-        if self.on_text is None and not self.settings.stop_strings:
-            return None
-        if request.number not in self.texts:
-            self.texts[request.number] = self.generator.text_of(request.prompt, self.settings)
-        return self.texts[request.number]
-
-    def _tell(self, request: Request, piece: str) -> None:
-        if self.on_text is not None and piece:
-            self.on_text(request.number, piece)
-
-    def _release(self) -> None:
-        """Let finished sequences go; the last ones take over their slots."""
-        slot = 0
-        while slot < len(self.active):
-            request = self.active[slot]
-            if request.number not in self.done:
-                slot += 1
-                continue
-            self.texts.pop(request.number, None)
-            last = self.active.pop()
-            if last is not request:
-                if last.number not in self.done:
-                    self.stages.cache.copy(len(self.active), slot, last.num_cached)
-                self.active[slot] = last
+def _message(request: Request) -> list[int]:
+    """How a finished request ended, and its tokens, as numbers."""
+    assert request.end is not None, f"request {request.number} has left the batch"
+    return [ENDS.index(request.end), *request.answer_ids]

@@ -15,7 +15,11 @@ from internvl_megatron.data.tiling import choose_grid, num_tiles
 from internvl_megatron.data.tokenizer import Tokenizer
 from internvl_megatron.data.video import VideoFrames, check_video
 from internvl_megatron.errors import ConfigError, DataError
-from internvl_megatron.inference.prompt import Prompt
+from internvl_megatron.inference.answer_text import AnswerText
+from internvl_megatron.inference.prompt import End, Prompt
+from internvl_megatron.inference.settings import Generation
+
+DEFAULT_GENERATION = Generation()
 
 VIDEO_SEED = 0
 """Draws frames of videos."""
@@ -39,20 +43,29 @@ class RenderedPrompt:
         return self.positions[-1] + steps
 
 
-@dataclass
+@dataclass(eq=False)
 class Request:
     """A prompt, and the answer so far."""
 
     number: int
-    """Of the prompt among those of the call."""
-    prompt: Prompt
+    """Tells it from the others that are under way; what it means is up to who has made it."""
     rendered: RenderedPrompt
-    """Shared by requests that differ in their seeds alone."""
-    seed: tuple[int, ...]
+    """Shared by requests that differ in their seeds and settings alone."""
+    settings: Generation = DEFAULT_GENERATION
+    seed: tuple[int, ...] = ()
     """What its draws depend on, beside the step."""
+    text: AnswerText | None = None
+    """Grows with the answer, where somebody waits for text or it may hold the end."""
     embeddings: Tensor | None = None
     """[i, D] for the image tokens, on the first stage while the prompt is computed."""
     answer_ids: list[int] = field(default_factory=list)
+    end: End | None = None
+    """How the answer ended; None = it has not."""
+
+    @property
+    def most_tokens(self) -> int:
+        """Of prompt and answer, when the answer is as long as it may be."""
+        return len(self.rendered.token_ids) + self.settings.max_new_tokens
 
     @property
     def num_cached(self) -> int:

@@ -14,7 +14,8 @@ from torch import Tensor
 from internvl_megatron.data.conversation import answer_header, answer_places
 from internvl_megatron.data.positions import UNITS_PER_POSITION
 from internvl_megatron.errors import ConfigError
-from internvl_megatron.inference.generate import Generator, prompt_piece
+from internvl_megatron.inference.generate import Generator
+from internvl_megatron.inference.pieces import embed, prompt_piece
 from internvl_megatron.inference.prompt import Prompt
 from internvl_megatron.inference.requests import Request
 from internvl_megatron.inference.stages import Piece
@@ -66,7 +67,7 @@ def score_continuations(
     longest = max((len(ids) for own in tokens for _, ids in own), default=0)
     rendered = generator.renderer.render_all(prompts, v2pe_numerator, longest)
     waiting = deque(
-        (Request(number, prompts[number], rendered[number], ()), tokens[number])
+        (Request(number, rendered[number]), tokens[number])
         for number in generator.own_numbers(len(prompts))
         if tokens[number]
     )
@@ -92,13 +93,11 @@ def answer_starts(generator: Generator, prompts: Sequence[Prompt], token_ids: Se
     stand there. Ordinary positions.
     """
     rendered = generator.renderer.render_all(prompts, UNITS_PER_POSITION, 0)
-    waiting = deque(
-        (Request(number, prompts[number], rendered[number], ()), []) for number in generator.own_numbers(len(prompts))
-    )
+    waiting = deque((Request(number, rendered[number]), []) for number in generator.own_numbers(len(prompts)))
     found: dict[int, list[int]] = {}
     while waiting:
         batch = [request for request, _ in _fitting(generator, waiting)]
-        generator.embed(batch)
+        embed(generator.stages, batch)
         places = [answer_places(request.rendered.token_ids, generator.tokenizer) for request in batch]
         pieces = [prompt_piece(request, None, own) for request, own in zip(batch, places, strict=True)]
         logits = generator.stages.scores(pieces)
@@ -160,7 +159,7 @@ def _logprobs(generator: Generator, batch: Sequence[tuple[Request, list[_Tokens]
         length + max((len(ids) for _, ids in own), default=0) for length, (_, own) in zip(lengths, batch, strict=True)
     )
     stages.cache.reserve(sum(max(1, len(own)) for _, own in batch), longest)
-    generator.embed([request for request, _ in batch])
+    embed(stages, [request for request, _ in batch])
     slot, prompts, first_tokens, others, other_tokens, order = 0, [], [], [], [], []
     for (request, own), length in zip(batch, lengths, strict=True):
         kept = [length - replaced for replaced, _ in own]

@@ -24,6 +24,7 @@ from internvl_megatron.model.language import ImageTokens
 from internvl_megatron.model.output_layer import Targets
 from internvl_megatron.model.rotary import rotary_tables
 from internvl_megatron.parallel.groups import Groups
+from internvl_megatron.parallel.host import broadcast_bytes
 
 
 @dataclass(frozen=True)
@@ -138,6 +139,13 @@ class Stages:
             message = torch.tensor(chosen, dtype=torch.int64)
         dist.broadcast(message, src=self._chooser, group=self._groups.host_replica)
         return message.tolist()
+
+    def share(self, payload: bytes | None) -> bytes:
+        """What the leading rank says, on every rank of the replica; the others pass None."""
+        if len(self._ranks) == 1:
+            assert payload is not None, "the only rank leads"
+            return payload
+        return broadcast_bytes(payload, self._ranks[0], self._groups.host_replica)
 
     def agree_numbers(self, values: Tensor | None, count: int) -> Tensor:
         """fp32 [n] of the last stage, on every rank of the replica, in host memory."""

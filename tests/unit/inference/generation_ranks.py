@@ -152,17 +152,17 @@ def cached_logits(
 ) -> list[tuple[float, float]]:
     """For every stride the largest difference between scores from cached keys and values and transformers', which
     computes the whole sequence with positions written out by hand; and the largest score."""
-    from internvl_megatron.inference import generate
+    from internvl_megatron.inference.batch import Batch
 
     seen: dict[tuple[int, int], torch.Tensor] = {}
-    choose = generate._Run._choose
+    choose = Batch._choose
 
-    def recorded(run: Any, requests: Any, logits: Any) -> list[int]:
+    def recorded(batch: Any, requests: Any, logits: Any) -> list[int]:
         for request, row in zip(requests, logits, strict=True):
             seen[request.number, len(request.answer_ids)] = row
-        return choose(run, requests, logits)
+        return choose(batch, requests, logits)
 
-    setattr(generate._Run, "_choose", recorded)
+    setattr(Batch, "_choose", recorded)
     differences = []
     with small_generator(info, limits=Limits(max_sequences=3)) as small:
         for numerator in numerators:
