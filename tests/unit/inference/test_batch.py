@@ -1,7 +1,5 @@
 """Requests that join while others are under way get the tokens that each gets alone, whatever shares the batch."""
 
-import itertools
-
 import numpy as np
 import pytest
 from PIL import Image
@@ -66,11 +64,12 @@ def test_dropped_requests_free_their_slots_and_disturb_nobody(run_ranks, asked):
     assert found.sizes[-1] == 0
 
 
-def test_the_cache_grows_and_shrinks_inside_its_limit(run_ranks, asked):
-    (found,) = run_ranks(join, 1, 1, 1, asked[:4], Limits(cache_tokens=400), 1, {})
-    assert {slots for slots, _ in found.rooms} > {1, 2}
-    assert all(slots * tokens <= 400 + 64 * slots for slots, tokens in found.rooms), (
-        "slots are rounded up to 64 tokens"
+def test_the_cache_shrinks_when_the_longest_has_left(run_ranks, asked):
+    """What waits for room then has it: more sequences that are shorter."""
+    in_order = [asked[number] for number in (2, 0, 3, 5, 7)]
+    (found,) = run_ranks(join, 1, 1, 1, in_order, Limits(cache_tokens=250), 1, {})
+    assert (2, 128) in found.rooms and (4, 64) in found.rooms
+    assert all(slots * tokens <= 250 + 64 * slots for slots, tokens in found.rooms), (
+        "room is in multiples of 64 tokens"
     )
-    longest = [tokens for _, tokens in found.rooms]
-    assert any(later < earlier for earlier, later in itertools.pairwise(longest))
+    assert found.ids == [answer.token_ids for answer in found.alone]
