@@ -20,7 +20,7 @@ from tests.support.small_runs import small_data
 
 pytestmark = [pytest.mark.slow, pytest.mark.parallel]
 
-STEPS, SAVE_EVERY = 40, 5
+STEPS, SAVE_EVERY = 60, 5
 SETTINGS = [
     f"num_steps={STEPS}",
     f"checkpoint.save_every_steps={SAVE_EVERY}",
@@ -105,9 +105,9 @@ def whole(cluster: SlurmCluster, data: Path, tmp_path_factory: pytest.TempPathFa
 def test_a_run_ends_as_it_would_have_without_its_time_limit_and_a_dead_node(
     cluster: SlurmCluster, data: Path, whole: Path, tmp_path: Path
 ) -> None:
-    job_id = submitted(launch(cluster, data, tmp_path, "--time=60", "--notice-seconds=90"))
+    job_id = submitted(launch(cluster, data, tmp_path, "--time=60", "--notice-seconds=120"))
     wait_for_step(tmp_path, 2)
-    # The limit is now one or two minutes away. SLURM looks every 30 s, and gives notice up to 30 s early.
+    # The limit is now one or two minutes away, and notice of it due. SLURM looks every 30 s.
     minutes, seconds = cluster.run("squeue", "--noheader", f"--jobs={job_id}", "--format=%M").strip().split(":")
     cluster.run("scontrol", "update", f"jobid={job_id}", f"TimeLimit={int(minutes) + (2 if int(seconds) < 55 else 3)}")
     wait_for_attempt(cluster, job_id, tmp_path, restarts=1)
@@ -157,7 +157,7 @@ def test_conversion_and_evaluation_are_jobs_too(
     assert list(target.glob("*.safetensors"))
 
     image = next((data / "images").rglob("*.png"))
-    question = ["generate", str(whole), "Read the number.", "--image", str(image), "--max-new-tokens", "4"]
+    question = ["score", str(whole), "Read the number.", "--image", str(image), "--answer", "3", "--answer", "8"]
     log = submit_script(cluster, tmp_path, "--ntasks-per-node=1", "launch/slurm/evaluate.sbatch", *question)
     answer = command(cluster, *question)
     assert answer.returncode == 0, answer.stderr
