@@ -12,13 +12,8 @@ from statistics import mean, median
 
 from internvl_megatron.scaling.collective_time import Network
 from internvl_megatron.scaling.kernel_time import Kernels
-from internvl_megatron.scaling.language_time import (
-    Habits,
-    data_parallel_seconds,
-    pipeline_seconds,
-    stage_times,
-)
-from internvl_megatron.scaling.published_runs import NEMO, PUBLISHED, PublishedRun
+from internvl_megatron.scaling.language_time import data_parallel_seconds, pipeline_seconds, stage_times
+from internvl_megatron.scaling.published_runs import PUBLISHED, PublishedRun
 
 ENOUGH = 1e-5
 """Mean error, as a logarithm, at which the fit ends."""
@@ -46,8 +41,9 @@ class Checked:
         return None if self.without_group is None else self.without_group / self.published.step_seconds - 1
 
 
-def predicted_seconds(published: PublishedRun, factor: float, habits: Habits = NEMO) -> float:
+def predicted_seconds(published: PublishedRun, factor: float) -> float:
     """Of a step of a published run."""
+    habits = published.habits
     kernels = Kernels(published.gpu, published.precision, factor)
     network, run = Network(published.gpu), published.run
     stages = stage_times(run, kernels, network, habits)
@@ -66,28 +62,28 @@ def fit_factor(log_errors: Callable[[float], Sequence[float]]) -> float:
     return math.exp(exponent)
 
 
-def factor_of(runs: Sequence[PublishedRun], habits: Habits = NEMO) -> float:
+def factor_of(runs: Sequence[PublishedRun]) -> float:
     """Fitted to some runs. Each model and kind counts as one, however many numbers of GPUs it was run on."""
     groups = [run.group for run in runs]
     weights = [len(runs) / groups.count(group) / len(set(groups)) for group in groups]
 
     def log_errors(factor: float) -> list[float]:
         return [
-            weight * math.log(predicted_seconds(run, factor, habits) / run.step_seconds)
+            weight * math.log(predicted_seconds(run, factor) / run.step_seconds)
             for run, weight in zip(runs, weights, strict=True)
         ]
 
     return fit_factor(log_errors)
 
 
-def leave_one_out(runs: Sequence[PublishedRun], habits: Habits = NEMO) -> list[Checked]:
+def leave_one_out(runs: Sequence[PublishedRun]) -> list[Checked]:
     """Every run of a line and precision, predicted by the others."""
     checked = []
     for run in runs:
         others = [other for other in runs if other is not run]
         strangers = [other for other in others if other.group != run.group]
-        of_others = predicted_seconds(run, factor_of(others, habits), habits)
-        of_strangers = predicted_seconds(run, factor_of(strangers, habits), habits) if strangers else None
+        of_others = predicted_seconds(run, factor_of(others))
+        of_strangers = predicted_seconds(run, factor_of(strangers)) if strangers else None
         checked.append(Checked(run, of_others, of_strangers))
     return checked
 

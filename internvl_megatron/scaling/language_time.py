@@ -108,16 +108,19 @@ def layer_kernels(run: LanguageRun, kernels: Kernels) -> Passes:
     return total.plus(kernels.elementwise(2 * forward, 2 * backward))
 
 
-def layer_messages(run: LanguageRun, network: Network, habits: Habits) -> tuple[Passes, Passes]:
+def layer_messages(run: LanguageRun, network: Network, habits: Habits, in_fp8: bool = False) -> tuple[Passes, Passes]:
     """Messages of one layer on one row: all of (tensor parallelism, context parallelism), exposed or not."""
     language, layout = run.language, run.layout
     tensor, context = layout.tensor_size, layout.context_size
     row_bytes = 2 * run.tokens_per_row / context * language.hidden_size
-    once = network.all_gather(row_bytes, Group(tensor))
+    scattered = network.all_gather(row_bytes, Group(tensor))
+    # Under sequence parallelism Transformer Engine gathers what it multiplies in FP8, rounded, and sums in bf16.
+    gathered = network.all_gather(row_bytes / 2 if in_fp8 and run.sequence_parallel else row_bytes, Group(tensor))
     # Attention and MLP each gather (or copy) their input and sum their output; backward the same, and under sequence
     # parallelism the input is gathered again for the weights' gradient.
-    again = 2 * once if run.sequence_parallel and run.trainable else 0.0
-    of_tensor = Passes(4 * once, 4 * once + again)
+    once = 2 * (gathered + scattered)
+    again = 2 * gathered if run.sequence_parallel and run.trainable else 0.0
+    of_tensor = Passes(once, once + again)
     shared = Group(context, stride=tensor)
     local = 2 * run.tokens_per_row / context * language.head_size / tensor
     queries, keys_values = local * language.num_heads, 2 * local * max(language.num_kv_heads, tensor)
@@ -134,7 +137,7 @@ def stage_time(run: LanguageRun, stage: int, kernels: Kernels, network: Network,
     layout = run.layout
     layers = sum(run.stage_layers[stage :: layout.pipeline_size])
     layer = layer_kernels(run, kernels)
-    of_tensor, of_context = layer_messages(run, network, habits)
+    of_tensor, of_context = layer_messages(run, network, habits, kernels.precision == "fp8")
     exposed = of_tensor.times(1 - habits.tensor_hidden_share)
     if habits.context == "ring":
         of_context = Passes(*(max(0.0, sent - done) for sent, done in zip(of_context, layer, strict=True)))

@@ -5,7 +5,7 @@ fine-tuning: "PP=41") and those of trainers that shard the language model's para
 this model has no time for them.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from internvl_megatron.config.schema import LanguageConfig
@@ -38,6 +38,10 @@ LLAMA: dict[str, LanguageConfig] = {
 NEMO = Habits(tensor_hidden_share=0.75, context="ring", gradient_bytes=2, all_positions=True)
 """NVIDIA's recipes: `tp_comm_overlap` on, ring attention, gradients summed in bf16. The share is assumed."""
 
+NEMO_LORA = replace(NEMO, tensor_hidden_share=0.0)
+"""The same with adapters: the recipe switches `tp_comm_overlap` off (NVIDIA/NeMo, nemo/collections/llm/recipes/llama3_70b.py,
+`finetune_performance_optimizations`)."""
+
 DGXC = "NVIDIA/dgxc-benchmarking 8f5cbb37 (tag v25.02, NeMo 24.12)"
 BRIDGE = "NVIDIA-NeMo/Megatron-Bridge 0a25f911, docs/performance-summary-archive.md"
 
@@ -69,6 +73,11 @@ class PublishedRun:
     def group(self) -> str:
         """Rows that differ in the number of GPUs only."""
         return f"{self.model} {self.kind}"
+
+    @property
+    def habits(self) -> Habits:
+        """Of the recipe it was made with."""
+        return NEMO_LORA if self.kind == "lora" else NEMO
 
     @property
     def run(self) -> LanguageRun:

@@ -42,13 +42,13 @@ def test_rows_of_a_line_are_predicted_by_the_others(precision: str) -> None:
     assert largest <= 0.20
 
 
-@pytest.mark.parametrize(("precision", "target"), [("bf16", 0.10), ("fp8", 0.12)])
-def test_the_survey_s_rows_alone_are_predicted_by_each_other(precision: str, target: float) -> None:
-    """Five rows of four kinds. In FP8 the median misses the 10 % that were wanted."""
+@pytest.mark.parametrize("precision", ["bf16", "fp8"])
+def test_the_survey_s_rows_alone_are_predicted_by_each_other(precision: str) -> None:
+    """Five rows of four kinds, the same target."""
     runs = [run for run in LINES["dgxc 25.02", precision] if (run.group, run.layout.world_size) in SURVEYED]
     assert len(runs) == len(SURVEYED)
     middle, largest = errors_of([one.row_error for one in leave_one_out(runs)])
-    assert middle <= target
+    assert middle <= 0.10
     assert largest <= 0.20
 
 

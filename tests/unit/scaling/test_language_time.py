@@ -7,13 +7,14 @@ import pytest
 
 from internvl_megatron.config.models import INTERNVL3
 from internvl_megatron.parallel.layout import Layout
-from internvl_megatron.scaling.collective_time import Network
+from internvl_megatron.scaling.collective_time import LINK_SHARE, Network
 from internvl_megatron.scaling.gpus import GPUS
 from internvl_megatron.scaling.kernel_time import Kernels
 from internvl_megatron.scaling.language_time import (
     OURS,
     LanguageRun,
     data_parallel_seconds,
+    layer_messages,
     pipeline_seconds,
     stage_times,
 )
@@ -56,6 +57,17 @@ def test_context_parallel_ranks_share_the_work_and_send() -> None:
     assert sum(two.messages) < sum(one.messages), (
         "half of the row through a smaller group, and a little to trade heads"
     )
+
+
+def test_in_fp8_what_is_gathered_for_products_is_half_as_large() -> None:
+    """78B on TP8 with sequence parallelism: forward two gathers and two sums of a row's 8192 x 8192 values a layer, backward two more
+    gathers; 7/8 of the bytes pass a link."""
+    bf16, fp8 = (layer_messages(RUN, NETWORK, OURS, in_fp8)[0] for in_fp8 in (False, True))
+    half = 8192 * 8192 * 7 / 8 / (LINK_SHARE * H100.machine_bandwidth)
+    assert bf16.forward - fp8.forward == pytest.approx(2 * half)
+    assert bf16.backward - fp8.backward == pytest.approx(4 * half)
+    whole = replace(RUN, sequence_parallel=False)
+    assert layer_messages(whole, NETWORK, OURS, True) == layer_messages(whole, NETWORK, OURS), "sums are in bf16"
 
 
 def test_more_copies_send_more_and_update_less() -> None:
