@@ -3,7 +3,8 @@
     python -m tools.calibrate [--output FILE.md]
 
 Of every release line and precision each row is predicted with the factor fitted to the others; of this project's own GPU runs the
-factors are fitted to the language model's and the vision side's time, so that only the whole says something.
+factors are fitted to the language model's and the vision side's time, so that only the whole says something. Layouts that were measured
+on CPU ranks (`tools.cpu_layouts`) are predicted from one rank's step.
 """
 
 import argparse
@@ -19,9 +20,11 @@ from internvl_megatron.scaling.calibration import Checked, errors_of, factor_of,
 from internvl_megatron.scaling.gpus import find_gpu
 from internvl_megatron.scaling.predicted_step import Workload, predict_step
 from internvl_megatron.scaling.published_runs import SURVEYED
+from tools import cpu_layouts
 from tools.gpu_cases import Case, Way
 
-OWN_RECORD = Path(__file__).resolve().parents[1] / "benchmarks/results/gpu_check_2026-11-28.json"
+RESULTS = Path(__file__).resolve().parents[1] / "benchmarks/results"
+OWN_RECORD = RESULTS / "gpu_check_2026-11-28.json"
 
 
 def _percent(value: float | None) -> str:
@@ -95,13 +98,27 @@ def own_table() -> str:
     return "\n".join(lines_)
 
 
+def cpu_table() -> str:
+    """Own steps on ranks of one CPU, every layout predicted from a step of one rank, as Markdown; of the newest record."""
+    found = max(RESULTS.glob("layouts_cpu_*.json"), default=None)
+    if found is None:
+        return "Not measured yet: `python -m tools.cpu_layouts`."
+    record = json.loads(found.read_text(encoding="utf-8"))
+    versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items() if version)
+    return (
+        f"{record['date']}, {record['machine']}, Python {record['python']}, {versions}, commit {record['commit']}; load average before "
+        f"{record['load_average_before']:.1f}.\n\n{cpu_layouts.table(record)}"
+    )
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print both tables."""
+    """Print the tables."""
     parser = argparse.ArgumentParser(description="Errors of the cost model.")
     parser.add_argument("--output", type=Path, help="Markdown to write")
     options = parser.parse_args(arguments)
     text = (
-        f"## Published runs\n\n{surveyed_errors()}\n\n{published_table()}\n\n## Own runs, one H200\n\n{own_table()}\n"
+        f"## Published runs\n\n{surveyed_errors()}\n\n{published_table()}\n\n## Own runs, one H200\n\n{own_table()}\n\n"
+        f"## Own runs, ranks on one CPU\n\n{cpu_table()}\n"
     )
     if options.output is not None:
         write_whole(options.output, text)

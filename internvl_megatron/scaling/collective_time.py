@@ -13,13 +13,9 @@ from internvl_megatron.scaling.gpus import GPUS_PER_MACHINE, GpuKind
 LINK_SHARE = 0.80
 """Of a link's bandwidth that large collectives reach. Assumed: nccl-tests on eight H100 show 360 of 450 GB/s in rings; all-reduce in
 the switch 480 (dgxc-benchmarking, nccl/README.md)."""
-MACHINE_LATENCY_SECONDS = 13e-6
-"""Smallest all-reduce on eight H100 (dgxc-benchmarking, nccl/README.md)."""
 NETWORK_LATENCY_SECONDS = 25e-6
 """Of a collective between machines, and `HOP_SECONDS` for each doubling of them: assumed."""
 HOP_SECONDS = 5e-6
-MESSAGE_LATENCY_SECONDS = 15e-6
-"""Of one message between two ranks: assumed."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +52,7 @@ class Network:
     def latency(self, group: Group) -> float:
         """Seconds of a collective without bytes."""
         if group.num_machines == 1:
-            return MACHINE_LATENCY_SECONDS
+            return self.gpu.collective_latency_seconds
         return NETWORK_LATENCY_SECONDS + HOP_SECONDS * math.log2(group.num_machines)
 
     def all_gather(self, num_bytes: float, group: Group) -> float:
@@ -82,4 +78,4 @@ class Network:
         """Seconds of a message to the rank `stride` further."""
         is_near = stride < GPUS_PER_MACHINE
         link = self.gpu.machine_bandwidth if is_near else self.gpu.network_bandwidth
-        return MESSAGE_LATENCY_SECONDS + num_bytes / (LINK_SHARE * link)
+        return self.gpu.message_latency_seconds + num_bytes / (LINK_SHARE * link)

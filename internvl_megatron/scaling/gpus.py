@@ -11,6 +11,15 @@ GPUS_PER_MACHINE = 8
 
 
 @dataclass(frozen=True)
+class StepFactors:
+    """What kernels of a kind take in a real step over what they take alone, by part of the step."""
+
+    language: float
+    vision: float
+    update: float
+
+
+@dataclass(frozen=True)
 class GpuKind:
     """One kind of GPU in the machine it is sold in."""
 
@@ -27,6 +36,12 @@ class GpuKind:
     network_bandwidth: float
     """Bytes/s to other machines, one direction."""
     source: str
+    collective_latency_seconds: float = 13e-6
+    """Of a collective inside a machine: smallest all-reduce on eight H100 (dgxc-benchmarking, nccl/README.md)."""
+    message_latency_seconds: float = 15e-6
+    """Of one message between two ranks: assumed."""
+    factors: StepFactors | None = None
+    """Where steps were measured on this kind; None = those of `predicted_step`, which were measured on an H200."""
 
 
 GPUS = {

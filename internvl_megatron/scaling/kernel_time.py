@@ -117,7 +117,8 @@ class Kernels:
 
     def update(self, parameters: float) -> float:
         """Seconds of the optimizer for the parameters whose state this rank has."""
-        return UPDATE_BYTES * parameters / self.gpu.memory_bandwidth
+        factor = 1.0 if self.gpu.factors is None else self.gpu.factors.update
+        return factor * UPDATE_BYTES * parameters / self.gpu.memory_bandwidth
 
     def _products(self, flops: float, fp8: bool) -> float:
         if fp8:

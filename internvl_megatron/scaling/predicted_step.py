@@ -115,7 +115,8 @@ def predicted_stages(config: RunConfig, plan: RunPlan, workload: Workload, gpu: 
 
 def _kernels(config: RunConfig, gpu: GpuKind) -> Kernels:
     precision = "bf16" if config.fp8.language == "none" else "fp8"
-    return Kernels(gpu, precision, LANGUAGE_FACTOR[precision])
+    factor = LANGUAGE_FACTOR[precision] if gpu.factors is None else gpu.factors.language
+    return Kernels(gpu, precision, factor)
 
 
 def predict_step(config: RunConfig, plan: RunPlan, workload: Workload, gpu: GpuKind) -> StepTime:
@@ -167,7 +168,8 @@ class VisionSeconds:
         self._plan, self._workload = plan, workload
         self._run = vision_run(config, plan)
         is_large = config.model.vision.hidden_size > 1024
-        self._kernels = Kernels(gpu, "bf16", VISION_FACTORS["6B" if is_large else "300M"])
+        factor = VISION_FACTORS["6B" if is_large else "300M"] if gpu.factors is None else gpu.factors.vision
+        self._kernels = Kernels(gpu, "bf16", factor)
         self._network = Network(gpu)
 
     def tiles_per_rank(self, num_rows: int) -> float:
