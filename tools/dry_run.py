@@ -3,8 +3,9 @@
     python -m tools.dry_run RECIPE --world-size N [--rank R] [--set section.field=value ...] [--output FILE.json]
 
 The trainer's own model, optimizers, schedules and messages run at full size as one rank of a fake world (`fake_step.py`), on rows drawn as
-`scaling/drawn_rows.py` says. Layers are torch's and attention is a CPU's fused kernel: what Transformer Engine keeps for its backward
-passes is not seen, and its layers keep other tensors. Weights, gradients, optimizer state and messages are the same for both.
+`scaling/drawn_rows.py` says. Layers are torch's and attention is a CPU's fused kernel; with `--layers transformer_engine` they are stand-ins
+that keep for backward passes what Transformer Engine's modules do, which is modelled (`modelled_layers.py`), not seen. Weights, gradients,
+optimizer state and messages are the same for both.
 """
 
 import argparse
@@ -28,12 +29,17 @@ from internvl_megatron.data.step_rows import DecodedTiles, assign_images
 from internvl_megatron.errors import UserError
 from internvl_megatron.launcher import launch
 from internvl_megatron.scaling.drawn_rows import TILE_TOKENS, draw_rows
+from internvl_megatron.scaling.saved_tensors import LayerKind, SavedBytes, layer_shape, saved_bytes
 from tools.image_text_rows import small_row
 
 SEED = 1
 GIVEN = ["data.meta=given later", "data.tokenizer=given later", "checkpoint.load=given later", "device=cpu"]
 GIVEN += ["parallel.prepare_ahead=false"]  # what a second thread does is not seen
 GIGA = 1e9
+LAYERS: dict[LayerKind, str] = {
+    "torch": "torch's layers",
+    "transformer_engine": "layers that keep what Transformer Engine's do (modelled)",
+}
 
 
 class BlackTiles:
@@ -132,6 +138,24 @@ def dry_config(recipe: str, num_ranks: int, overrides: Sequence[str], rows_per_r
     return config
 
 
+def check_layers(config: RunConfig, layers: LayerKind) -> None:
+    """Raise UserError for what is not modelled."""
+    if layers == "torch":
+        return
+    problem = None
+    if config.dtype != "bf16":
+        problem = f"dtype={config.dtype}"
+    if (config.fp8.vision, config.fp8.projector) != ("none", "none"):
+        problem = f"fp8.vision={config.fp8.vision}, fp8.projector={config.fp8.projector}"
+    if config.lora.language_rank is not None or config.lora.vision_rank is not None:
+        problem = "lora"
+    if problem is not None:
+        raise UserError(
+            f"{problem}: what Transformer Engine's layers keep is modelled in bf16, and in FP8 of the language model, without adapters; "
+            "leave it out, or take --layers torch"
+        )
+
+
 def enough_rows(parallel: ParallelConfig) -> int:
     """Rows with which a rank's memory is fullest: two windows', for a sharded encoder's gradients stay from one to the next; or
     as many as fill a pipeline and its pauses."""
@@ -139,13 +163,16 @@ def enough_rows(parallel: ParallelConfig) -> int:
     return -(-rows // parallel.pipeline_size) * parallel.pipeline_size if parallel.virtual_size > 1 else rows
 
 
-def as_record(run: Any, config: RunConfig, made: RunPlan, rank: int, step_rows: int) -> dict[str, Any]:
+def as_record(
+    run: Any, config: RunConfig, made: RunPlan, rank: int, step_rows: int, layers: LayerKind
+) -> dict[str, Any]:
     """All figures, for JSON; `step_rows`: of the recipe's step."""
     figures = run.figures
     return {
         "recipe": config.name,
         "world_size": made.layout.world_size,
         "layout": str(made.layout),
+        "layers": LAYERS[layers],
         "rank": rank,
         "stage": made.layout.stage(rank),
         "rows_per_replica": figures.num_rows,
@@ -162,7 +189,32 @@ def as_record(run: Any, config: RunConfig, made: RunPlan, rank: int, step_rows: 
         ],
         "seconds": run.seconds,
         "resident_bytes": run.resident_bytes,
+        "kept_by_a_layer_for_a_row_bytes": {name: vars(kept) for name, kept in kept_by_layers(config).items()},
     }
+
+
+def kept_by_layers(config: RunConfig) -> dict[str, SavedBytes]:
+    """What a layer of the language model keeps of a row until its backward pass, by what it is made of."""
+    shape = layer_shape(config)
+    return {
+        "torch": saved_bytes(shape, "torch"),
+        "TE bf16, modelled": saved_bytes(shape, "transformer_engine"),
+        "TE FP8, modelled": saved_bytes(shape, "transformer_engine", in_fp8=True),
+    }
+
+
+def kept_table(config: RunConfig) -> list[str]:
+    """The same to read, in MB."""
+    kept = kept_by_layers(config)
+    modules = [*vars(next(iter(kept.values()))), "total"]
+    return [
+        f"{'MB a layer keeps of a row':<28}" + "".join(f"{name:>20}" for name in kept),
+        *(
+            f"  {module.replace('_', ' '):<26}"
+            + "".join(f"{getattr(one, module) / 1e6:>20.1f}" for one in kept.values())
+            for module in modules
+        ),
+    ]
 
 
 def report(record: Mapping[str, Any], config: RunConfig, made: RunPlan) -> str:
@@ -172,7 +224,7 @@ def report(record: Mapping[str, Any], config: RunConfig, made: RunPlan) -> str:
     times = record["rows_per_replica_of_recipe"] / record["rows_per_replica"]
     lines = [
         f"{record['recipe']} on {record['world_size']} ranks, {record['layout']}: rank {record['rank']}, "
-        f"stage {record['stage'] + 1} of {stages}; torch's layers, {config.dtype}",
+        f"stage {record['stage'] + 1} of {stages}; {record['layers']}, {config.dtype}",
         f"a step of {record['rows_per_replica']} rows of {record['tokens_per_row']} tokens a replica, {under_way} under way at most"
         + (" and chunk" if made.layout.virtual_size > 1 else ""),
         f"the recipe's step has {record['rows_per_replica_of_recipe']} rows: {times:g} times the FLOPs and the messages of rows and tiles",
@@ -184,6 +236,8 @@ def report(record: Mapping[str, Any], config: RunConfig, made: RunPlan) -> str:
         ),
         f"{'peak of a step beyond these':<28}{record['peak_bytes_beyond_these'] / GIGA:>10.3f} GB  "
         f"{record['peak_bytes_beyond_these']:>16,} bytes",
+        "",
+        *kept_table(config),
         "",
         "TFLOP of the step, recomputation and all of causal attention counted",
         *(f"  {part:<26}{flops / 1e12:>12.3f}" for part, flops in sorted(record["flops"].items())),
@@ -215,6 +269,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="of the step (default: two windows', or twice the stages; at most the recipe's). More rows have the same peak, but for "
         "pixels; FLOPs and messages of rows and tiles grow with them, those of gradients and parameters do not",
     )
+    parser.add_argument(
+        "--layers",
+        choices=LAYERS,
+        default="torch",
+        help="whose tensors are kept for backward passes; Transformer Engine's are modelled (default: torch)",
+    )
     parser.add_argument("--output", type=Path, help="JSON to write")
     options = parser.parse_args(arguments)
     try:
@@ -229,15 +289,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.rows_per_replica is not None and options.rows_per_replica < 1:
             raise UserError(f"--rows-per-replica={options.rows_per_replica}: at least 1")
         config = dry_config(options.recipe, options.world_size, options.set, options.rows_per_replica)
+        check_layers(config, options.layers)
         made = plan(config, options.world_size)
         rows_of = DrawnRows(config, made, options.image_share)
         target = "tools.fake_step:dry_run"
-        [[run]] = launch(target, 1, config, options.world_size, [options.rank], rows_of, device="cpu")
+        [[run]] = launch(target, 1, config, options.world_size, [options.rank], rows_of, options.layers, device="cpu")
     except UserError as error:
         print(f"dry_run: {error}", file=sys.stderr)
         return 2
     step_rows = apply_overrides(find_recipe(options.recipe, options.world_size), options.set).rows_per_step
-    record = as_record(run, config, made, options.rank, step_rows)
+    record = as_record(run, config, made, options.rank, step_rows, options.layers)
     if options.output is not None:
         write_whole(options.output, json.dumps(record, indent=1) + "\n")
     print(report(record, config, made))

@@ -8,7 +8,7 @@ from the others (nothing is to be gathered yet, buffers are made), so that one r
 import resource
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 from unittest.mock import patch
@@ -27,7 +27,9 @@ from internvl_megatron.parallel.groups import Groups
 from internvl_megatron.parallel.host import gather_integers
 from internvl_megatron.parallel.layout import Layout
 from internvl_megatron.ranks import RankInfo
+from internvl_megatron.scaling.saved_tensors import LayerKind
 from tools.fake_world import META, BuiltBytes, FakeWorldDevice, held_bytes, tensors_that_stay, without_memory
+from tools.modelled_layers import ModelledDevice, modelled
 from tools.step_account import Message, StepAccount, Traffic
 from tools.tensor_bytes import TensorBytes, is_of_others, plain_tensors
 
@@ -84,7 +86,14 @@ def step_figures(step: Any, model: Any, groups: Groups, rows: Any, first_rows: A
     return StepFigures(held, account.live.peak, dict(account.flops), account.messages, len(rows.rows))
 
 
-def dry_run(info: RankInfo, config: RunConfig, num_ranks: int, ranks: Sequence[int], rows_of: RowsOf) -> list[DryRun]:
+def dry_run(
+    info: RankInfo,
+    config: RunConfig,
+    num_ranks: int,
+    ranks: Sequence[int],
+    rows_of: RowsOf,
+    layers: LayerKind = "torch",
+) -> list[DryRun]:
     """Body of a process that becomes ranks of a fake world, one after the other.
 
     Args:
@@ -93,12 +102,14 @@ def dry_run(info: RankInfo, config: RunConfig, num_ranks: int, ranks: Sequence[i
         num_ranks: size of the world.
         ranks: which to be.
         rows_of: gives the rows of the step.
+        layers: torch's as on a CPU, or modelled ones that keep what Transformer Engine's do (`modelled_layers.py`).
     """
     del info
-    return [_dry_run(config, num_ranks, rank, rows_of) for rank in ranks]
+    with modelled(config) if layers == "transformer_engine" else nullcontext():
+        return [_dry_run(config, num_ranks, rank, rows_of, layers) for rank in ranks]
 
 
-def _dry_run(config: RunConfig, num_ranks: int, rank: int, rows_of: RowsOf) -> DryRun:
+def _dry_run(config: RunConfig, num_ranks: int, rank: int, rows_of: RowsOf, layers: LayerKind) -> DryRun:
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     from internvl_megatron.model.build import build_model
@@ -109,7 +120,8 @@ def _dry_run(config: RunConfig, num_ranks: int, rank: int, rows_of: RowsOf) -> D
     torch.set_num_threads(1)
     made = plan(config, num_ranks)
     open_device("cpu")
-    device = FakeWorldDevice(kind="cpu", index=0, attention="sdpa")
+    kind = FakeWorldDevice if layers == "torch" else ModelledDevice
+    device = kind(kind="cpu", index=0, attention="sdpa")
     dist.init_process_group("fake", rank=rank, world_size=num_ranks, store=FakeStore())
     groups = make_groups(made.layout, device, 60, made.vision_layout)
     layout = made.layout

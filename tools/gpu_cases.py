@@ -31,12 +31,8 @@ from internvl_megatron.data.positions import STRIDES, UNITS_PER_POSITION, v2pe_n
 from internvl_megatron.device import DeviceName
 from internvl_megatron.scaling.counts import parameter_counts
 from internvl_megatron.scaling.drawn_rows import TILE_TOKENS, PackedRow, draw_rows
-from internvl_megatron.scaling.memory import (
-    OTHER_BYTES,
-    USED_SHARE,
-    layer_activation_bytes,
-    tile_activation_bytes,
-)
+from internvl_megatron.scaling.memory import OTHER_BYTES, USED_SHARE, tile_activation_bytes
+from internvl_megatron.scaling.saved_tensors import FP8_WEIGHT_BYTES, LayerShape, saved_bytes
 from tools.image_text_rows import small_row
 
 Size = Literal["1B", "2B", "8B"]
@@ -79,8 +75,6 @@ class Way:
 
 WAYS = (Way("fp32", "none", 32), Way("fp32", "full", 32), Way("fp32", "full", 24), Way("bf16", "full", 24))
 """The first that the whole model fits with is taken, else the last."""
-FP8_BYTES = 2
-"""Of a parameter of a layer, in FP8: two copies of weights that are products' operands, one of them transposed."""
 
 
 @dataclass(frozen=True)
@@ -206,11 +200,11 @@ def layers_that_fit(model: ModelConfig, tokens_per_row: int, memory_bytes: float
         cut = replace(model, language=replace(language, num_layers=num_layers))
         return parameter_counts(cut, padded_vocab=True).total
 
-    layer_bytes = layer_activation_bytes(language, tokens_per_row)
+    layer_bytes = saved_bytes(LayerShape(language, tokens_per_row), "transformer_engine").total
     tile_bytes = tile_activation_bytes(model.vision)
 
     def needed(num_layers: int) -> float:
-        state = way.state_bytes * parameters(num_layers) + FP8_BYTES * (parameters(num_layers) - parameters(0))
+        state = way.state_bytes * parameters(num_layers) + FP8_WEIGHT_BYTES * (parameters(num_layers) - parameters(0))
         if way.vision_recompute == "none":
             tiles = window_rows(tokens_per_row, way.chunk_tiles) * TILES_PER_ROW[tokens_per_row]
             activations = num_layers * layer_bytes + tiles * tile_bytes

@@ -2,7 +2,9 @@
 
 State is weights, gradients and AdamW's: in bf16 2 + 4 bytes a parameter on every rank that has it, and 12 more (8 with moments in
 bf16) divided over its copies; of a sharded vision side 16 bytes divided over all. Tests compare it with what is allocated.
-Activations are those of full rows and full tile budgets. What is left (libraries, driver, fragments) is a flat guess.
+Activations are those of full rows and full tile budgets, with Transformer Engine's layers as `saved_tensors` models them, at the two
+moments of a step at which a rank can have most: when most rows are under way, beside what a layer's backward pass needs for itself or
+the loss does, and while the encoder runs. Tests compare them with dry runs. What is left (libraries, driver, fragments) is a flat guess.
 """
 
 from dataclasses import dataclass
@@ -10,9 +12,10 @@ from dataclasses import dataclass
 from internvl_megatron.config.plan import RunPlan
 from internvl_megatron.config.schema import LanguageConfig, ModelConfig, RunConfig, VisionConfig
 from internvl_megatron.scaling.counts import parameter_counts
+from internvl_megatron.scaling.saved_tensors import BF16, FP8_WEIGHT_BYTES, FP32, layer_shape, saved_bytes
 
 OTHER_BYTES = 6e9
-"""Taken for the driver's own memory, work space of the libraries, logits of one chunk of the loss and their gradient."""
+"""Taken for the driver's own memory, and for work space of the libraries."""
 USED_SHARE = 0.95
 """Of a device's memory; the rest is lost between allocations."""
 
@@ -93,13 +96,6 @@ def stage_parameters(model: ModelConfig, plan: RunPlan, stage: int) -> int:
     return parameters
 
 
-def layer_activation_bytes(language: LanguageConfig, tokens: int) -> int:
-    """What a layer of the language model keeps of a row for backward in bf16, on one rank: inputs and outputs of both norms;
-    queries, keys, values and what attention makes of them; gate, up and their product."""
-    heads = language.num_heads * language.head_size
-    return 2 * tokens * (4 * language.hidden_size + 3 * heads + 3 * language.ffn_hidden_size)
-
-
 def tile_activation_bytes(vision: VisionConfig) -> int:
     """What the vision encoder keeps of a tile for backward in bf16."""
     values = (vision.patches_per_side**2 + 1) * (10 * vision.hidden_size + 2 * vision.ffn_hidden_size)
@@ -162,19 +158,52 @@ def _parts(config: RunConfig) -> int:
     return parallel.context_size * (parallel.tensor_size if parallel.sequence_parallel else 1)
 
 
+def rows_under_way(config: RunConfig, plan: RunPlan, stage: int) -> float:
+    """Of which a stage keeps its activations when it keeps most, a chunk of a row as a part of one."""
+    layout = plan.layout
+    stages, chunks = layout.pipeline_size, layout.virtual_size
+    rows = min(plan.rows_per_replica, config.parallel.vision_window_rows or plan.rows_per_replica)
+    if chunks == 1:
+        return min(rows, stages - stage)
+    # Megatron Core's interleaved schedule: passes before the first backward pass, and the one it is the backward pass of.
+    return min(rows, (2 * (stages - stage - 1) + (chunks - 1) * stages + 1) / chunks)
+
+
 def _language_activations(config: RunConfig, plan: RunPlan, stage: int) -> float:
-    """Of the rows that are under way on a stage when most are."""
-    language, layout, parallel = config.model.language, plan.layout, config.parallel
-    tokens = config.data.tokens_per_row
-    one_layer = layer_activation_bytes(language, tokens) / (layout.tensor_size * layout.context_size)
-    layer_input = 2 * tokens * language.hidden_size / _parts(config)
-    kept = layer_input if parallel.language_recompute == "full" else one_layer
-    layers = sum(plan.stage_layers[stage :: layout.pipeline_size])
-    under_way = min(plan.rows_per_replica, layout.pipeline_size - stage)
-    if layout.virtual_size > 1:  # all chunks of the first rows wait for the last stage
-        under_way += (layout.pipeline_size - 1) / layout.virtual_size
-    again = one_layer if parallel.language_recompute == "full" else 0
-    return layers * under_way * kept + again
+    """Of the rows that are under way on a stage when most are, and of the pass that runs then."""
+    shape, stages = layer_shape(config), plan.layout.pipeline_size
+    in_fp8, again = config.fp8.language != "none", config.parallel.language_recompute == "full"
+    saved = saved_bytes(shape, "transformer_engine", in_fp8).total
+    width, feed_forward = shape.language.hidden_size, shape.language.ffn_hidden_size / shape.tensor_size
+    kept = BF16 * shape.tokens_between * width if again else saved
+    layers, rows = sum(plan.stage_layers[stage::stages]), rows_under_way(config, plan, stage)
+    # A layer's backward pass: gradients of gate, up and their product; its input, whole, and the gradient of that.
+    one_pass = BF16 * shape.tokens * (3 * feed_forward + 2 * width)
+    rounded = _fp8_weights(config, layers, rows) if in_fp8 else 0.0
+    passing = one_pass + saved * again
+    if stage == stages - 1:
+        passing = max(passing, _loss_bytes(config, plan))
+    return layers * rows * kept + rounded + passing
+
+
+def _fp8_weights(config: RunConfig, layers: int, rows: float) -> float:
+    """Rounded copies of a stage's weights. Transformer Engine keeps them from micro-batch to micro-batch where there is one window;
+    else each has its own until its backward pass."""
+    parallel = config.parallel
+    one_layer = FP8_WEIGHT_BYTES * _layer_parameters(config.model.language, parallel.tensor_size)
+    if parallel.vision_window_rows is None:
+        return layers * one_layer
+    return one_layer if parallel.language_recompute == "full" else layers * rows * one_layer
+
+
+def _loss_bytes(config: RunConfig, plan: RunPlan) -> float:
+    """Of the output layer and the loss: its weight's gradient in fp32 and once more in bf16, the whole row before and its gradient, and
+    logits of a chunk in both formats."""
+    shape = layer_shape(config)
+    width, columns = shape.language.hidden_size, plan.padded_vocab_size / shape.tensor_size
+    positions = min(shape.tokens, config.kernels.loss_chunk_tokens or shape.tokens)
+    row = 3 * BF16 * shape.tokens * width
+    return (FP32 + BF16) * columns * (width + positions) + row
 
 
 def _activations(config: RunConfig, plan: RunPlan, stage: int) -> float:

@@ -159,6 +159,19 @@ def test_the_command_counts_the_demo(tmp_path: Path) -> None:
         (["demo_digits", "--world-size", "4", "--set", "optimizer.name=sgd"], "optimizer.name=sgd"),
         (["internvl3_1b_mpo", "--world-size", "8"], "loss.kind=mpo"),
         (["demo_digits", "--world-size", "4", "--rows-per-replica", "0"], "--rows-per-replica=0"),
+        (["demo_digits", "--world-size", "4", "--layers", "transformer_engine", "--set", "dtype=fp32"], "dtype=fp32"),
+        (
+            [
+                "internvl3_1b_sft",
+                "--world-size",
+                "8",
+                "--layers",
+                "transformer_engine",
+                "--set",
+                "lora.language_rank=8",
+            ],
+            "lora",
+        ),
     ],
 )
 def test_the_command_says_what_to_mend(capsys: pytest.CaptureFixture[str], arguments: list[str], named: str) -> None:
