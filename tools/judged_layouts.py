@@ -11,7 +11,7 @@ from internvl_megatron.scaling.gpus import GPUS, GpuKind
 from internvl_megatron.scaling.memory import USED_SHARE, first_stage_bytes, rank_bytes
 from internvl_megatron.scaling.planner import Search
 from internvl_megatron.scaling.predicted_step import StepTime, VisionSeconds, Workload, predict_step, predicted_stages
-from tools.plan import FIRST_STAGE
+from tools.hand_layouts import FIRST_STAGE
 
 H100 = GPUS["h100-80g"]
 

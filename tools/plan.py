@@ -15,7 +15,6 @@ from typing import Any
 
 from internvl_megatron.config.models import INTERNVL3
 from internvl_megatron.config.overrides import with_values
-from internvl_megatron.config.plan import plan
 from internvl_megatron.config.recipes import find_recipe
 from internvl_megatron.config.schema import RunConfig
 from internvl_megatron.data.files import write_whole
@@ -23,40 +22,14 @@ from internvl_megatron.errors import ConfigError, UserError
 from internvl_megatron.scaling.counts import step_flops
 from internvl_megatron.scaling.drawn_rows import drawn_workload
 from internvl_megatron.scaling.gpus import GPUS, GPUS_PER_MACHINE, GpuKind, find_gpu
-from internvl_megatron.scaling.memory import USED_SHARE, first_stage_bytes
-from internvl_megatron.scaling.planner import Choice, Search, judge, search, slower_because
+from internvl_megatron.scaling.memory import USED_SHARE
+from internvl_megatron.scaling.planner import Choice, Search, search, slower_because
 from internvl_megatron.scaling.predicted_step import StepTime, Workload
+from tools.hand_layouts import judged_by_hand
 
 TOKENS_OF_RUN = 200e9
 """Of InternVL3's pre-training (paper, sec. 2.2)."""
 SHOWN_LOSERS = 6
-FIRST_STAGE: dict[str, Any] = {
-    "parallel.vision_placement": "first_stage",
-    "parallel.vision_sharding": "replicated",
-    "parallel.vision_shard_ranks": None,
-    "parallel.vision_window_rows": None,
-    "parallel.vision_recompute": "layer",
-    "parallel.sequence_parallel": True,
-}
-HAND_LAYOUTS: dict[str, dict[str, dict[str, Any]]] = {
-    "78B": {
-        "LoongForge's for InternVL2.5-78B (sft_internvl2_5_78b.sh)": FIRST_STAGE
-        | {
-            "parallel.tensor_size": 8,
-            "parallel.pipeline_size": 4,
-            "parallel.stage_layers": (1, 26, 26, 27),
-            "parallel.language_recompute": "full",
-        },
-        "MindSpeed-MM's for InternVL3-78B (llm_pp_layers 40,40)": FIRST_STAGE
-        | {
-            "parallel.tensor_size": 8,
-            "parallel.pipeline_size": 2,
-            "parallel.stage_layers": (40, 40),
-            "parallel.language_recompute": "full",
-        },
-    }
-}
-"""Layouts other trainers were published with, by size; what they compute again is not known, and here as the recipe has it."""
 
 
 def planned_config(size: str, num_gpus: int, tokens_per_row: int, rows_per_step: int | None, fp8: str) -> RunConfig:
@@ -130,7 +103,7 @@ def _parts(time: StepTime) -> str:
     return ", ".join(f"{name.replace('_', ' ')} {seconds:.2f}" for name, seconds in parts if seconds >= 0.005)
 
 
-def _way(choice: Choice) -> str:
+def way_of(choice: Choice) -> str:
     """What is not in the layout's name."""
     parallel = choice.config.parallel
     words = [
@@ -159,7 +132,7 @@ def report(found: Search, config: RunConfig, workload: Workload, num_gpus: int, 
         f"{config.name} on {num_gpus} x {gpu.name}: {config.rows_per_step} rows of {config.data.tokens_per_row} tokens a step, "
         f"{workload.tiles_per_row:.1f} tiles a row, rows {workload.tokens_per_row / config.data.tokens_per_row:.0%} full",
         "",
-        f"best: {best.layout}, {_layers(best)}, {_way(best)}",
+        f"best: {best.layout}, {_layers(best)}, {way_of(best)}",
         f"  predicted step {best.time.total:.2f} s: {_parts(best.time)}",
         f"  {speed['tokens_per_second_and_gpu']:.0f} tokens/s and GPU, MFU {speed['mfu']:.1%} (causal, encoder counted, all positions in the "
         f"output layer); 200 B tokens in {speed['days_of_200b_tokens']:.1f} days, {speed['gpu_hours_of_200b_tokens']:,.0f} GPU-hours",
@@ -171,14 +144,15 @@ def report(found: Search, config: RunConfig, workload: Workload, num_gpus: int, 
         because = ", ".join(
             f"{part.replace('_', ' ')} +{loss:.2f} s" for part, loss in slower_because(choice, best)[:2]
         )
-        lines.append(f"  {choice.layout}: {choice.time.total / best.time.total - 1:+.1%} ({because}; {_way(choice)})")
+        lines.append(
+            f"  {choice.layout}: {choice.time.total / best.time.total - 1:+.1%} ({because}; {way_of(choice)})"
+        )
     smallest = sorted(found.too_large.items(), key=lambda item: item[1])[:SHOWN_LOSERS]
     if smallest:
         lines.append(f"too large for {USED_SHARE:.0%} of the memory, whatever is computed again:")
         lines += [f"  {name}: {size / 1e9:.0f} GB" for name, size in smallest]
-    named = {"the recipe's own layout": {}, **HAND_LAYOUTS.get(_size_of(config), {})}
-    for name, values in named.items():
-        lines.append(_made_by_hand(name, with_values(config, values), num_gpus, workload, gpu, best))
+    by_hand = judged_by_hand(_size_of(config), config, num_gpus, workload, gpu, best)
+    lines += ["made by hand:", *(f"  {one.name}: {one.outcome}" for one in by_hand)]
     lines.append(
         f"tried {found.num_tried} settings; {len(found.choices)} layouts fit, {len(found.too_large)} do not; refused by plan(): "
         + ", ".join(f"{field} {count}" for field, count in found.invalid.most_common(4))
@@ -193,19 +167,6 @@ def _size_of(config: RunConfig) -> str:
         if model.language.hidden_size == config.model.language.hidden_size
         and model.language.num_layers == config.model.language.num_layers
     )
-
-
-def _made_by_hand(name: str, config: RunConfig, num_gpus: int, workload: Workload, gpu: GpuKind, best: Choice) -> str:
-    """How a layout that nobody searched for does."""
-    try:
-        memory, time = judge(config, num_gpus, workload, gpu)
-    except ConfigError as error:
-        return f"{name} does not go: {str(error).splitlines()[0]}"
-    made, num_bytes = plan(config, num_gpus), memory.total
-    if made.vision_layout.first_stage_only:
-        num_bytes = first_stage_bytes(config, made)
-    fits = "fits" if num_bytes <= USED_SHARE * gpu.memory_bytes else f"does not fit ({num_bytes / 1e9:.0f} GB)"
-    return f"{name}, {made.layout}: {fits}, {time.total:.2f} s, {time.total / best.time.total:.2f} times the best"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -298,7 +298,8 @@ ASSUMED = """Assumed, and not checked by a measurement of this project:
   messages are; tiles travel ahead for nothing;
 * rows are drawn and packed first_fit (`internvl_megatron/scaling/drawn_rows.py`), which leaves 5 to 15 % of them empty where images are in them (tokens/s
   count what is in the rows); all are of average cost; replicas trade rows, so none waits for another;
-* memory is `scaling/memory.py`'s estimate, checked against one measurement and, for the state, against ranks of fake worlds;
+* memory is `scaling/memory.py`'s estimate, checked against one measurement and against dry runs (`plans.md`); what Transformer Engine's layers keep is
+  modelled from its source, 6 GB are a guess for what no dry run sees;
 * rows are equal in the schedules that are run event by event, with as many tiles as the mean has: a replica or a first stage that encodes its own rows
   waits for none with more tiles, which favours the first stage;
 * an encoder in the first stage: each of its ranks has all of it, and of a row's tiles as many as the others, rounded up; layers are divided to make
