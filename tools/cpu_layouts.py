@@ -117,7 +117,8 @@ def product_seconds(info: RankInfo) -> list[list[float]]:
     del info
     torch.set_num_threads(1)
     found = []
-    for tokens, inputs, outputs in SHAPES:
+    for shape in SHAPES:
+        tokens, inputs, outputs = (int(size) for size in shape)
         x, weight, gradient = (
             torch.randn(*size, dtype=torch.bfloat16)
             for size in ((tokens, inputs), (outputs, inputs), (tokens, outputs))
@@ -125,11 +126,11 @@ def product_seconds(info: RankInfo) -> list[list[float]]:
         main_gradient = torch.zeros(outputs, inputs)
 
         def backward(x: Any = x, weight: Any = weight, gradient: Any = gradient, main: Any = main_gradient) -> None:
-            gradient @ weight
-            main.add_(gradient.t() @ x)
+            torch.mm(gradient, weight)
+            main.add_(torch.mm(gradient.t(), x))
 
         def forward(x: Any = x, weight: Any = weight) -> None:
-            x @ weight.t()
+            torch.mm(x, weight.t())
 
         found.append([_fastest(forward), _fastest(backward)])
     return found
