@@ -34,7 +34,7 @@ from tools.plan import overrides_of, planned_config, way_of
 
 GPU_COUNTS = (8, 64, 512, 1024)
 TOKENS_PER_ROW, IMAGE_SHARE = 32768, 0.5
-FULL_IMAGE_SHARE = 0.85
+FULL_IMAGE_SHARE = 0.75
 """Of the rows that run dry: the budget of tiles, which memory must be enough for, is what ends them."""
 GIGA = 1e9
 

@@ -28,7 +28,7 @@ from internvl_megatron.data.packing import Row
 from internvl_megatron.data.step_rows import DecodedTiles, assign_images
 from internvl_megatron.errors import UserError
 from internvl_megatron.launcher import launch
-from internvl_megatron.scaling.drawn_rows import TILE_TOKENS, draw_rows
+from internvl_megatron.scaling.drawn_rows import TILE_TOKENS, chance_of_image, draw_rows
 from internvl_megatron.scaling.saved_tensors import LayerKind, SavedBytes, layer_shape, saved_bytes
 from tools.image_text_rows import small_row
 
@@ -105,10 +105,14 @@ class DrawnRows:
 @cache
 def _drawn(config: RunConfig, image_share: float) -> list[Row]:
     """All rows of a step."""
-    data, per_tile = config.data, config.model.vision.tokens_per_tile
-    tokens = data.tokens_per_row * TILE_TOKENS // per_tile
-    drawn = draw_rows(image_share, config.rows_per_step, tokens, data.tiles_per_row, SEED)
+    tokens = _tokens_drawn(config)
+    drawn = draw_rows(image_share, config.rows_per_step, tokens, config.data.tiles_per_row, SEED)
     return [small_row(samples, config.model, tokens, seed) for seed, samples in enumerate(drawn)]
+
+
+def _tokens_drawn(config: RunConfig) -> int:
+    """Of a row, at 256 tokens a tile."""
+    return config.data.tokens_per_row * TILE_TOKENS // config.model.vision.tokens_per_tile
 
 
 def dry_config(recipe: str, num_ranks: int, overrides: Sequence[str], rows_per_replica: int | None) -> RunConfig:
@@ -290,6 +294,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise UserError(f"--rows-per-replica={options.rows_per_replica}: at least 1")
         config = dry_config(options.recipe, options.world_size, options.set, options.rows_per_replica)
         check_layers(config, options.layers)
+        chance_of_image(options.image_share, _tokens_drawn(config))  # says so if there is none
         made = plan(config, options.world_size)
         rows_of = DrawnRows(config, made, options.image_share)
         target = "tools.fake_step:dry_run"

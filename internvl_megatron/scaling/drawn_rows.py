@@ -13,6 +13,7 @@ import numpy as np
 
 from internvl_megatron.data.first_fit import FirstFitPacker
 from internvl_megatron.data.tiling import choose_grid, num_tiles
+from internvl_megatron.errors import ConfigError
 from internvl_megatron.scaling.predicted_step import Workload
 
 TILE_TOKENS = 256
@@ -88,7 +89,7 @@ def draw_rows(
         seed: of everything drawn.
     """
     rng = np.random.default_rng(seed)
-    chance = _chance_of_image(image_share, tokens_per_row)
+    chance = chance_of_image(image_share, tokens_per_row)
     packer = FirstFitPacker[Sample](tokens_per_row, tiles_per_row, BUFFER_ROWS)
     rows: list[PackedRow] = []
     while len(rows) < FIRST_ROWS + num_rows:
@@ -107,7 +108,7 @@ def draw_samples(image_share: float, num_samples: int, tokens_per_row: int, seed
         seed: of everything drawn.
     """
     rng = np.random.default_rng(seed)
-    chance = _chance_of_image(image_share, tokens_per_row)
+    chance = chance_of_image(image_share, tokens_per_row)
     return [_draw_sample(rng, rng.random() < chance, tokens_per_row) for _ in range(num_samples)]
 
 
@@ -130,8 +131,12 @@ def _draw_tiles(rng: np.random.Generator) -> int:
     return num_tiles(choose_grid(*size, min_tiles=1, max_tiles=MAX_TILES, tile_pixels=TILE_PIXELS), use_thumbnail=True)
 
 
-def _chance_of_image(image_share: float, tokens_per_row: int, num_draws: int = 20000) -> float:
-    """Share of samples that must have an image for this share of image tokens, by the mean sizes of both kinds."""
+def chance_of_image(image_share: float, tokens_per_row: int, num_draws: int = 20000) -> float:
+    """Share of samples that must have an image for this share of image tokens, by the mean sizes of both kinds.
+
+    Raises:
+        ConfigError: images alone have not so many.
+    """
     if image_share == 0:
         return 0.0
     rng = np.random.default_rng(0)
@@ -140,8 +145,12 @@ def _chance_of_image(image_share: float, tokens_per_row: int, num_draws: int = 2
     )
     image_tokens = TILE_TOKENS * sum(sample.num_tiles for sample in with_image)
     surplus = image_tokens - image_share * sum(sample.num_tokens for sample in with_image)
+    if surplus <= 0:
+        most = image_tokens / sum(sample.num_tokens for sample in with_image)
+        raise ConfigError(
+            f"{image_share:.0%} image tokens cannot be drawn: samples with an image have {most:.0%} of them, the others none; ask for less"
+        )
     missing = image_share * sum(sample.num_tokens for sample in alone)
-    assert surplus > 0, f"samples with an image have too much text for {image_share:.0%} image tokens"
     return missing / (missing + surplus)
 
 

@@ -155,6 +155,7 @@ def test_the_command_counts_the_demo(tmp_path: Path) -> None:
         (["demo_digits", "--world-size", "0"], "--world-size=0"),
         (["demo_digits", "--world-size", "4", "--output", "no/such/folder/rank.json"], "no/such/folder is no folder"),
         (["demo_digits", "--world-size", "4", "--image-share", "1"], "--image-share=1"),
+        (["demo_digits", "--world-size", "4", "--image-share", "0.9"], "90% image tokens cannot be drawn"),
         (["demo_digits", "--world-size", "3"], "parallel."),
         (["demo_digits", "--world-size", "4", "--set", "optimizer.name=sgd"], "optimizer.name=sgd"),
         (["internvl3_1b_mpo", "--world-size", "8"], "loss.kind=mpo"),

@@ -113,6 +113,7 @@ def test_what_is_planned_is_launched(tmp_path: Path, capsys: pytest.CaptureFixtu
         (["8b", "--gpus", "0"], "--gpus and --rows are at least 1"),
         (["8b", "--gpus", "23"], "no layout of internvl3_8b_pretrain on 23 GPUs is valid"),
         (["8b", "--gpus", "8", "--gpu", "a100-80g", "--fp8", "current"], "a100-80g has no FP8"),
+        (["8b", "--gpus", "8", "--image-share", "0.9"], "90% image tokens cannot be drawn"),
     ],
 )
 def test_wrong_questions(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
