@@ -110,9 +110,11 @@ def _of_torch(shape: LayerShape) -> SavedBytes:
     width, feed_forward = shape.language.hidden_size, shape.language.ffn_hidden_size / shape.tensor_size
     queries, heads = shape.query_width, shape.query_width / shape.language.head_size
     norm = shape.tokens_between * ((2 * FP32 + BF16) * width + FP32)
+    # Queries that were traded lie in the memory of the message, beside keys and values that are copied from there.
+    message = 2 * shape.key_width if shape.context_size > 1 and shape.key_width < queries else 0.0
     return SavedBytes(
         norm_and_qkv=norm,
-        attention=shape.tokens * (BF16 * 4 * queries + FP32 * heads),
+        attention=shape.tokens * (BF16 * (4 * queries + message) + FP32 * heads),
         projection=shape.tokens * BF16 * queries,
         norm_and_gate_up=norm,
         activation=shape.tokens * BF16 * 4 * feed_forward,
