@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -298,9 +299,12 @@ def measure(ranks: Sequence[int], repeats: int) -> dict[str, Any]:
         runs = [pool.submit(launch, step_seconds, 1, [ALONE], repeats, device="cpu") for _ in range(beside)]
         alone = [run.result()[0][0] for run in runs]
     trials: dict[str, Any] = {}
-    for count in ranks:
-        together = [trial for trial in TRIALS if trial.num_ranks == count]
-        found = launch(step_seconds, count, together, repeats, device="cpu")
+    for count, chunks in product(ranks, (1, 2)):
+        # Megatron Core knows one number of chunks in a process.
+        together = [
+            trial for trial in TRIALS if (trial.num_ranks, trial.config.parallel.virtual_size) == (count, chunks)
+        ]
+        found = launch(step_seconds, count, together, repeats, device="cpu") if together else []
         for index, trial in enumerate(together):
             repeats_of = [rank[index] for rank in found]
             fastest = min(range(repeats), key=lambda one: repeats_of[0][one]["step"])
