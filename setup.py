@@ -44,6 +44,7 @@ CORE = [
     # megatron.core imports triton without declaring it.
     'triton>=3,<4; platform_system=="Linux"',
 ]
+SERVE = ["starlette>=1.10,<2", "uvicorn>=0.54,<1"]
 EXTRAS = {
     "gpu": ["transformer-engine[pytorch]>=2.20,<3", "flash-attn>=2.8,<3", "nvidia-resiliency-ext>=0.4,<1"],
     # torchvision: transformers' processor of exported checkpoints needs it, the tests load one.
@@ -51,6 +52,10 @@ EXTRAS = {
         "torchvision>=0.26",
         "av>=16,<19",
         "megatron-energon>=7,<8",
+        *SERVE,
+        # Tests talk to the server with OpenAI's own client, and to its page with a browser.
+        "openai>=3.57,<4",
+        "playwright>=1.65,<2",
         "pytest>=9,<10",
         "pytest-xdist>=3.8,<4",
         "ruff>=0.17,<0.18",
@@ -60,6 +65,7 @@ EXTRAS = {
     "video": ["av>=16,<19"],
     "energon": ["megatron-energon>=7,<8"],
     "wandb": ["wandb>=0.20,<1"],
+    "serve": SERVE,
     "demo": ["scikit-learn>=1.6,<2", "matplotlib>=3.10,<4"],
 }
 
@@ -73,7 +79,7 @@ setup(
     license_files=["LICENSE", "NOTICE"],
     python_requires=">=3.12",
     packages=find_packages(include=["internvl_megatron*", "checkpoint_convert*"]),
-    package_data={"internvl_megatron": ["py.typed"], "checkpoint_convert": ["py.typed"]},
+    package_data={"internvl_megatron": ["py.typed", "serving/page.html"], "checkpoint_convert": ["py.typed"]},
     install_requires=CORE,
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["internvl-megatron=internvl_megatron.__main__:main"]},

@@ -17,6 +17,7 @@ from internvl_megatron.errors import UserError
 from internvl_megatron.inference_commands import add_commands
 from internvl_megatron.metrics import RunSummary
 from internvl_megatron.ranks import RankInfo
+from internvl_megatron.serving.commands import add_parsers as add_serving_parsers
 from internvl_megatron.stop_signals import EXIT_INTERRUPTED, exit_code
 
 TRAIN_RANK = "internvl_megatron.trainer:train_rank"
@@ -76,6 +77,8 @@ def _parser() -> argparse.ArgumentParser:
     train.set_defaults(run=_train)
 
     add_commands(commands)
+
+    add_serving_parsers(commands)
 
     add_cluster_parsers(commands)
 

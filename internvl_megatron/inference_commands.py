@@ -21,7 +21,7 @@ def add_commands(commands: Any) -> None:
     generate = commands.add_parser(
         "generate", help="answer questions with a run, converted weights or a Hugging Face checkpoint"
     )
-    _add_model(generate)
+    add_model(generate)
     _add_question(generate)
     generate.add_argument(
         "--prompts",
@@ -34,16 +34,16 @@ def add_commands(commands: Any) -> None:
     generate.set_defaults(run=_generate)
 
     score = commands.add_parser("score", help="log-probabilities of given answers")
-    _add_model(score)
+    add_model(score)
     _add_question(score)
     score.add_argument("--answer", action="append", default=[], required=True, help="may be given several times")
     score.add_argument("--with-end", action="store_true", help="count the end of the turn behind each answer too")
     score.add_argument("--tokens", action="store_true", help="show every token's log-probability")
-    _add_stride(score)
+    add_stride(score)
     score.set_defaults(run=_score)
 
     best = commands.add_parser("best-of-n", help="draw several answers and let a process reward model choose")
-    _add_model(best)
+    add_model(best)
     best.add_argument("critic", type=Path, help="the process reward model, like the model")
     _add_question(best)
     best.add_argument("-n", "--num-answers", type=int, default=8, help="answers to each question (default: 8)")
@@ -54,7 +54,8 @@ def add_commands(commands: Any) -> None:
     best.set_defaults(run=_best_of_n)
 
 
-def _add_model(parser: argparse.ArgumentParser) -> None:
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """Arguments for the model and its ranks."""
     parser.add_argument(
         "model",
         type=Path,
@@ -79,7 +80,8 @@ def _add_question(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--answer-start", default="", help="text the answer begins with")
 
 
-def _add_stride(parser: argparse.ArgumentParser) -> None:
+def add_stride(parser: argparse.ArgumentParser) -> None:
+    """The argument for positions of image tokens."""
     parser.add_argument(
         "--v2pe-numerator", type=int, default=256, help="position step of image tokens / 256 (default: 256, delta 1)"
     )
@@ -87,7 +89,7 @@ def _add_stride(parser: argparse.ArgumentParser) -> None:
 
 def _add_generation(parser: argparse.ArgumentParser, sampling: Sampling) -> None:
     parser.add_argument("--max-new-tokens", type=int, default=64)
-    _add_stride(parser)
+    add_stride(parser)
     parser.add_argument("--temperature", type=float, default=sampling.temperature, help="0 = the most likely token")
     parser.add_argument("--top-k", type=int, default=sampling.top_k, help="0 = all tokens")
     parser.add_argument("--top-p", type=float, default=sampling.top_p)
@@ -162,11 +164,15 @@ def _launch(target: str, options: argparse.Namespace, prompts: list[Prompt], *ar
     num_ranks = replica if options.nproc is None else options.nproc
     if num_ranks < 1:
         raise UserError(f"{num_ranks} ranks: start at least one (--nproc, --tensor-size, --pipeline-size)")
-    limits = Limits(options.max_sequences, options.cache_tokens, options.max_positions)
-    setup = Setup(options.tensor_size, options.pipeline_size, limits)
     models = named.pop("models", options.model)
-    every = (models, prompts, *arguments, options.device, setup, *named.values())
+    every = (models, prompts, *arguments, options.device, setup_of(options), *named.values())
     return launch(target, num_ranks, *every, device=options.device)[0]
+
+
+def setup_of(options: argparse.Namespace) -> Setup:
+    """What the arguments of `add_model` say of ranks. Raises `ConfigError`."""
+    limits = Limits(options.max_sequences, options.cache_tokens, options.max_positions)
+    return Setup(options.tensor_size, options.pipeline_size, limits)
 
 
 def _generation(options: argparse.Namespace) -> Generation:

@@ -8,21 +8,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from checkpoint_convert.__main__ import main as convert
 from internvl_megatron.__main__ import main
-from internvl_megatron.data.fast_tokenizer import FastTokenizer
-from internvl_megatron.data.tokenizer_build import train_small_tokenizer
-from tests.support.huggingface_folders import write_chat
-from tests.support.models import small_model
-from tests.support.spec_layouts import internvl_chat_shapes
+from tests.support.random_chat import write_random_chat
 
 pytestmark = pytest.mark.parallel
 
 ROOT = Path(__file__).resolve().parents[2]
-TEXTS = ["how many digits are there?", "there are two digits + -"]
 
 
 @pytest.fixture(scope="module")
@@ -30,16 +24,7 @@ def made(tmp_path_factory) -> Path:
     """`one` and `two`: weights of models of different sizes; a picture; a file of prompts and one of questions."""
     root = tmp_path_factory.mktemp("commands")
     for name, seed, width in (("one", 1, 96), ("two", 2, 128)):
-        source = root / f"{name}-hf"
-        tokenizer = train_small_tokenizer(TEXTS, 300)
-        model = small_model("300m", vocab_size=len(FastTokenizer(tokenizer, "small")), ffn_hidden_size=width)
-        torch.manual_seed(seed)
-        tensors = {}
-        for key, shape in internvl_chat_shapes(model).items():
-            spread = 0.2 if len(shape) == 1 or "embed" in key else shape[-1] ** -0.5
-            tensors[key] = (1.0 if "norm" in key and key.endswith("weight") else 0.0) + spread * torch.randn(shape)
-        write_chat(source, model, tensors)
-        tokenizer.save_pretrained(str(source))
+        source = write_random_chat(root / f"{name}-hf", seed, width)
         assert convert(["hf-to-megatron", str(source), str(root / name)]) == 0
     Image.fromarray(np.random.default_rng(3).integers(0, 255, (28, 28, 3), np.uint8)).save(root / "picture.png")
     (root / "broken.png").write_bytes(b"\x89PNG nothing")
