@@ -6,23 +6,24 @@ import json
 import secrets
 import time
 from collections.abc import AsyncIterator, Coroutine, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from anyio import CapacityLimiter, to_thread
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse
 from starlette.types import Message, Receive, Scope, Send
 
 from internvl_megatron.inference.generate import Generator
 from internvl_megatron.inference.prompt import End
+from internvl_megatron.inference.settings import Generation
 from internvl_megatron.serving.chat_request import ChatRequest, read_chat_request
-from internvl_megatron.serving.engine import Engine
+from internvl_megatron.serving.engine import Engine, remove_files
 from internvl_megatron.serving.errors import ApiError
 from internvl_megatron.serving.figures import Figures
-from internvl_megatron.serving.jobs import Grown, Job
+from internvl_megatron.serving.jobs import Grown, Job, Tell
 from internvl_megatron.serving.preparation import prepare
 from internvl_megatron.serving.settings import Serving
 
@@ -40,7 +41,6 @@ class ChatCompletions:
     def __init__(
         self,
         serving: Serving,
-        v2pe_numerator: int,
         generator: Generator,
         engine: Engine,
         figures: Figures,
@@ -48,13 +48,12 @@ class ChatCompletions:
     ) -> None:
         """Prepare; `folder` is for images on their way."""
         self._serving = serving
-        self._v2pe_numerator = v2pe_numerator
         self._generator = generator
         self._engine = engine
         self._figures = figures
         self._folder = folder
         self._numbers = itertools.count()
-        self._preparing = CapacityLimiter(PREPARATIONS)
+        self._workers = ThreadPoolExecutor(PREPARATIONS, "preparation")
         self.num_open = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -65,8 +64,10 @@ class ChatCompletions:
             with self._place():
                 async with asyncio.timeout(self._serving.request_seconds):
                     asked = await self._read(Request(scope, receive))
-                    await _unless_gone(self._answer(asked, began, watched), receive)
-            status = watched.status or CLIENT_HAS_GONE
+                    if await _unless_gone(self._answer(asked, began, watched), receive):
+                        status = 200
+        except ClientDisconnect:
+            return  # before it had sent all of its request
         except TimeoutError as error:
             status = 503
             if watched.status is None:
@@ -107,8 +108,9 @@ class ChatCompletions:
             if len(body) > largest:
                 raise ApiError(413, f"body: is over {largest} bytes; send fewer or smaller images", code="too_large")
         most_answers = self._generator.limits.max_sequences
-        asked = await to_thread.run_sync(
-            read_chat_request, bytes(body), self._serving.default_new_tokens, most_answers, limiter=self._preparing
+        loop = asyncio.get_running_loop()
+        asked = await loop.run_in_executor(
+            self._workers, read_chat_request, bytes(body), self._serving.default_new_tokens, most_answers
         )
         if asked.model != self._serving.name:
             message = f"model: {asked.model[:100]!r} is not here; this server has {self._serving.name!r}"
@@ -121,17 +123,8 @@ class ChatCompletions:
         loop = asyncio.get_running_loop()
         seed = secrets.randbits(32) if asked.seed is None else asked.seed
         sampling = replace(asked.settings.sampling, seed=seed)
-        settings = replace(asked.settings, sampling=sampling, v2pe_numerator=self._v2pe_numerator)
-        job = await to_thread.run_sync(
-            prepare,
-            self._generator,
-            asked,
-            settings,
-            next(self._numbers),
-            self._folder,
-            lambda one: loop.call_soon_threadsafe(grown.put_nowait, one),
-            limiter=self._preparing,
-        )
+        settings = replace(asked.settings, sampling=sampling, v2pe_numerator=self._serving.v2pe_numerator)
+        job = await self._prepared(asked, settings, lambda one: loop.call_soon_threadsafe(grown.put_nowait, one))
         try:
             self._engine.submit(job)
             self._figures.count_prompt(len(job.rendered.token_ids), len(asked.images))
@@ -145,6 +138,16 @@ class ChatCompletions:
                 await JSONResponse(completion.whole())({"type": "http"}, _nothing, send)
         finally:
             self._engine.cancel(job)
+
+    async def _prepared(self, asked: ChatRequest, settings: Generation, tell: Tell) -> Job:
+        """The request as a job, made in a thread."""
+        number = next(self._numbers)
+        future = self._workers.submit(prepare, self._generator, asked, settings, number, self._folder, tell)
+        try:
+            return await asyncio.wrap_future(future)
+        except asyncio.CancelledError:
+            future.add_done_callback(_forget)  # a thread that works cannot be stopped
+            raise
 
     async def _growing(self, grown: asyncio.Queue[Grown | None], count: int, began: float) -> AsyncIterator[Grown]:
         """What the engine tells, until all answers have ended."""
@@ -207,6 +210,12 @@ class _Completion:
         }
 
 
+def _forget(future: "Future[Job]") -> None:
+    """Remove the images of a job that nobody has waited for."""
+    if not future.cancelled() and future.exception() is None:
+        remove_files(future.result().prompt.images)
+
+
 def _reason(end: End | None) -> str | None:
     return None if end is None else _REASONS[end]
 
@@ -254,17 +263,18 @@ class _Watched:
         await self._send(message)
 
 
-async def _unless_gone(work: Coroutine[Any, Any, None], receive: Receive) -> None:
-    """Do work, unless the client goes before it is done."""
-    tasks = [asyncio.create_task(work), asyncio.create_task(_gone(receive))]
+async def _unless_gone(work: Coroutine[Any, Any, None], receive: Receive) -> bool:
+    """Do work, unless the client goes before it is done; whether it is done."""
+    working, gone = asyncio.create_task(work), asyncio.create_task(_gone(receive))
     try:
-        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        if tasks[0].done():
-            tasks[0].result()
+        await asyncio.wait((working, gone), return_when=asyncio.FIRST_COMPLETED)
+        if working.done():
+            working.result()
+        return working.done()
     finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        working.cancel()
+        gone.cancel()
+        await asyncio.gather(working, gone, return_exceptions=True)
 
 
 async def _gone(receive: Receive) -> None:

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from internvl_megatron.data.conversation import IMAGE_PLACEHOLDER
-from internvl_megatron.errors import ConfigError
 from internvl_megatron.inference.settings import Generation, Sampling
 from internvl_megatron.serving.errors import ApiError, bad_field
 from internvl_megatron.serving.fields import Fields, checked_text
@@ -20,6 +19,8 @@ from internvl_megatron.serving.fields import Fields, checked_text
 MOST_IMAGES = 256
 MOST_STOPS = 16
 MOST_STOP_CHARACTERS = 256
+LOWEST_TEMPERATURE = 1e-5
+"""Below it the most likely token is taken: scores over it would be beyond fp32."""
 LARGEST_SEED = (1 << 63) - 1
 
 _READ = {
@@ -123,20 +124,18 @@ def _read_settings(fields: Fields, default_new_tokens: int) -> Generation:
         raise bad_field("stop", f"must be a text or a list of at most {MOST_STOPS} texts")
     if not all(0 < len(stop) <= MOST_STOP_CHARACTERS for stop in stops):
         raise bad_field("stop", f"texts must have 1 to {MOST_STOP_CHARACTERS} characters")
+    temperature = fields.number("temperature", 1, 0, 2)
     sampling = Sampling(
-        temperature=fields.number("temperature", 1, 0, 2),
+        temperature=temperature if temperature >= LOWEST_TEMPERATURE else 0,
         top_k=fields.integer("top_k", 0, 0, 1 << 31),
         top_p=fields.number("top_p", 1, 0, 1) or 1e-9,  # 0 is allowed there; it leaves the most likely token
         repetition_penalty=fields.number("repetition_penalty", 1, 0.01, 100),
     )
-    try:
-        return Generation(
-            fields.integer(limit_name, default_new_tokens, 1, 1 << 31),
-            sampling=sampling,
-            stop_strings=tuple(checked_text(stop, "stop") for stop in stops),
-        )
-    except ConfigError as error:
-        raise ApiError(400, str(error)) from error
+    return Generation(
+        fields.integer(limit_name, default_new_tokens, 1, 1 << 31),
+        sampling=sampling,
+        stop_strings=tuple(checked_text(stop, "stop") for stop in stops),
+    )
 
 
 def _read_stream_options(fields: Fields, is_streamed: bool) -> bool:

@@ -66,6 +66,7 @@ def _serve(options: argparse.Namespace) -> int:
         options.max_new_tokens,
         options.max_requests,
         options.max_body_bytes,
+        options.v2pe_numerator,
         options.request_seconds,
         options.drain_seconds,
     )
@@ -82,7 +83,6 @@ def _serve(options: argparse.Namespace) -> int:
             num_ranks,
             Path(options.model),
             serving,
-            options.v2pe_numerator,
             options.device,
             setup,
             device=options.device,

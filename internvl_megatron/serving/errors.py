@@ -28,7 +28,11 @@ class ApiError(UserError):
     def body(self) -> dict[str, Any]:
         """What the client gets, as JSON."""
         kind = _TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
-        return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
+        # A client may have named half a surrogate pair, which no response can hold.
+        message, param = (
+            None if text is None else text.encode(errors="replace").decode() for text in (str(self), self.param)
+        )
+        return {"error": {"message": message, "type": kind, "param": param, "code": self.code}}
 
 
 def bad_field(param: str, problem: str) -> ApiError:

@@ -15,7 +15,7 @@ import uvicorn
 from internvl_megatron.device import DeviceName
 from internvl_megatron.errors import UserError
 from internvl_megatron.inference.run import open_generator
-from internvl_megatron.inference.settings import Generation, Setup
+from internvl_megatron.inference.settings import Setup
 from internvl_megatron.ranks import RankInfo
 from internvl_megatron.serving.app import make_app
 from internvl_megatron.serving.chat_completions import ChatCompletions
@@ -28,9 +28,7 @@ CLOSE_SECONDS = 5
 """How long connections may take to end once everything is answered."""
 
 
-def serve_rank(
-    info: RankInfo, folder: Path, serving: Serving, v2pe_numerator: int, device: DeviceName, setup: Setup
-) -> None:
+def serve_rank(info: RankInfo, folder: Path, serving: Serving, device: DeviceName, setup: Setup) -> None:
     """Serve until a signal asks to stop.
 
     Raises:
@@ -48,10 +46,9 @@ def serve_rank(
         tempfile.TemporaryDirectory(prefix="internvl-images-") as images,
         open_generator(info, folder, device, setup=setup) as generator,
     ):
-        Generation(v2pe_numerator=v2pe_numerator)
         figures = Figures()
         engine = Engine(generator, figures)
-        chat = ChatCompletions(serving, v2pe_numerator, generator, engine, figures, Path(images))
+        chat = ChatCompletions(serving, generator, engine, figures, Path(images))
         api_key = os.environ.get(API_KEY_VARIABLE) or None
         app = make_app(serving, api_key, chat, engine, figures, int(time.time()))
         config = uvicorn.Config(
@@ -67,6 +64,7 @@ def serve_rank(
         thread.start()
         while not server.started and thread.is_alive():
             time.sleep(0.01)
+        assert server.started, "all that can be wrong with its address is known before"
         say_where(serving, listener, is_open=api_key is None)
         engine.lead(signals, serving.drain_seconds)
         server.should_exit = True

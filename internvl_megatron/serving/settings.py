@@ -29,6 +29,8 @@ class Serving:
     """Requests that are read, wait or are answered at a time; further ones are sent away with 429."""
     max_body_bytes: int = 32 << 20
     """Largest request, its images counted as they are sent (base64 takes 4 bytes for 3)."""
+    v2pe_numerator: int = 256
+    """Position step of image tokens in units of 1/256."""
     request_seconds: float = 600
     """A request that has not been answered by then is given up."""
     drain_seconds: float = 30
@@ -47,6 +49,8 @@ class Serving:
         ]
         if not 0 <= self.port < 1 << 16:
             problems.append(f"port: must be 0 (any that is free) to 65535, not {self.port}")
+        if not 1 <= self.v2pe_numerator <= 256:
+            problems.append(f"v2pe_numerator: must be 1 to 256 (delta 1/256 to 1), not {self.v2pe_numerator}")
         if not self.drain_seconds >= 0:
             problems.append(f"drain_seconds: must be 0 or more, not {self.drain_seconds}")
         if not self.name:

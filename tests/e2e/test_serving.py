@@ -16,11 +16,11 @@ import openai
 import pytest
 from PIL import Image
 
+from internvl_megatron.__main__ import main
 from internvl_megatron.inference.prompt import Prompt
-from internvl_megatron.inference.run import generate_rank
-from internvl_megatron.inference.settings import Generation, Limits, Sampling, Setup
+from internvl_megatron.inference.settings import Generation, Sampling
 from tests.support.random_chat import write_random_chat
-from tests.support.served_model import Served, serving
+from tests.support.served_model import Served, answers_alone, serving
 
 pytestmark = pytest.mark.parallel
 
@@ -122,14 +122,11 @@ def questions(tmp_path_factory):
 def expected(run_ranks, model, questions):
     """What `generate` answers, each prompt by itself: the most likely answers, and drawn ones."""
     prompts = [prompt for _, prompt in questions]
-    alone = Setup(limits=Limits(max_sequences=1))
-    found = []
-    for sampling in (Sampling(), Sampling(temperature=1.3, top_p=0.9, seed=11)):
-        settings = Generation(MAX_NEW_TOKENS, sampling=sampling)
-        found.append(
-            [run_ranks(generate_rank, 1, model, [prompt], settings, "cpu", alone)[0][0] for prompt in prompts]
-        )
-    return found
+    settings = [
+        Generation(MAX_NEW_TOKENS, sampling=sampling)
+        for sampling in (Sampling(), Sampling(temperature=1.3, top_p=0.9, seed=11))
+    ]
+    return run_ranks(answers_alone, 1, model, prompts, settings)[0]
 
 
 def test_answers_are_those_of_generate(create, questions, expected):
@@ -416,3 +413,27 @@ def test_two_by_two_ranks_serve_alike(model, questions, expected):
             )
             assert answer.choices[0].message.content == text
         assert served.stop() == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--nproc", "2"], "--nproc 2: a server is one replica, of 1 ranks here"),
+        (["--port", "70000"], "port: must be 0 (any that is free) to 65535, not 70000"),
+        (["--v2pe-numerator", "0"], "v2pe_numerator: must be 1 to 256"),
+        (
+            ["--max-requests", "0", "--drain-seconds", "nan"],
+            "max_requests: must be above 0, not 0\ndrain_seconds: must be",
+        ),
+    ],
+)
+def test_wrong_settings(model, capsys, options, message):
+    assert main(["serve", str(model), *options]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_an_address_in_use_is_said_before_the_model_is_loaded(tmp_path, capsys):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert main(["serve", str(tmp_path / "nothing"), "--port", str(port), "--device", "cpu"]) == 2
+    assert f"127.0.0.1:{port} cannot be listened at (Address already in use); give another" in capsys.readouterr().err

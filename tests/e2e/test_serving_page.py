@@ -9,10 +9,9 @@ from PIL import Image
 from playwright.sync_api import Page, sync_playwright
 
 from internvl_megatron.inference.prompt import Prompt
-from internvl_megatron.inference.run import generate_rank
 from internvl_megatron.inference.settings import Generation
 from tests.support.random_chat import write_random_chat
-from tests.support.served_model import Served, serving
+from tests.support.served_model import Served, answers_alone, serving
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
@@ -78,14 +77,14 @@ def test_a_picture_is_asked_about(page, picture, model, run_ranks):
     ask(page, "how many digits?")
     first = Prompt("<image>\nhow many digits?", (str(picture),))
     settings = Generation(MAX_NEW_TOKENS)
-    (expected,) = run_ranks(generate_rank, 1, model, [first], settings, "cpu")[0]
+    (expected,) = run_ranks(answers_alone, 1, model, [first], [settings])[0][0]
     answers = page.locator("li.assistant span")
     assert answers.all_text_contents() == [expected]
     assert page.get_by_role("img", name="Picture that was sent").count() == 1
     assert page.title() == model.name
     ask(page, "two?")
     second = Prompt("two?", first.images, history=((first.question, expected),))
-    (expected_second,) = run_ranks(generate_rank, 1, model, [second], settings, "cpu")[0]
+    (expected_second,) = run_ranks(answers_alone, 1, model, [second], [settings])[0][0]
     assert answers.all_text_contents() == [expected, expected_second]
     page.get_by_role("button", name="New chat").click()
     assert answers.count() == 0

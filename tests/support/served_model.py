@@ -7,10 +7,14 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+
+from internvl_megatron.inference.prompt import Prompt
+from internvl_megatron.inference.settings import Generation
+from internvl_megatron.ranks import RankInfo
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -42,6 +46,16 @@ class Served:
         """Ask it to end; its exit code."""
         self.process.send_signal(signal.SIGTERM)
         return self.process.wait(timeout=120)
+
+
+def answers_alone(
+    info: RankInfo, model: Path, prompts: Sequence[Prompt], settings: Sequence[Generation]
+) -> list[list[str]]:
+    """What `generate` answers to every prompt by itself, for each of the settings; the body of a rank."""
+    from internvl_megatron.inference.run import open_generator
+
+    with open_generator(info, model, "cpu") as generator:
+        return [[generator.generate([prompt], own)[0].text for prompt in prompts] for own in settings]
 
 
 @contextmanager

@@ -53,6 +53,10 @@ def test_every_field_arrives():
     assert (asked.seed, asked.num_answers, asked.is_streamed, asked.with_usage) == (5, 2, True, True)
 
 
+def test_a_temperature_of_nearly_nothing_is_nothing():
+    assert read(WHOLE | {"temperature": 1e-300}).settings.sampling.is_greedy
+
+
 def test_what_is_not_said():
     asked = read({"model": "m", "messages": [{"role": "user", "content": "x"}]})
     assert asked.settings.sampling == Sampling(temperature=1), "the default of OpenAI's interface"
@@ -79,7 +83,7 @@ def changed(value: Any, random_: random.Random) -> Any:
         case 0:
             return rest
         case 1:
-            return rest | {random_.choice(["", "x" * 500, "rôle", name + "s"]): value[name]}
+            return rest | {random_.choice(["", "x" * 500, "\ud800", "rôle", name + "s"]): value[name]}
         case _:
             return value | {name: changed(value[name], random_)}
 
@@ -96,7 +100,7 @@ def test_changed_requests_are_read_or_refused_by_field():
         except ApiError as error:
             assert error.status == 400
             assert len(str(error)) < 1500
-            json.dumps(error.body).encode()
+            json.dumps(error.body, ensure_ascii=False).encode()
             refused.add(error.param)
     assert num_read > 100
     assert len(refused) > 40, "the changes reach every field"
