@@ -115,6 +115,7 @@ class Engine:
             job = self._jobs[request.number]
             index = job.requests.index(request)
             job.tell(Grown(index, text, len(request.answer_ids), request.end))
+        for job in {self._jobs[request.number] for request, _ in grown}:
             if all(one.end is not None for one in job.requests):
                 self._leave(job)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from playwright.sync_api import Page, sync_playwright
+from playwright.sync_api import Page, expect, sync_playwright
 
 from internvl_megatron.inference.prompt import Prompt
 from internvl_megatron.inference.settings import Generation
@@ -67,7 +67,7 @@ def picture(tmp_path) -> Path:
 def ask(page: Page, text: str) -> None:
     page.get_by_label("Message").fill(text)
     page.get_by_role("button", name="Send").click()
-    page.wait_for_function("!document.getElementById('send').disabled", timeout=120_000)
+    expect(page.get_by_role("button", name="Send")).to_be_enabled(timeout=120_000)
 
 
 def test_a_picture_is_asked_about(page, picture, model, run_ranks):
