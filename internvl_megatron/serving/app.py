@@ -4,7 +4,6 @@ import base64
 import hashlib
 import hmac
 import re
-from collections.abc import Mapping
 from pathlib import Path
 
 from starlette.applications import Starlette
@@ -14,7 +13,7 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from internvl_megatron.serving.chat_completions import RETRY_SECONDS, ChatCompletions
 from internvl_megatron.serving.engine import Engine
@@ -107,7 +106,7 @@ class _SafeHeaders:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async def with_header(message: Mapping) -> None:
+        async def with_header(message: Message) -> None:
             if message["type"] == "http.response.start":
                 message = {
                     **message,

@@ -30,7 +30,8 @@ class Engine:
         self._inbox: queue.SimpleQueue[Job | int] = queue.SimpleQueue()
         """Jobs to begin, and numbers of jobs to drop."""
         self.is_stopping = False
-        """No more jobs are taken."""
+        """No more jobs should come."""
+        self._has_ended = False
 
     @property
     def num_active(self) -> int:
@@ -45,6 +46,8 @@ class Engine:
     def submit(self, job: Job) -> None:
         """Let a job begin when there is room."""
         self._inbox.put(job)
+        if self._has_ended:
+            job.tell(None)
 
     def cancel(self, job: Job) -> None:
         """Nobody waits for a job any more; its images are not needed either. Does nothing to one that has ended."""
@@ -64,7 +67,8 @@ class Engine:
             orders = Orders(orders.joining, orders.leaving, is_last)
             self._generator.stages.share(orders.payload())
             self._do(orders)
-        for job in list(self._jobs.values()):
+        self._has_ended = True
+        for job in [*self._jobs.values(), *self._next_orders().joining]:
             job.tell(None)
             self._leave(job)
 

@@ -25,7 +25,7 @@ class Grown:
     """How it ended; None = it goes on."""
 
 
-type Tell = Callable[[Grown | None], None]
+type Tell = Callable[[Grown | None], object]
 """Is given what happens to a job, in the thread of the model; None = the server stops before it is answered."""
 
 

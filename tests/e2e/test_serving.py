@@ -9,6 +9,7 @@ import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -39,7 +40,7 @@ def picture(seed: int, squares: int = 1) -> bytes:
     return file.getvalue()
 
 
-def user(*parts: str | bytes) -> dict:
+def user(*parts: str | bytes) -> Any:
     """A user's message: texts, and pictures as bytes."""
     content = [
         {"type": "text", "text": part}
