@@ -38,14 +38,7 @@ _REASONS: dict[End, str] = {"turn_end": "stop", "stop": "stop", "length": "lengt
 class ChatCompletions:
     """An ASGI application of its own: what a request holds is given back where it ends, however it ends."""
 
-    def __init__(
-        self,
-        serving: Serving,
-        generator: Generator,
-        engine: Engine,
-        figures: Figures,
-        folder: Path,
-    ) -> None:
+    def __init__(self, serving: Serving, generator: Generator, engine: Engine, figures: Figures, folder: Path) -> None:
         """Prepare; `folder` is for images on their way."""
         self._serving = serving
         self._generator = generator
