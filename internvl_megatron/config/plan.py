@@ -61,6 +61,7 @@ def plan(config: RunConfig, world_size: int) -> RunPlan:
         *kernel_problems(config),
         *schedule_problems(config.optimizer, config.num_steps),
         *_folders(config),
+        *_time_limits(config),
         *lora_problems(config),
         *mpo_problems(config),
     ]
@@ -158,6 +159,16 @@ def _folders(config: RunConfig) -> list[str]:
     if mirror is not None and "://" not in mirror:
         problems.append(f"checkpoint.mirror={mirror} must be a URL, as s3://bucket/run or file:///mnt/copies/run")
     return problems
+
+
+def _time_limits(config: RunConfig) -> list[str]:
+    stall, collective = config.watchdog.stall_seconds, config.parallel.collective_timeout_seconds
+    if stall is None or stall < collective:
+        return []
+    return [
+        f"watchdog.stall_seconds={stall} must be below parallel.collective_timeout_seconds={collective}, or a time-out ends the run "
+        "before its ranks say where they are"
+    ]
 
 
 def model_problems(model: ModelConfig) -> list[str]:
