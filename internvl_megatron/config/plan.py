@@ -1,6 +1,7 @@
 """Checks a configuration as a whole and derives the numbers that follow from it. Pure: no torch, no files."""
 
 import math
+import re
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
@@ -153,9 +154,20 @@ def _folders(config: RunConfig) -> list[str]:
         f"{name}={path} is a URL, and a run's files and weights are on a file system that all ranks share: mount the store, or "
         "copy what you need; checkpoint.mirror has copies of checkpoints made"
         for name, path in paths.items()
-        if path is not None and "://" in path
+        if path is not None and "://" in path and "@" not in path
     ]
     mirror = config.checkpoint.mirror
+    given = paths | {
+        "checkpoint.mirror": mirror,
+        "data.meta": config.data.meta,
+        "data.eval_meta": config.data.eval_meta,
+    }
+    problems += [  # without its value: this text ends in a log
+        f"{name} has a user or a password before its '@', and settings are written down and logged: leave them to the store's own "
+        "configuration (environment variables, ~/.aws, ...)"
+        for name, path in given.items()
+        if path is not None and re.search(r"://[^/]*@", path)
+    ]
     if mirror is not None and "://" not in mirror:
         problems.append(f"checkpoint.mirror={mirror} must be a URL, as s3://bucket/run or file:///mnt/copies/run")
     return problems
