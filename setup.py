@@ -49,7 +49,7 @@ EXTRAS = {
     "gpu": ["transformer-engine[pytorch]>=2.20,<3", "flash-attn>=2.8,<3", "nvidia-resiliency-ext>=0.4,<1"],
     # torchvision: transformers' processor of exported checkpoints needs it, the tests load one.
     "dev": [
-        "torchvision>=0.26",
+        "torchvision>=0.26,<1",
         "av>=16,<19",
         "megatron-energon>=7,<8",
         *SERVE,

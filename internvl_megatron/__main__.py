@@ -18,7 +18,7 @@ from internvl_megatron.inference_commands import add_commands
 from internvl_megatron.metrics import RunSummary
 from internvl_megatron.ranks import RankInfo
 from internvl_megatron.serving.commands import add_parsers as add_serving_parsers
-from internvl_megatron.stop_signals import EXIT_INTERRUPTED, exit_code
+from internvl_megatron.stop_signals import EXIT_INTERRUPTED, EXIT_STALLED, exit_code
 
 TRAIN_RANK = "internvl_megatron.trainer:train_rank"
 EXIT_USER_ERROR = 2
@@ -29,8 +29,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command.
 
     Returns:
-        Exit code: 0; 1, a rank failed; 2, the user can mend it; 75, the system stopped a run, which has saved: start it again; 130,
-        interrupted with Ctrl-C; 128 and a signal's number, ended at once by a second signal, or before there was anything to save.
+        Exit code: 0; 1, a rank failed; 2, the user can mend it; 75, the system stopped a run, which has saved: start it again; 124, the run got
+        nowhere, and its watchdog has ended it; 130, interrupted with Ctrl-C; 128 and a signal's number, ended at once by a second signal, or before there was anything to save.
     """
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
@@ -48,6 +48,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except RankFailedError as error:
         first = error.failures[0]
         print(f"internvl-megatron: {first.text if first.is_user_error else error}", file=sys.stderr)
+        if first.is_stall:
+            return EXIT_STALLED
         return EXIT_USER_ERROR if first.is_user_error else EXIT_FAILED
     except InterruptedRunError as error:
         print(f"internvl-megatron: {error}", file=sys.stderr)

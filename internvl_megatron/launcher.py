@@ -25,7 +25,7 @@ from typing import Any
 from internvl_megatron.device import DeviceName, uses_gpu
 from internvl_megatron.errors import UserError
 from internvl_megatron.ranks import RankInfo
-from internvl_megatron.stop_signals import STOP_SIGNALS
+from internvl_megatron.stop_signals import EXIT_STALLED, STOP_SIGNALS
 
 PR_SET_PDEATHSIG = 1
 SECONDS_FOR_REPORTS = 2.0
@@ -42,17 +42,22 @@ class Failure:
     is_user_error: bool = False
     is_signal: bool = False
     """The process was killed; nobody knows more."""
+    is_stall: bool = False
+    """Its watchdog has ended it, and written a report of all ranks."""
 
 
 class RankFailedError(RuntimeError):
     """A rank failed and all ranks have been ended. The message starts with the first failure."""
 
     def __init__(self, failures: list[Failure]) -> None:
-        # A killed rank cannot say when it died; what the others report after it, they report because of it.
-        self.failures = sorted(failures, key=lambda failure: (not failure.is_signal, failure.when))
+        # A killed rank cannot say when it died; what the others report after it, they report because of it. So do those
+        # that were let go on to write the stacks of a stall.
+        self.failures = sorted(
+            failures, key=lambda failure: (not failure.is_stall, not failure.is_signal, failure.when)
+        )
         first, *others = self.failures
-        lines = [f"rank {first.rank} failed first:", first.text.rstrip()]
-        if others:
+        lines = [first.text] if first.is_stall else [f"rank {first.rank} failed first:", first.text.rstrip()]
+        if others and not first.is_stall:
             lines.append(
                 f"ranks {sorted(failure.rank for failure in others)} failed after it, most likely because of it"
             )
@@ -105,7 +110,11 @@ def launch(target: Callable[..., Any] | str, num_ranks: int, *args: Any, device:
             readers.append(reader)
         launcher_alive.close()
         with keep_open:
-            return _Watch(ranks, readers).until_done()
+            watch = _Watch(ranks, readers)
+            try:
+                return watch.until_done()
+            finally:
+                watch.close()
 
 
 class _Watch:
@@ -136,6 +145,13 @@ class _Watch:
             raise RankFailedError(list(self.failures.values()))
         return [self.results[rank] for rank in range(len(self.ranks))]
 
+    def close(self) -> None:
+        """Give back the handles of ranks that have ended: an error's traceback may hold these objects for long."""
+        for process in self.ranks:
+            process.close()
+        for reader in self.readers:
+            reader.close()
+
     def _all_reported(self) -> bool:
         return len(self.results) + len(self.failures) == len(self.ranks)
 
@@ -153,7 +169,11 @@ class _Watch:
                 self.ranks[rank].join(timeout=1.0)
                 code = self.ranks[rank].exitcode
                 self.failures[rank] = Failure(
-                    rank, time.time(), _end_of(code), is_signal=code is not None and code < 0
+                    rank,
+                    time.time(),
+                    _end_of(code),
+                    is_signal=code is not None and code < 0,
+                    is_stall=code == EXIT_STALLED,
                 )
                 continue
             if kind == "result":
@@ -220,6 +240,8 @@ def _end_of(exit_code: int | None) -> str:
     if exit_code is not None and exit_code < 0:
         name = signal.Signals(-exit_code).name
         return f"killed by {name} (signal {-exit_code}); if nobody sent it, the machine ran out of memory"
+    if exit_code == EXIT_STALLED:
+        return "the run got nowhere: the report above begins with the rank that stopped first"
     return f"ended without a report (exit code {exit_code})"
 
 

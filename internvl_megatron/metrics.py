@@ -33,7 +33,7 @@ GROUPS = {
         "sent_bytes",
     ),
     "memory": ("peak_memory_bytes",),
-    "faults": ("num_bad_steps", "num_rewinds", "num_failed_saves", "save_blocked_seconds"),
+    "faults": ("num_bad_steps", "num_rewinds", "num_failed_saves", "save_blocked_seconds", "stragglers"),
     "eval": (
         "eval_loss", "eval_loss_by_dataset", "eval_loss_by_kind", "eval_preference_accuracy", "eval_reward_margin",
     ),
@@ -130,6 +130,8 @@ class StepMetrics:
     """Checkpoints that could not be written, since this process began."""
     save_blocked_seconds: float = 0.0
     """Training waited so long for the last checkpoint that was begun."""
+    stragglers: dict[str, float] = field(default_factory=dict)
+    """Slow ranks and what is slow, like `rank 3 vision`: times as long as the median of their peers (`watchdog.straggler_factor`)."""
     loss_by_dataset: dict[str, float | None] = field(default_factory=dict)
     """Of each data set with samples in the step, by its name in the meta file; None = none of its tokens carries loss. The sum of
     these times `loss_weight_by_dataset` is `loss`."""
@@ -258,7 +260,7 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     for number, line in enumerate(lines, start=1):
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             if number == len(lines) and not line.endswith(b"\n"):
                 break
             raise DataError(f"{path}:{number}: is not valid JSON ({error}); remove the line") from error

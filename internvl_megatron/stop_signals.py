@@ -13,6 +13,8 @@ SAME_REQUEST_SECONDS = 2.0
 
 EXIT_INTERRUPTED = 130
 """A person stopped the run, with Ctrl-C."""
+EXIT_STALLED = 124
+"""The run got nowhere and its watchdog ended it (the code of timeout(1))."""
 EXIT_REQUEUE = 75
 """The system stopped the run, which has saved: start the same command again (EX_TEMPFAIL of sysexits.h)."""
 

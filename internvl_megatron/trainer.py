@@ -35,7 +35,9 @@ from internvl_megatron.stop_signals import StopSignals
 from internvl_megatron.train.bad_steps import BadStep
 from internvl_megatron.train.objective import Outcome
 from internvl_megatron.train.step import Step, StepResult
+from internvl_megatron.train.stragglers import find_stragglers, gather_work
 from internvl_megatron.watch import Watch
+from internvl_megatron.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
 
@@ -48,6 +50,10 @@ FIXED_SETTINGS = (
 """Settings besides the model's that a run keeps for life: its data order and its optimizer state depend on them."""
 
 
+MOST_STRAGGLERS_TOLD = 8
+"""In a line of the log; metrics have all."""
+
+
 def train_rank(info: RankInfo, config: RunConfig) -> RunSummary:
     """Body of one rank: join the world, build the run, train."""
     configure_logging(info.rank)
@@ -57,9 +63,12 @@ def train_rank(info: RankInfo, config: RunConfig) -> RunSummary:
     with joined(info, device, config.parallel.collective_timeout_seconds):
         trainer = Trainer(info, config, device)
         try:
-            return trainer.run()
-        finally:
-            trainer.close()
+            summary = trainer.run()
+        except BaseException:
+            trainer.close(waits=False)  # what failed is told at once: the others wait for it
+            raise
+        trainer.close()
+        return summary
 
 
 class Trainer:
@@ -80,6 +89,7 @@ class Trainer:
         )
         check_wandb(config.wandb_project)
         self.root = _writable(Path(config.folder))
+        self.watchdog = Watchdog(info, self.root, config.watchdog)
         self.is_main = info.rank == 0
         self.groups = make_groups(
             self.plan.layout, device, config.parallel.collective_timeout_seconds, self.plan.vision_layout
@@ -91,6 +101,7 @@ class Trainer:
         starts_fresh = newest is None and config.checkpoint.load is None
         self.model = build_model(config, self.groups, device, initialize=starts_fresh)
         self.trainer_step = Step(config, self.model, self.groups, device)
+        self.trainer_step.clock.on_progress = self._progress
         self.preference = PreferenceRun(config, self.trainer_step)
         self.data = RunData(config, self.plan, self.groups, self.preference.file)
         self.step = 0
@@ -112,6 +123,8 @@ class Trainer:
         checkpoint = config.checkpoint
         while self.step < config.num_steps and not interrupted:
             start = time.perf_counter()
+            self.watchdog.step = self.step
+            self.watchdog.beat("rows")
             batch = self.data.loader.next_step()
             following = self.data.loader.peek() if self.step + 1 < config.num_steps else None
             skipped = sum(self.data.loader.skipped().values()) if self.data.is_leader else 0
@@ -122,10 +135,12 @@ class Trainer:
             self.step += 1
             self.num_tokens += result.agreement.num_tokens
             self.num_samples += result.agreement.num_samples
+            self.watchdog.has_started()
             loss, interrupted = result.loss, result.stop_requested
             held_out = self._evaluate() if self._due(config.eval_every_steps) else None
+            slow = self._stragglers(result, seconds) if self._is_shown(held_out) else {}
             if self.watch is not None:
-                self.watch.report(self.step, result, seconds, held_out, self._counts())
+                self.watch.report(self.step, result, seconds, held_out, self._counts() | {"stragglers": slow})
                 self.watch.show_samples(self.step, batch, self.data.settings, self.data.tokenizer)
             self._check_gradients(result)
             if result.bad is not None and self._react(result.bad):
@@ -135,17 +150,24 @@ class Trainer:
                 self._save()
         self._finish_saving()
         if not interrupted:  # whoever stops a run may not wait so long; the next start makes the copy
+            self.watchdog.beat("copying", checkpoint.max_wait_seconds)
             self.saver.wait_for_mirror()
             self._note_failed_saves()
         stop_signal = (self.signals.received or signal.SIGTERM) if interrupted else None
         return RunSummary(self.step, loss, None if held_out is None else held_out.loss, stop_signal)
 
-    def close(self) -> None:
-        """End threads and close the metrics files."""
+    def close(self, waits: bool = True) -> None:
+        """End threads, or leave them to the end of the process, and close the metrics files."""
+        self.watchdog.beat("ending")
         self.saver.close()
-        self.data.loader.close()
+        if waits:
+            self.data.loader.close()
         if self.watch is not None:
             self.watch.close()
+        self.watchdog.close()
+
+    def _progress(self, phase: str) -> None:
+        self.watchdog.beat(phase or "evaluation")
 
     def _due(self, every: int | None) -> bool:
         return every is not None and (self.step % every == 0 or self.step == self.config.num_steps)
@@ -214,6 +236,7 @@ class Trainer:
                 f"step {self.step} is bad and ends the run: {bad.reason}. It has saved; the same command goes on after this "
                 "step's data. bad_steps.* says what happens to such steps"
             )
+        self.watchdog.beat("going back", self.config.checkpoint.max_wait_seconds + self.config.watchdog.start_seconds)
         self.saver.wait()
         newest = self.saver.newest(contents=True)
         if newest is None:
@@ -267,6 +290,7 @@ class Trainer:
         """Begin to save."""
         config = self.config
         checkpoint, milestone = config.checkpoint, config.checkpoint.milestone_every_steps
+        self.watchdog.beat("saving", 2 * checkpoint.max_wait_seconds)  # for the save before, and for this one
         is_milestone = milestone is not None and self.step % milestone == 0
         fits_all = is_milestone or self.step == config.num_steps or checkpoint.optimizer_format == "layout_free"
         has_state = config.optimizer.name == "adamw"
@@ -306,10 +330,11 @@ class Trainer:
         Raises:
             CheckpointError: it failed again.
         """
+        self.watchdog.beat("saving", self.config.checkpoint.max_wait_seconds)
         if self.saver.wait():
             return
         self._poll_saver()
-        self._save()
+        self._save()  # which gives this wait its time too
         is_saved = self.saver.wait()
         self._poll_saver()
         if not is_saved:
@@ -330,6 +355,24 @@ class Trainer:
         if balance is not None:
             counts |= {"row_cost_imbalance": balance.after, "row_cost_imbalance_before": balance.before}
         return counts
+
+    def _is_shown(self, held_out: Outcome | None) -> bool:
+        """Whether the figures of the step are written down."""
+        return held_out is not None or self._due(self.config.log_every_steps)
+
+    def _stragglers(self, result: StepResult, seconds: float) -> dict[str, float]:
+        """Slow ranks, as metrics have them; collective over all ranks."""
+        factor, layout = self.config.watchdog.straggler_factor, self.plan.layout
+        if factor is None or layout.world_size == 1:
+            return {}
+        stages = [layout.stage(rank) for rank in range(layout.world_size)]
+        found = find_stragglers(gather_work(result.work, self.groups.host_world), stages, factor, seconds)
+        if found and self.is_main:
+            told = ", ".join(
+                f"{slow.name} ({slow.factor:.1f} times its peers)" for slow in found[:MOST_STRAGGLERS_TOLD]
+            )
+            log.warning("step %d: slow: %s", self.step, told)
+        return {slow.name: slow.factor for slow in found}
 
     def _peak_flops(self) -> float:
         """Peak of all ranks together, each measuring at the same time where it has to be measured."""

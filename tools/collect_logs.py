@@ -110,6 +110,7 @@ def meaning(code: int) -> str:
         1: "failed",
         2: "a setting or a file is wrong",
         75: "the system stopped it, it has saved",
+        124: "the run got nowhere",
         130: "a person stopped it",
     }
     if code in (137, 9):

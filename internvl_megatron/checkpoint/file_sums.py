@@ -4,6 +4,7 @@ CRC-32 finds every flipped bit and every cut; it is not meant against people who
 """
 
 import json
+import operator
 import os
 import zlib
 from collections.abc import Sequence
@@ -73,7 +74,13 @@ def read_sums(folder: Path, info: folders.CheckpointInfo) -> FileSums:
         raise CheckpointError(
             f"{path}: damaged (it does not have the sum in {folders.MARKER}); use another checkpoint"
         )
-    return {name: FileSum(*entry) for name, entry in json.loads(content).items()}
+    try:
+        sums = {str(name): FileSum(*map(operator.index, entry)) for name, entry in json.loads(content).items()}
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{path}: not a list of files ({error}); use another checkpoint") from error
+    for name in sums:
+        folders.file_in(folder, name)
+    return sums
 
 
 def find_damage(folder: Path, contents: bool = True, part: int = 0, num_parts: int = 1) -> list[str]:

@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from internvl_megatron.errors import CheckpointError
+from internvl_megatron.typed_object import typed_object
 
 CHECKPOINTS = "checkpoints"
 """Folder of a run that holds its checkpoints."""
@@ -68,6 +69,18 @@ def path_of(root: Path, step: int) -> Path:
 def writing_path(root: Path, step: int) -> Path:
     """Folder of a checkpoint that is being written."""
     return root / f"step-{step:08d}.writing"
+
+
+def file_in(folder: Path, name: str) -> Path:
+    """The file that a checkpoint's list, or a listing of its copy, calls `name`.
+
+    Raises:
+        CheckpointError: the name leads out of the folder.
+    """
+    parts = name.split("/")
+    if "" in parts or ".." in parts or not name.isprintable():
+        raise CheckpointError(f"{folder}: its list names {name!r}, which is no file inside it; use another checkpoint")
+    return folder / name
 
 
 def is_name(name: str) -> bool:
@@ -128,7 +141,9 @@ def read_info(folder: Path) -> CheckpointInfo:
             raise OtherVersionError(
                 f"{marker}: format version {version}, this program reads version {READABLE_VERSIONS[-1]}"
             )
-        info = CheckpointInfo(**fields)
+        info = typed_object(CheckpointInfo, fields)
+        if info.step < 0:
+            raise ValueError(f"step {info.step}")
     except OtherVersionError:
         raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:

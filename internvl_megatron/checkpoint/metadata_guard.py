@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from internvl_megatron.checkpoint import folders
 from internvl_megatron.errors import CheckpointError
 
 ALLOWED_CLASSES = {
@@ -39,13 +40,17 @@ _FORCE_PLAIN = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 
 class _PlainUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> object:
-        dtype = module == "torch" and name in _DTYPES
-        if dtype or name in ALLOWED_CLASSES.get(module, ()):
+        if is_plain(module, name):
             return super().find_class(module, name)
         raise pickle.UnpicklingError(f"it names {module}.{name}")
 
 
 _DTYPES = ("float32", "float64", "float16", "bfloat16", "int8", "uint8", "int16", "int32", "int64", "bool", "strided")
+
+
+def is_plain(module: str, name: str) -> bool:
+    """Whether an object of this class is plain data of a table of contents."""
+    return (module == "torch" and name in _DTYPES) or name in ALLOWED_CLASSES.get(module, ())
 
 
 @contextmanager
@@ -66,13 +71,17 @@ def check_metadata(folder: Path) -> None:
     """Raise unless the table of contents of a checkpoint is plain data.
 
     Raises:
-        CheckpointError: the file is missing, damaged, or names something that is not plain data.
+        CheckpointError: the file is missing, damaged, or names something that is not plain data, or files outside the folder.
     """
     path = folder / METADATA_FILE
     try:
         with path.open("rb") as file:
-            _PlainUnpickler(file).load()
+            metadata = _PlainUnpickler(file).load()
+        for place in (metadata.storage_data or {}).values():
+            folders.file_in(folder, place.relative_path)
     except FileNotFoundError:
         raise CheckpointError(f"{path}: missing; the checkpoint is incomplete, use an older one") from None
+    except CheckpointError:
+        raise
     except Exception as error:  # a damaged pickle can raise anything
         raise CheckpointError(f"{path}: not readable as plain data ({error}); do not use this checkpoint") from error

@@ -29,7 +29,8 @@ from internvl_megatron.checkpoint.module_state import Part, load_parameters, par
 from internvl_megatron.checkpoint.saver import SavedState, Saver
 from internvl_megatron.checkpoint.weight_sums import frozen_sums
 from internvl_megatron.config.schema import CheckpointConfig, ModelConfig
-from internvl_megatron.errors import CheckpointError
+from internvl_megatron.data.json_object import parse_object
+from internvl_megatron.errors import CheckpointError, DataError
 from internvl_megatron.model.build import Model, torch_dtype
 from internvl_megatron.parallel.groups import Groups
 from internvl_megatron.train.optimizer import JointOptimizer
@@ -350,7 +351,7 @@ def _loader_state(folder: Path) -> dict[str, Any]:
     state: dict[str, Any] = {}
     for path in sorted((folder / "loader").glob("replica-*.json")):
         try:
-            state |= json.loads(path.read_text())
-        except ValueError as error:
-            raise CheckpointError(f"{path}: not valid JSON ({error}); use an older checkpoint") from error
+            state |= parse_object(path.read_bytes(), str(path), "it")
+        except (OSError, DataError) as error:
+            raise CheckpointError(f"{error}; use an older checkpoint") from error
     return state

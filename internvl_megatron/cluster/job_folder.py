@@ -25,7 +25,7 @@ SCRIPT = "job.sbatch"
 IDS_FILE = "jobs"
 CHECKOUT = Path(__file__).resolve().parents[2]
 RECORDED = re.compile(
-    r"(CUDA|FI|GLOO|HF_HUB|MASTER|MKL|NCCL|NVTE|OMP|ONEDNN|PYTHON|PYTORCH|SLURM|TORCH|UCX)_\w+|PYTHON\w*"
+    r"(?!SLURM_JWT)(CUDA|FI|GLOO|HF_HUB|MASTER|MKL|NCCL|NVTE|OMP|ONEDNN|PYTHON|PYTORCH|SLURM|TORCH|UCX)_\w+|PYTHON\w*"
 )
 """Environment variables that are written down: what the numerics and the network depend on, and nothing that is secret."""
 

@@ -84,7 +84,7 @@ def settings_of(path: Path, recipe: str, num_ranks: int) -> list[str]:
     """
     try:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: cannot be read as TOML ({error})") from error
     wrong = [name for name, tables in content.items() if name not in TABLES or not _is_table_of_tables(tables)]
     if wrong:

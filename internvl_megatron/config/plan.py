@@ -1,6 +1,7 @@
 """Checks a configuration as a whole and derives the numbers that follow from it. Pure: no torch, no files."""
 
 import math
+import re
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
@@ -61,6 +62,7 @@ def plan(config: RunConfig, world_size: int) -> RunPlan:
         *kernel_problems(config),
         *schedule_problems(config.optimizer, config.num_steps),
         *_folders(config),
+        *_time_limits(config),
         *lora_problems(config),
         *mpo_problems(config),
     ]
@@ -152,12 +154,33 @@ def _folders(config: RunConfig) -> list[str]:
         f"{name}={path} is a URL, and a run's files and weights are on a file system that all ranks share: mount the store, or "
         "copy what you need; checkpoint.mirror has copies of checkpoints made"
         for name, path in paths.items()
-        if path is not None and "://" in path
+        if path is not None and "://" in path and "@" not in path
     ]
     mirror = config.checkpoint.mirror
+    given = paths | {
+        "checkpoint.mirror": mirror,
+        "data.meta": config.data.meta,
+        "data.eval_meta": config.data.eval_meta,
+    }
+    problems += [  # without its value: this text ends in a log
+        f"{name} has a user or a password before its '@', and settings are written down and logged: leave them to the store's own "
+        "configuration (environment variables, ~/.aws, ...)"
+        for name, path in given.items()
+        if path is not None and re.search(r"://[^/]*@", path)
+    ]
     if mirror is not None and "://" not in mirror:
         problems.append(f"checkpoint.mirror={mirror} must be a URL, as s3://bucket/run or file:///mnt/copies/run")
     return problems
+
+
+def _time_limits(config: RunConfig) -> list[str]:
+    stall, collective = config.watchdog.stall_seconds, config.parallel.collective_timeout_seconds
+    if stall is None or stall < collective:
+        return []
+    return [
+        f"watchdog.stall_seconds={stall} must be below parallel.collective_timeout_seconds={collective}, or a time-out ends the run "
+        "before its ranks say where they are"
+    ]
 
 
 def model_problems(model: ModelConfig) -> list[str]:

@@ -418,6 +418,19 @@ class BadStepConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class WatchdogConfig:
+    """When a run that gets nowhere is ended, with the stacks of all ranks (docs/faults.md)."""
+
+    stall_seconds: float | None = 540.0
+    """A rank that gets nowhere for so long ends the run: a micro-batch, an encoder's pass, an update and rows that are waited for
+    count as progress. Below `parallel.collective_timeout_seconds`, whose error says nothing of the others. None = never."""
+    start_seconds: float = 3600.0
+    """Longer by so much until the first step is over: data are indexed, weights loaded and kernels compiled before."""
+    straggler_factor: float | None = 1.5
+    """A rank that computes so many times as long as the median of its peers is named in the log and the metrics. None = nobody looks."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class RampConfig:
     """A global batch that grows at the beginning of a run; off by default. What each step has follows from its number alone
     (`config/ramp.py`)."""
@@ -446,6 +459,7 @@ class RunConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     bad_steps: BadStepConfig = field(default_factory=BadStepConfig)
+    watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)
     folder: str = "runs/default"
     """Everything the run writes: resolved config, metrics, checkpoints."""
     num_steps: int = 1000

@@ -62,10 +62,22 @@ class ImageRef:
     def from_fields(cls, fields: Sequence[Any]) -> "ImageRef":
         """An image from its fields as JSON gives them back. Raises ValueError or TypeError if they are none."""
         path, (columns, rows), tiles, jpeg_seed, where, video, span = fields
+        numbers, names = [columns, rows, tiles], [path, where]
         if video is not None:
             seed, clip, files = video
             video = VideoFrames(seed, None if clip is None else (clip[0], clip[1]), tuple(files))
-        return cls(path, (columns, rows), tiles, jpeg_seed, where, video, None if span is None else Span(*span))
+            names += files
+            if any("/" in name for name in files):
+                raise ValueError(f"frames {files} are not in the folder of their video")
+        if span is not None:
+            span = Span(*span)
+            numbers += [span.offset + 1, span.size + 1]
+            names.append(span.name)
+        if not (
+            all(type(number) is int and number > 0 for number in numbers) and all(isinstance(n, str) for n in names)
+        ):
+            raise ValueError(f"{fields!r:.200} are not the fields of an image")
+        return cls(path, (columns, rows), tiles, jpeg_seed, where, video, span)
 
     @property
     def kind(self) -> Literal["image", "video"]:

@@ -33,6 +33,7 @@ from typing import BinaryIO
 import numpy as np
 
 from internvl_megatron.errors import DataError
+from internvl_megatron.typed_object import typed_object
 
 _logger = logging.getLogger(__name__)
 
@@ -317,8 +318,11 @@ def _facts_of(header: bytes) -> _Facts | None:
     text = header[_CHECKSUM.size :].rstrip(b" ")
     if len(header) != HEADER_BYTES or header[: _CHECKSUM.size] != _CHECKSUM.pack(_MAGIC, zlib.crc32(text)):
         return None
-    facts = json.loads(text)
-    return _Facts(**facts) if facts.get("version") == _VERSION else None
+    try:
+        facts = typed_object(_Facts, json.loads(text))
+    except (ValueError, RecursionError):
+        return None
+    return facts if facts.version == _VERSION and min(facts.records, facts.gaps) >= 0 else None
 
 
 def _numbers(file: BinaryIO, position: int, count: int) -> tuple[int, ...]:

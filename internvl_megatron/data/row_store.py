@@ -30,6 +30,7 @@ from internvl_megatron.data.records import SampleSettings
 from internvl_megatron.data.tokenizer import Tokenizer
 from internvl_megatron.errors import DataError
 from internvl_megatron.object_store import is_url
+from internvl_megatron.typed_object import typed_object
 
 if TYPE_CHECKING:
     import zarr
@@ -175,6 +176,14 @@ class PartSummary:
     """Of the digests of all rows."""
 
 
+@dataclass(frozen=True, slots=True)
+class ListedPart:
+    """What `store.json` says of a part."""
+
+    rows: int
+    digest: str
+
+
 def digest_of_rows(digests: Iterable[np.ndarray]) -> str:
     """One digest for those of a part's rows, in their order."""
     found = hashlib.blake2b(digest_size=DIGEST_BYTES)
@@ -203,7 +212,7 @@ class Part:
             self._bounds = np.asarray(_array(group, "bounds")[:])
             self.digests = np.asarray(_array(group, "digests")[:])
             """uint8 [R, DIGEST_BYTES], as they were written."""
-            self.summary = PartSummary(**dict(group.attrs))  # pyright: ignore[reportArgumentType]
+            self.summary = typed_object(PartSummary, dict(group.attrs))
         except Exception as error:  # zarr and its codecs have many of their own
             raise DataError(f"{folder}: is no part of a store that can be read ({error}); {_AGAIN}") from error
 
@@ -253,10 +262,11 @@ class RowStore:
         if self.description.get("parts") is None:
             raise DataError(f"{folder}: is not finished; run tools/pack_dataset.py again with the same arguments")
         try:
-            self._ends = list(accumulate(int(part["rows"]) for part in self.description["parts"]))
-            self._digests = [str(part["digest"]) for part in self.description["parts"]]
-        except (KeyError, TypeError, ValueError) as error:
+            parts = [typed_object(ListedPart, part) for part in self.description["parts"]]
+        except (TypeError, ValueError) as error:
             raise DataError(f"{folder / STORE_FILE}: 'parts' is wrong ({error!r}); {_AGAIN}") from error
+        self._ends = list(accumulate(max(0, part.rows) for part in parts))
+        self._digests = [part.digest for part in parts]
         self.digest = hashlib.blake2b(json.dumps(self._digests).encode(), digest_size=DIGEST_BYTES).hexdigest()
         """Of all rows."""
 
@@ -302,13 +312,15 @@ class RowStore:
         Raises:
             DataError: with every difference.
         """
-        packed, now = self.description["fixed"], fixed_settings(settings, tokenizer)
+        packed, now = self.description.get("fixed"), fixed_settings(settings, tokenizer)
+        tiles = self.description.get("tiles_per_row")
+        if not isinstance(packed, dict) or type(tiles) is not int:
+            raise DataError(f"{self.folder / STORE_FILE}: 'fixed' or 'tiles_per_row' is wrong; {_AGAIN}")
         differences = [
             f"{name} was {packed.get(name)!r}, is {value!r}"
             for name, value in now.items()
             if packed.get(name) != value
         ]
-        tiles = int(self.description["tiles_per_row"])
         if tiles > settings.data.tiles_per_row:
             differences.append(f"data.tiles_per_row was {tiles}, is {settings.data.tiles_per_row}, which is less")
         if differences:

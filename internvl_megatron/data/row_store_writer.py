@@ -31,6 +31,7 @@ from internvl_megatron.data.row_store import (
     RAGGED,
     STORE_FILE,
     VERSION,
+    ListedPart,
     Part,
     PartSummary,
     StoredRow,
@@ -250,7 +251,7 @@ def finish_store(folder: Path) -> dict[str, Any]:
         "length": totals["rows"],
     }
     write_whole(folder / META_FILE, json.dumps({folder.resolve().name: entry}, indent=1))
-    parts = [{"rows": summary.rows, "digest": summary.digest} for summary in summaries]
+    parts = [asdict(ListedPart(summary.rows, summary.digest)) for summary in summaries]
     write_whole(folder / STORE_FILE, json.dumps(description | {"parts": parts, "totals": totals}, indent=1))
     for left in folder.glob(".part-*.writing"):  # by processes that were killed
         shutil.rmtree(left, ignore_errors=True)

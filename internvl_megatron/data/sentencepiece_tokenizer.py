@@ -181,7 +181,7 @@ def read_folder(folder: str | Path) -> SentencePieceFolder:
             special.add(name)
     more = path / ADDED_TOKENS_FILE
     for name, index in (read_json_object(more) if more.exists() else {}).items():
-        _add(added, name, index, processor, more)
+        _add(added, _text(name, str(more)), index, processor, more)
     return SentencePieceFolder(path, processor, config, added, frozenset(special))
 
 
@@ -202,7 +202,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
         raise DataError(
             f"{path}: cannot be read ({error}); copy all files of the tokenizer into the folder"
         ) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: is not JSON ({error}); copy the file again") from error
     return _typed(content, dict, str(path))
 
@@ -214,7 +214,9 @@ def _read_model(path: Path) -> "SentencePieceProcessor":
     processor = SentencePieceProcessor()
     try:
         processor.LoadFromSerializedProto(path.read_bytes())
-    except (OSError, RuntimeError) as error:
+        for index in range(processor.get_piece_size()):  # the library does not look whether they are text
+            processor.id_to_piece(index)
+    except (OSError, RuntimeError, UnicodeDecodeError) as error:
         raise DataError(
             f"{path}: is not a sentencepiece model ({error}); copy the file again (a Git LFS pointer is not the file)"
         ) from error
@@ -252,6 +254,14 @@ def _typed[T](value: Any, kind: type[T], where: str) -> T:
     return value
 
 
+def _text(value: Any, where: str) -> str:
+    """The value, if it is a text: half a surrogate pair is none."""
+    name = _typed(value, str, where)
+    if any("\ud800" <= letter <= "\udfff" for letter in name):
+        raise DataError(f"{where}: {name!r:.80} is not text; copy the file again")
+    return name
+
+
 def _listed(value: Any, where: str) -> list[Any]:
     """Tokens in a list, or in an object that gives each a name of its own."""
     return list(value.values()) if isinstance(value, dict) else _typed(value or [], list, where)
@@ -260,12 +270,12 @@ def _listed(value: Any, where: str) -> list[Any]:
 def _token_name(value: Any, where: str) -> str | None:
     """Name of a token given as a string or as an object with `content`; None if it is null."""
     content = value.get("content") if isinstance(value, dict) else value
-    return None if value is None else _typed(content, str, where)
+    return None if value is None else _text(content, where)
 
 
 def _added_token(entry: Any, where: str) -> str:
     """Name of an entry of `added_tokens_decoder`."""
-    name = _typed(_typed(entry, dict, where).get("content"), str, f"{where}: content")
+    name = _text(_typed(entry, dict, where).get("content"), f"{where}: content")
     rules = [rule for rule in _SPACE_RULES if entry.get(rule, False)]
     if rules:
         raise DataError(f"{where}: {name!r} has {', '.join(rules)}, which is not provided for; set it to false")

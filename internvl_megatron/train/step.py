@@ -49,7 +49,7 @@ from internvl_megatron.train.optimizer import (
     gather_parameters,
     megatron_optimizer,
 )
-from internvl_megatron.train.phases import PhaseClock, Span
+from internvl_megatron.train.phases import PhaseClock, Span, Work
 from internvl_megatron.train.pipeline_messages import PipelineMessages
 from internvl_megatron.train.preference import AnswerScores, MixedPreference
 from internvl_megatron.train.row_encoder import RowEncoder
@@ -88,7 +88,9 @@ class StepResult:
     preference: PreferenceFigures | None
     """Of pairs of answers, if that is what is trained on."""
     spans: list[Span]
-    """When each phase ran on this rank; not the same on every rank."""
+    """When each phase ran on this rank; not the same on every rank, as is the next."""
+    work: dict[str, Work]
+    """What this rank did by itself: the vision encoder's forward passes over tiles, the language model's over rows."""
 
 
 class Step:
@@ -185,6 +187,7 @@ class Step:
             parts=outcome.parts,
             preference=outcome.preference,
             spans=self.clock.spans(),
+            work=self.clock.work_done(),
         )
 
     def _gradients(
@@ -290,7 +293,7 @@ class Step:
             return None
         exchange, plan = self.exchange, window.plan
         tiles = exchange.receive_tiles(window.take_tiles())
-        encoder = TileEncoder(self.config, self.vision, self.device, step, training, drop_path)
+        encoder = TileEncoder(self.config, self.vision, self.device, step, training, drop_path, self.clock)
         if self.groups.vision_layout.first_stage_only:
             images: WindowEncoder = RowEncoder(encoder, exchange, plan, tiles)
         elif isinstance(plan, BubblePlan):
@@ -313,13 +316,15 @@ class Step:
 
         def forward_step(numbers: Iterator[int], language: DistributedDataParallel) -> tuple[Tensor, RowLoss]:
             number = next(numbers)
+            self.clock.tick()
             images = None
             if encoder is not None and language.module.pre_process:
                 images = encoder.row(number)
             language_model, rank = self.config.model.language, self.groups.rank
             row = device_row(agreement.rows[number], language_model, self.device, layout, rank)
             targets, row_loss = task(agreement, number, row)
-            with keep_on_host(self.device, self.config.parallel.language_offload):
+            offload = keep_on_host(self.device, self.config.parallel.language_offload)
+            with offload, self.clock.work("language", 1):
                 output = language(row.token_ids, row.packed, self._image_tokens(images), row.target_positions, targets)
             return output, row_loss
 

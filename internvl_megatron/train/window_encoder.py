@@ -21,6 +21,7 @@ from internvl_megatron.parallel.embedding_store import EmbeddingStore
 from internvl_megatron.parallel.exchange import Exchange, HeldTiles
 from internvl_megatron.parallel.tile_plan import TilePlan
 from internvl_megatron.train.host_memory import keep_on_host
+from internvl_megatron.train.phases import PhaseClock
 from internvl_megatron.train.vision_side import VisionSide
 
 
@@ -55,6 +56,8 @@ class TileEncoder:
     training: bool
     """Gradients, where something of the vision side is trained."""
     drop_path: bool
+    clock: PhaseClock
+    """Hears how long it takes."""
 
     @property
     def learns(self) -> bool:
@@ -68,7 +71,7 @@ class TileEncoder:
         rate = vision.drop_path_rate if self.drop_path else 0.0
         scale = residual_scale(rate, vision.num_layers, numbers, self.config.seed, self.step)
         offload = keep_on_host(self.device, self.config.parallel.vision_offload)
-        with torch.set_grad_enabled(keeps_graph), offload:
+        with torch.set_grad_enabled(keeps_graph), offload, self.clock.work("vision", len(pixels)):
             return self.vision(pixels, None if scale is None else self.device.put(scale))
 
 

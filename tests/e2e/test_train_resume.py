@@ -18,6 +18,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from internvl_megatron.__main__ import main
 from internvl_megatron.checkpoint import folders
 from internvl_megatron.metrics import METRICS_FILE, read_metrics
+from internvl_megatron.rank_notes import HEARTBEATS, read_note
+from internvl_megatron.watchdog import STALLS
 from tests.support.small_runs import small_data, small_run_settings
 
 pytestmark = pytest.mark.parallel
@@ -75,9 +77,13 @@ def whole(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run
 
 
-def _start(data: Path, run: Path) -> subprocess.Popen[str]:
+def _start(data: Path, run: Path, *overrides: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        _command(data, run), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        _command(data, run, *overrides),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     )
 
 
@@ -184,6 +190,31 @@ def test_a_killed_rank_ends_all_and_the_run_continues(data: Path, whole: Path, t
     assert "killed by SIGKILL" in errors
     _assert_gone(family)
     assert folders.read_info(folders.finished(tmp_path / "checkpoints")[-1]).step >= SAVE_EVERY
+    assert _train_here(data, tmp_path) == 0
+    assert _losses(tmp_path) == _losses(whole)
+
+
+def test_a_stopped_rank_ends_all_with_a_report_and_the_run_continues(data: Path, whole: Path, tmp_path: Path) -> None:
+    """Its process runs no more and closes nothing: nobody but the others' watchdogs can tell."""
+    process = _start(data, tmp_path, "watchdog.stall_seconds=20")
+    _wait_for_step(tmp_path, 3, process)
+    family, ranks = _family(process), _ranks(process)
+    pids = {rank: read_note(tmp_path / HEARTBEATS, rank) for rank in range(4)}
+    stopped = next(rank for rank, note in pids.items() if note is not None and note.pid == ranks[2].pid)
+    ranks[2].suspend()
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 124, errors
+    _assert_gone(family)
+    (path,) = (tmp_path / STALLS).iterdir()
+    report = path.read_text().split("\n\n")
+    assert re.match(rf"rank {stopped} on \S+: is stopped \(by a signal\); in \w+, step \d", report[1]), report[1]
+    others = "\n".join(report[2:])
+    named = {
+        int(number) for line in re.findall(r"^ranks? ([\d, ]+) on", others, re.MULTILINE) for number in line.split(",")
+    }
+    assert named == {0, 1, 2, 3} - {stopped}
+    assert re.search(r"torch/distributed|pipeline_messages|internvl_megatron/parallel/", others), "what they wait in"
+    assert report[1] in errors, "the log has it too"
     assert _train_here(data, tmp_path) == 0
     assert _losses(tmp_path) == _losses(whole)
 

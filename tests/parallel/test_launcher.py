@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from internvl_megatron.errors import ConfigError
@@ -149,6 +150,17 @@ def test_a_users_error_shows_no_traceback(run_ranks: Run, tmp_path: Path) -> Non
 def test_a_result_that_cannot_be_sent_is_a_failure(run_ranks: Run) -> None:
     with pytest.raises(RankFailedError, match="unsendable_result"):
         run_ranks(unsendable_result, 1)
+
+
+def test_failures_keep_no_handles_open(run_ranks: Run) -> None:
+    """A process that starts runs again and again, and keeps their errors."""
+    run_ranks(place_of, 2)  # the server that ranks are forked from stays
+    before, kept = psutil.Process().num_fds(), []
+    for _ in range(2):
+        with pytest.raises(RankFailedError) as caught:
+            run_ranks(unsendable_result, 2)
+        kept.append(caught.value)
+    assert psutil.Process().num_fds() == before
 
 
 def test_an_interrupt_lets_ranks_end_in_order(run_ranks: Run, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """What a step says of itself: phases, tiles of the busiest rank, bytes between ranks."""
 
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -72,3 +73,35 @@ def test_figures_of_a_step_with_images(run_ranks: Callable[..., list[Any]], layo
 def test_a_step_without_images_moves_nothing(run_ranks: Callable[..., list[Any]]) -> None:
     for one in run_ranks(_figures, 4, LAYOUTS["TP2xPP2"], TEXT):
         assert (one["tiles"], one["most"], one["bytes"]) == (0, 0, 0)
+
+
+SLOW_SECONDS = 1.0
+
+
+def _with_a_slow_encoder(info: RankInfo, ranks: Ranks) -> list[str]:
+    """Rank 1 takes longer for every forward pass of its encoder."""
+    import torch
+
+    from internvl_megatron.device import open_device
+    from internvl_megatron.parallel.groups import make_groups
+    from internvl_megatron.ranks import joined
+    from internvl_megatron.train.stragglers import find_stragglers, gather_work
+    from tests.support.training import make_step
+
+    torch.set_num_threads(1)
+    device = open_device("cpu")
+    config = MIXED.config(ranks)
+    with joined(info, device, 60):
+        groups = make_groups(ranks.layout, device, 60, ranks.vision_layout)
+        step, model = make_step(config, None, groups, device)
+        if info.rank == 1:
+            model.vision.register_forward_pre_hook(lambda *_: time.sleep(SLOW_SECONDS))
+        rows: Any = replica_rows(MIXED, config, 0, ranks.layout, info.rank)
+        work = gather_work(step.run(rows, 0).work, groups.host_world)
+        assert work[:, 1, 1].tolist() == [2.0, 2.0], "rows of each"
+        return [slow.name for slow in find_stragglers(work, [0, 0], 1.5, SLOW_SECONDS)]
+
+
+def test_a_rank_with_a_slow_encoder_is_named(run_ranks: Callable[..., list[Any]]) -> None:
+    for named in run_ranks(_with_a_slow_encoder, 2, LAYOUTS["DP2"]):
+        assert "rank 1 vision" in named and "rank 0 vision" not in named

@@ -17,7 +17,7 @@ ROOMS = ("internvl_megatron", "checkpoint_convert", "tools", "launch")
 # line and what it starts, which may import everything and which no room imports. `parallel.layout` and `scaling.counts` are
 # pure arithmetic.
 LAYERS = (
-    {"errors"},
+    {"errors", "typed_object"},
     {"parallel.layout", "config.schema"},
     {"scaling.counts"},
     {"config"},

@@ -5,12 +5,15 @@ import json
 import os
 import pickle
 from collections import OrderedDict
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 
-from internvl_megatron.checkpoint import folders
+from internvl_megatron.checkpoint import file_sums, folders
 from internvl_megatron.checkpoint.metadata_guard import METADATA_FILE, check_metadata, plain_data_only
 from internvl_megatron.errors import CheckpointError
 
@@ -110,6 +113,36 @@ def test_damaged_metadata_is_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / METADATA_FILE).write_bytes(content)
     with pytest.raises(CheckpointError, match="not readable as plain data"):
         check_metadata(tmp_path)
+
+
+def test_metadata_that_names_files_outside_is_refused(tmp_path: Path) -> None:
+    storage = {MetadataIndex("a"): _StorageInfo("../../secret.distcp", 0, 10)}
+    (tmp_path / METADATA_FILE).write_bytes(pickle.dumps(Metadata({}, storage_data=storage)))
+    with pytest.raises(CheckpointError, match="no file inside it"):
+        check_metadata(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["../stolen", "/etc/hostname", "a/../../b", "", "a\0b", "\ud800"])
+def test_lists_of_files_outside_are_refused(tmp_path: Path, name: str) -> None:
+    """With all sums right: whoever wrote the checkpoint has written them too."""
+    writing = folders.writing_path(tmp_path, 3)
+    writing.mkdir()
+    files_sum = file_sums.write_sums(writing, {name: file_sums.FileSum(1, 2)})
+    folder = folders.finish(tmp_path, replace(_info(3), files_sum=files_sum))
+    (damage,) = file_sums.find_damage(folder)
+    assert "no file inside it" in damage
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("step", "3"), ("step", -3), ("recent_losses", ["x"]), ("num_tokens", None)]
+)
+def test_markers_with_other_types_are_refused(tmp_path: Path, field: str, value: object) -> None:
+    folders.writing_path(tmp_path, 3).mkdir(parents=True)
+    marker = folders.finish(tmp_path, _info(3)) / folders.MARKER
+    fields = json.loads(marker.read_text()) | {field: value, "format_version": 2}  # which has no sum of them
+    marker.write_text(json.dumps(fields))
+    with pytest.raises(CheckpointError, match="not a checkpoint marker"):
+        folders.read_info(marker.parent)
 
 
 def test_missing_metadata_is_named(tmp_path: Path) -> None:

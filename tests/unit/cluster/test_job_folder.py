@@ -22,7 +22,8 @@ def options_of(text: str) -> dict[str, str]:
 
 def test_a_job_s_folder_says_what_ran(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NCCL_IB_HCA", "mlx5")
-    monkeypatch.setenv("MY_TOKEN", "secret")
+    for name in ("MY_TOKEN", "SLURM_JWT"):
+        monkeypatch.setenv(name, "secret")
     config = requested_config("internvl3_8b_sft", 16, None, [*GIVEN, f"folder={tmp_path / 'a run'}"])
     request = JobRequest(nodes=2, gpus_per_node=8, time="1-00")
     first, second = (write_job(config, request, check(config, request)[1]) for _ in range(2))

@@ -375,3 +375,17 @@ def test_urls_are_refused_where_a_run_keeps_its_files() -> None:
         match=r"folder=s3://bucket/run is a URL[^\n]*\n[^\n]*checkpoint\.load=gs://bucket/weights is a URL",
     ):
         plan(apply_overrides(demo_digits(), changes), 4)
+
+
+def test_passwords_in_urls_are_refused_and_not_repeated() -> None:
+    changes = ["checkpoint.mirror=s3://user:hunter2@bucket/run", "data.meta=https://hunter2@host/meta.json"]
+    with pytest.raises(ConfigError) as caught:
+        plan(apply_overrides(demo_digits(), changes), 4)
+    assert "checkpoint.mirror has a user or a password" in str(caught.value) and "data.meta has" in str(caught.value)
+    assert "hunter2" not in str(caught.value)
+
+
+def test_a_stall_must_be_found_before_a_collective_gives_up() -> None:
+    with pytest.raises(ConfigError, match=r"watchdog\.stall_seconds=600\.0 must be below .*=600"):
+        plan(apply_overrides(demo_digits(), ["watchdog.stall_seconds=600"]), 4)
+    plan(apply_overrides(demo_digits(), ["watchdog.stall_seconds=null"]), 4)

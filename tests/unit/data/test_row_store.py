@@ -10,6 +10,7 @@ import pytest
 
 from internvl_megatron.data.dataset import load_datasets
 from internvl_megatron.data.evaluation_rows import eval_rows
+from internvl_megatron.data.images import ImageRef
 from internvl_megatron.data.loader import ReplicaLoader
 from internvl_megatron.data.row_bytes import row_to_bytes
 from internvl_megatron.data.row_store import RowStore, _open_part, common_root
@@ -241,6 +242,22 @@ def test_descriptions_that_are_wrong(store, make_settings, small):
     (store / "meta.json").write_text(json.dumps({"store": meta["store"] | {"max_dynamic_patch": 6}}))
     with pytest.raises(DataError, match=r"remove 'max_dynamic_patch' of 'store'"):
         load_datasets(store / "meta.json")
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        ["v/", [1, 1], 2, None, "", [3, None, ["../../outside.jpg", "b.jpg"]], None],
+        [7, [1, 1], 2, None, "", None, None],
+        ["a.png", [1, "1"], 2, None, "", None, None],
+        ["a.png", [1, 1], -2, None, "", None, None],
+        ["a.tar", [1, 1], 2, None, "", None, [-5, 10, "b.png"]],
+    ],
+)
+def test_images_of_others_that_are_none(fields):
+    """A store's digests say that it is as it was written, not who wrote it."""
+    with pytest.raises(ValueError, match="are not"):
+        ImageRef.from_fields(fields)
 
 
 def test_images_that_moved_with_their_root(data_folder, make_settings, small, store, tmp_path_factory):
