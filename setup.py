@@ -56,6 +56,7 @@ EXTRAS = {
         # Tests talk to the server with OpenAI's own client, and to its page with a browser.
         "openai>=3.57,<4",
         "playwright>=1.65,<2",
+        "pyarrow>=21,<27",
         "pytest>=9,<10",
         "pytest-xdist>=3.8,<4",
         "ruff>=0.17,<0.18",
@@ -63,6 +64,7 @@ EXTRAS = {
         "pre-commit>=4,<5",
     ],
     "video": ["av>=16,<19"],
+    "eval": ["pyarrow>=21,<27"],
     "energon": ["megatron-energon>=7,<8"],
     "wandb": ["wandb>=0.20,<1"],
     "serve": SERVE,

@@ -1,4 +1,4 @@
-"""The commands that use a trained model: `generate`, `score` and `best-of-n`."""
+"""The commands that use a trained model: `generate`, `score`, `best-of-n` and `evaluate`."""
 
 import argparse
 import sys
@@ -8,12 +8,16 @@ from typing import Any, get_args
 from internvl_megatron.data.jsonl_file import JsonlFile
 from internvl_megatron.device import DeviceName
 from internvl_megatron.errors import ConfigError, DataError, UserError
+from internvl_megatron.evaluate.benchmarks.registry import BENCHMARKS
+from internvl_megatron.evaluate.settings import EvaluationSettings
 from internvl_megatron.inference.prompt import Prompt
 from internvl_megatron.inference.settings import DRAWN, GREEDY, Generation, Limits, Sampling, Setup
 
 GENERATE = "internvl_megatron.inference.run:generate_rank"
 SCORE = "internvl_megatron.inference.run:score_rank"
 BEST_OF_N = "internvl_megatron.evaluate.run:best_of_n_rank"
+EVALUATE = "internvl_megatron.evaluate.run:benchmark_rank"
+MODEL = "folder of a run (its newest checkpoint), of one of its checkpoints, of converted weights, or a Hugging Face checkpoint"
 
 
 def add_commands(commands: Any) -> None:
@@ -53,14 +57,30 @@ def add_commands(commands: Any) -> None:
     _add_generation(best, DRAWN)
     best.set_defaults(run=_best_of_n)
 
+    evaluate = commands.add_parser("evaluate", help="score a model on public benchmarks; run it again to continue")
+    evaluate.add_argument("--checkpoint", dest="model", type=Path, required=True, help=MODEL)
+    evaluate.add_argument("--benchmark", nargs="+", required=True, metavar="NAME", help=f"of {', '.join(BENCHMARKS)}")
+    evaluate.add_argument(
+        "--data", type=Path, required=True, help="folder with a folder of each benchmark's name (docs/evaluation.md)"
+    )
+    evaluate.add_argument("--output", type=Path, required=True, help="folder of answers and results")
+    evaluate.add_argument(
+        "--option", action="append", default=[], metavar="BENCHMARK.OPTION=VALUE", help="a named option of a benchmark"
+    )
+    evaluate.add_argument("--limit", type=int, help="ask the first so many questions of each alone")
+    evaluate.add_argument("--max-new-tokens", type=int, help="longest answer (default: each benchmark's own)")
+    _add_stride(evaluate)
+    _add_ranks(evaluate)
+    evaluate.set_defaults(run=_evaluate)
+
 
 def add_model(parser: argparse.ArgumentParser) -> None:
     """Arguments for the model and its ranks."""
-    parser.add_argument(
-        "model",
-        type=Path,
-        help="folder of a run (its newest checkpoint), of one of its checkpoints, of converted weights, or a Hugging Face checkpoint",
-    )
+    parser.add_argument("model", type=Path, help=MODEL)
+    _add_ranks(parser)
+
+
+def _add_ranks(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", choices=get_args(DeviceName), default="auto")
     parser.add_argument("--nproc", type=int, help="ranks to start (default: those of one replica)")
     parser.add_argument("--tensor-size", type=int, default=1, help="tensor-parallel ranks of a replica")
@@ -156,8 +176,22 @@ def _best_of_n(options: argparse.Namespace) -> int:
     return 0
 
 
-def _launch(target: str, options: argparse.Namespace, prompts: list[Prompt], *arguments: Any, **named: Any) -> Any:
-    """Run the body of the ranks; what the first one returns."""
+def _evaluate(options: argparse.Namespace) -> int:
+    settings = EvaluationSettings(
+        benchmarks=tuple(options.benchmark),
+        data=options.data,
+        output=options.output,
+        options=tuple(options.option),
+        limit=options.limit,
+        max_new_tokens=options.max_new_tokens,
+        v2pe_numerator=options.v2pe_numerator,
+    )
+    print(_launch(EVALUATE, options, settings))
+    return 0
+
+
+def _launch(target: str, options: argparse.Namespace, asked: Any, *arguments: Any, **named: Any) -> Any:
+    """Run the body of the ranks on what is asked; what the first one returns."""
     from internvl_megatron.launcher import launch
 
     replica = options.tensor_size * options.pipeline_size
@@ -165,7 +199,7 @@ def _launch(target: str, options: argparse.Namespace, prompts: list[Prompt], *ar
     if num_ranks < 1:
         raise UserError(f"{num_ranks} ranks: start at least one (--nproc, --tensor-size, --pipeline-size)")
     models = named.pop("models", options.model)
-    every = (models, prompts, *arguments, options.device, setup_of(options), *named.values())
+    every = (models, asked, *arguments, options.device, setup_of(options), *named.values())
     return launch(target, num_ranks, *every, device=options.device)[0]
 
 

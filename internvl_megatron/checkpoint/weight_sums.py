@@ -28,12 +28,13 @@ def frozen_sums(model: Model, groups: Groups, dtype: torch.dtype) -> dict[str, i
     return _sums(model, groups, dtype, lambda name, parameter: not parameter.requires_grad)
 
 
-def weights_id(model: Model, groups: Groups) -> str:
-    """16 hex digits over the names, bits and number formats of all parameters but adapters'; collective over all ranks.
+def weights_id(model: Model, groups: Groups, with_adapters: bool = False) -> str:
+    """16 hex digits over the names, bits and number formats of all parameters; collective over all ranks.
 
     They must be up to date. Values that change places inside one parameter are not seen, and that is not what it is for.
+    Those of adapters count only if that is asked for.
     """
-    sums = _sums(model, groups, None, lambda name, parameter: not is_adapter(name))
+    sums = _sums(model, groups, None, lambda name, parameter: with_adapters or not is_adapter(name))
     return hashlib.blake2b(json.dumps(sorted(sums.items())).encode(), digest_size=8).hexdigest()
 
 

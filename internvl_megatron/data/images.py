@@ -96,8 +96,8 @@ class ImageRef:
 
 
 @contextmanager
-def _open_image(path: str, span: Span | None = None) -> Iterator[Image.Image]:
-    """Open an image, turning everything that is wrong with the file into a `FileError` that names it."""
+def open_image(path: str, span: Span | None = None) -> Iterator[Image.Image]:
+    """An image while a block runs; everything that is wrong with the file, also later, becomes a `FileError` that names it."""
     name = file_name(path, span)
     try:
         with open_file(path, span) as file, Image.open(file, formats=FORMATS) as image:
@@ -125,12 +125,12 @@ def image_size(path: str, span: Span | None = None) -> tuple[int, int]:
     Raises:
         FileError: the file is missing or broken.
     """
-    with _open_image(path, span) as image:
+    with open_image(path, span) as image:
         return image.size
 
 
-def choose_files(folder: str, count: int, seed: int) -> tuple[str, ...]:
-    """Names of `count` frames of a video that is a folder of images, drawn as `choose_frames` draws them.
+def choose_files(folder: str, count: int, seed: int | None) -> tuple[str, ...]:
+    """Names of `count` frames of a video that is a folder of images, those that `choose_frames` chooses.
 
     Raises:
         FileError: there is no such folder, or no image in it.
@@ -153,7 +153,7 @@ def decode_tiles(image: ImageRef, tile_pixels: int, use_thumbnail: bool, out: np
         if image.video is not None:
             _decode_video(image, image.video, out)
             return out
-        with _open_image(image.path, image.span) as opened:
+        with open_image(image.path, image.span) as opened:
             tiles = cut_tiles(opened, image.grid, tile_pixels, use_thumbnail, image.jpeg_seed, out)
     except FileError as error:
         raise FileError(error.fault, f"{image.at}{error}") from error
@@ -178,5 +178,5 @@ def _decode_video(image: ImageRef, video: VideoFrames, tiles: np.ndarray) -> Non
 def _folder_frames(folder: str, video: VideoFrames) -> Iterator[Image.Image]:
     """The frames of a video that is a folder of images."""
     for name in video.files:
-        with _open_image(f"{folder.rstrip('/')}/{name}") as frame:
+        with open_image(f"{folder.rstrip('/')}/{name}") as frame:
             yield frame.convert("RGB")

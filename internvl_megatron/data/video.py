@@ -5,6 +5,7 @@ are counted in the file's packets when it is decoded, so variable frame rates an
 file's header says of rotation is ignored, as orientation is with images.
 """
 
+import math
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -35,20 +36,26 @@ ENDINGS = (
 class VideoFrames:
     """Which frames of a video a sample has."""
 
-    seed: int
-    """Draws them."""
+    seed: int | None
+    """Draws them; None = those in the middle of the segments."""
     clip: tuple[float, float] | None
     """Start and end in seconds from the first frame; None = the whole video."""
     files: tuple[str, ...] = ()
     """Names of the chosen frames where the video is a folder of images; empty if it is a file."""
 
 
-def choose_frames(total: int, count: int, seed: int) -> list[int]:
+def choose_frames(total: int, count: int, seed: int | None) -> list[int]:
     """`count` of `total` frames, rising: a random one of each of `count` equal segments, the last repeated if there are fewer.
+
+    Without a seed they are those that InternVL's evaluations see (`get_index`): the middle one of each segment, the last frame left
+    out.
 
     Upstream never takes the last frame of a segment, and leaves frames out of order of segments when one has a single
     frame: accidents of its code.
     """
+    if seed is None and total > count:
+        part = (total - 1) / count
+        return [math.floor(part / 2 + round(part * place)) for place in range(count)]
     rng = np.random.default_rng(seed)
     bounds = np.linspace(0, total, min(count, total) + 1).astype(np.int64)
     chosen = rng.integers(bounds[:-1], bounds[1:]).tolist()

@@ -1,10 +1,13 @@
-"""Answer a questions file with a trained run; the bodies of one rank."""
+"""Answer a questions file or benchmarks with a trained model; the bodies of one rank."""
 
 from collections.abc import Sequence
 from pathlib import Path
 
 from internvl_megatron.device import DeviceName
+from internvl_megatron.evaluate.benchmark_report import write_results
+from internvl_megatron.evaluate.benchmark_run import run_benchmarks
 from internvl_megatron.evaluate.questions import TaskScore, evaluate_questions
+from internvl_megatron.evaluate.settings import EvaluationSettings
 from internvl_megatron.inference.best_of_n import draw_answers
 from internvl_megatron.inference.critic import Solution, score_solutions
 from internvl_megatron.inference.prompt import Prompt
@@ -14,6 +17,8 @@ from internvl_megatron.inference.steps import JUDGE_INSTRUCTION
 from internvl_megatron.ranks import RankInfo
 
 MAX_NEW_TOKENS = 16
+BENCHMARK_TIMEOUT_SECONDS = 7 * 24 * 3600
+"""Replicas wait for the slowest at the end of a benchmark alone; a rank that fails ends the others at once."""
 
 
 def answer_questions(
@@ -41,3 +46,16 @@ def best_of_n_rank(
         solutions = [Solution(prompt, text) for prompt, own in zip(prompts, answers, strict=True) for text in own]
         scores = iter(score_solutions(load_generator(critic, place), solutions, instruction))
         return [(own, [next(scores) for _ in own]) for own in answers]
+
+
+def benchmark_rank(
+    info: RankInfo,
+    folder: Path,
+    settings: EvaluationSettings,
+    device: DeviceName = "auto",
+    setup: Setup | None = None,
+) -> str:
+    """Evaluate a model (`load_generator`) on benchmarks and write the results; their table, on rank 0."""
+    with open_place(info, device, setup or Setup(), BENCHMARK_TIMEOUT_SECONDS) as place:
+        results = run_benchmarks(load_generator(folder, place), settings, str(folder))
+        return write_results(settings.output, results) if info.rank == 0 else ""

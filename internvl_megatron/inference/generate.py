@@ -1,6 +1,6 @@
 """Generation: prompts are divided over data-parallel replicas, which answer theirs at their own pace (`batch.py`)."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -14,7 +14,7 @@ from internvl_megatron.inference.answer_text import AnswerText
 from internvl_megatron.inference.batch import Batch
 from internvl_megatron.inference.pieces import embed, prompt_piece
 from internvl_megatron.inference.prompt import ENDS, Answer, End, Prompt
-from internvl_megatron.inference.requests import Renderer, Request
+from internvl_megatron.inference.requests import RenderedPrompt, Renderer, Request
 from internvl_megatron.inference.settings import GREEDY, Generation, Limits, Sampling
 from internvl_megatron.inference.stages import Stages
 from internvl_megatron.model.build import Model
@@ -55,7 +55,7 @@ class Generator:
         self.limits = limits or Limits()
         self.stages = Stages(config, model, groups, device)
         self.renderer = Renderer(config, tokenizer, self.limits.max_positions)
-        self._groups = groups
+        self.groups = groups
 
     def answer(
         self,
@@ -92,13 +92,9 @@ class Generator:
         settings = settings or Generation()
         rendered = self.renderer.render_all(prompts, settings.v2pe_numerator, settings.max_new_tokens)
         tell = on_text if self.stages.leads else None
-        is_text_needed = tell is not None or bool(settings.stop_strings)
         batch, mine = self.new_batch(), []
         for number in self.own_numbers(len(prompts)):
-            prompt = prompts[number]
-            seed = settings.sampling.seed_of(number, prompt.seed)
-            text = self.text_of(prompt, settings) if is_text_needed else None
-            mine.append(Request(number, rendered[number], settings, seed, text))
+            mine.append(self._request(number, prompts[number], rendered[number], settings, tell is not None))
             batch.add(mine[-1])
         while batch.is_busy:
             for request, piece in batch.step():
@@ -109,6 +105,46 @@ class Generator:
             self._finished(prompt, ids, ENDS[end], settings)
             for prompt, (end, *ids) in ((prompt, found[number]) for number, prompt in enumerate(prompts))
         ]
+
+    @torch.no_grad()
+    def stream(self, prompts: Iterable[Prompt], settings: Generation) -> Iterator[tuple[int, Answer]]:
+        """Answer this replica's own prompts, each as soon as it is finished; collective over the ranks of a replica.
+
+        Replicas may have different prompts and any number of them, and exchange nothing.
+
+        Args:
+            prompts: the same on every rank of the replica; one is taken when fewer than `limits.max_sequences` are under way, so
+                that what its images need can be made then.
+            settings: how.
+
+        Yields:
+            The number of a prompt, and its answer.
+
+        Raises:
+            DataError: an image cannot be read, or images and `<image>` differ in number.
+            ConfigError: a setting is out of its range, or prompt and answer do not fit the context.
+        """
+        batch, coming = self.new_batch(), enumerate(prompts)
+        asked: dict[int, Prompt] = {}
+        while True:
+            while len(asked) < self.limits.max_sequences and (taken := next(coming, None)) is not None:
+                number, prompt = taken
+                (rendered,) = self.renderer.render_all([prompt], settings.v2pe_numerator, settings.max_new_tokens)
+                asked[number] = prompt
+                batch.add(self._request(number, prompt, rendered, settings, has_text=False))
+            if not batch.is_busy:
+                return
+            for request, _ in batch.step():
+                if request.end is not None:
+                    prompt = asked.pop(request.number)
+                    yield request.number, self._finished(prompt, request.answer_ids, request.end, settings)
+
+    def _request(
+        self, number: int, prompt: Prompt, rendered: RenderedPrompt, settings: Generation, has_text: bool
+    ) -> Request:
+        """A prompt that is about to be asked; it makes text as it grows if it is to, or if its end may be in it."""
+        text = self.text_of(prompt, settings) if has_text or settings.stop_strings else None
+        return Request(number, rendered, settings, settings.sampling.seed_of(number, prompt.seed), text)
 
     @torch.no_grad()
     def logits(self, prompt: Prompt, num_positions: int) -> np.ndarray:
@@ -146,16 +182,16 @@ class Generator:
 
     def own_numbers(self, count: int) -> range:
         """Which of the prompts of a call this replica is for."""
-        layout = self._groups.layout
-        return range(layout.replica(self._groups.rank), count, layout.data_size)
+        layout = self.groups.layout
+        return range(layout.replica(self.groups.rank), count, layout.data_size)
 
     def of_all_replicas(self, own: dict[int, list[int]]) -> dict[int, list[int]]:
         """What every replica has found for its prompts, by their numbers, on all ranks."""
-        if self._groups.layout.data_size == 1:
+        if self.groups.layout.data_size == 1:
             return own
         message = [value for number, values in own.items() for value in (number, len(values), *values)]
         found: dict[int, list[int]] = {}
-        for gathered in gather_integers(np.array(message, dtype=np.int64), self._groups.host_data):
+        for gathered in gather_integers(np.array(message, dtype=np.int64), self.groups.host_data):
             place, numbers = 0, gathered.tolist()
             while place < len(numbers):
                 number, length = numbers[place : place + 2]

@@ -30,7 +30,13 @@ class Prompt:
     """Path of a video, or of a folder of frames, in place of images; `<video>` says where its frames go, without one they come
     first."""
     num_frames: int = 16
-    """Of the video: one is drawn, always the same, from each of so many equal parts."""
+    """Of the video: the one in the middle of each of so many equal parts."""
+    clip: tuple[float, float] | None = None
+    """Start and end in seconds of what is seen of a video file; None = all of it."""
+    max_tiles: int | None = None
+    """Tiles of each image at most; None = the images share `data.max_tiles`, as in training."""
+    where: str = ""
+    """`file:line` of the record it was made from, for messages."""
 
 
 @dataclass(frozen=True)

@@ -21,9 +21,6 @@ from internvl_megatron.inference.settings import Generation
 
 DEFAULT_GENERATION = Generation()
 
-VIDEO_SEED = 0
-"""Draws frames of videos."""
-
 
 @dataclass(frozen=True)
 class RenderedPrompt:
@@ -103,7 +100,8 @@ class Renderer:
         for number, prompt in enumerate(prompts):
             key = replace(prompt, seed=None)
             if key not in made:
-                where = f"prompt {number + 1} of {len(prompts)}: " if len(prompts) > 1 else ""
+                where = f"{prompt.where}: " if prompt.where else ""
+                where = where or (f"prompt {number + 1} of {len(prompts)}: " if len(prompts) > 1 else "")
                 try:
                     made[key] = self.render(prompt, v2pe_numerator)
                 except DataError as error:
@@ -117,7 +115,7 @@ class Renderer:
         said = [Turn(role, text) for turn in prompt.history for role, text in zip(("human", "gpt"), turn, strict=True)]
         turns = [*said, Turn("human", prompt.question)]
         if prompt.video is None:
-            images = [self._plan_image(path, len(prompt.images)) for path in prompt.images]
+            images = [self._plan_image(path, prompt) for path in prompt.images]
             block_tiles = [image.num_tiles for image in images]
         else:
             images = [_plan_video(prompt)]
@@ -140,12 +138,13 @@ class Renderer:
         """The last tokens of a prompt: what stands before the answer, and its given beginning."""
         return answer_header(self._tokenizer, prompt.answer_start)
 
-    def _plan_image(self, path: str, num_images: int) -> ImageRef:
-        """How an image is cut when `num_images` images share the tiles of a sample, as in training."""
+    def _plan_image(self, path: str, prompt: Prompt) -> ImageRef:
+        """How an image of a prompt is cut."""
         data = self._config.data
-        max_tiles = max(1, data.max_tiles // num_images)
-        grid = choose_grid(*image_size(path), data.min_tiles, max_tiles, self._config.model.vision.tile_pixels)
-        return ImageRef(path, grid, num_tiles(grid, data.use_thumbnail), jpeg_seed=None)
+        max_tiles = prompt.max_tiles or max(1, data.max_tiles // len(prompt.images))
+        size = image_size(path)
+        grid = choose_grid(*size, data.min_tiles, max_tiles, self._config.model.vision.tile_pixels)
+        return ImageRef(path, grid, num_tiles(grid, data.use_thumbnail), jpeg_seed=None, where=prompt.where)
 
     def _check_length(self, rendered: RenderedPrompt, max_new_tokens: int, where: str) -> None:
         needed = int(rendered.positions[-1]) // UNITS_PER_POSITION + 1 + max_new_tokens
@@ -167,7 +166,12 @@ def _plan_video(prompt: Prompt) -> ImageRef:
         raise DataError(f"video {prompt.video}: num_frames must be at least 1, not {prompt.num_frames}")
     files: tuple[str, ...] = ()
     if is_folder(prompt.video):
-        files = choose_files(prompt.video, prompt.num_frames, VIDEO_SEED)
+        if prompt.clip is not None:
+            raise DataError(
+                f"video {prompt.video}: a folder of frames has no times, and takes no clip; name its frames as images"
+            )
+        files = choose_files(prompt.video, prompt.num_frames, None)
     else:
-        check_video(prompt.video, None, MAX_IMAGE_PIXELS)
-    return ImageRef(prompt.video, (1, 1), prompt.num_frames, None, video=VideoFrames(VIDEO_SEED, None, files))
+        check_video(prompt.video, prompt.clip, MAX_IMAGE_PIXELS)
+    frames = VideoFrames(None, prompt.clip, files)
+    return ImageRef(prompt.video, (1, 1), prompt.num_frames, None, where=prompt.where, video=frames)

@@ -124,8 +124,16 @@ def open_generator(
 
 
 @contextmanager
-def open_place(info: RankInfo, device_name: DeviceName, setup: Setup) -> Iterator[Place]:
+def open_place(
+    info: RankInfo, device_name: DeviceName, setup: Setup, timeout_seconds: int = TIMEOUT_SECONDS
+) -> Iterator[Place]:
     """Join the other ranks for the duration of a block.
+
+    Args:
+        info: this rank.
+        device_name: what it computes on.
+        setup: how ranks are used.
+        timeout_seconds: how long ranks wait for each other.
 
     Raises:
         ConfigError: the ranks cannot be divided into replicas.
@@ -141,9 +149,9 @@ def open_place(info: RankInfo, device_name: DeviceName, setup: Setup) -> Iterato
             "change them, or start a multiple of their product (--nproc)"
         )
     device = open_device(device_name, info.local_rank)
-    with joined(info, device, TIMEOUT_SECONDS):
+    with joined(info, device, timeout_seconds):
         layout = Layout(tensor, pipeline, info.world_size // (tensor * pipeline))
-        yield Place(info, device, setup, make_groups(layout, device, TIMEOUT_SECONDS))
+        yield Place(info, device, setup, make_groups(layout, device, timeout_seconds))
 
 
 def load_generator(

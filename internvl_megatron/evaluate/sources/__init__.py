@@ -1,0 +1,1 @@
+"""Files of public data sets, read a record at a time."""
