@@ -36,6 +36,7 @@ GROUPS = {
     "faults": ("num_bad_steps", "num_rewinds", "num_failed_saves", "save_blocked_seconds", "stragglers"),
     "eval": (
         "eval_loss", "eval_loss_by_dataset", "eval_loss_by_kind", "eval_preference_accuracy", "eval_reward_margin",
+        "benchmark_scores",
     ),
 }  # fmt: skip
 """Fields of `StepMetrics` by the group that boards show them in; `images_by_delta` is a histogram beside them."""
@@ -147,6 +148,8 @@ class StepMetrics:
     eval_loss_by_dataset: dict[str, float | None] = field(default_factory=dict)
     """Of the held-out rows."""
     eval_loss_by_kind: dict[str, float | None] = field(default_factory=dict)
+    benchmark_scores: dict[str, float] = field(default_factory=dict)
+    """Of the benchmarks the model was scored on after this step (`BenchmarkConfig`), on their own scales."""
 
 
 @dataclass(frozen=True)

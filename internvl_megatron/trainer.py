@@ -21,6 +21,7 @@ from internvl_megatron.config.plan import plan
 from internvl_megatron.config.schema import RunConfig
 from internvl_megatron.device import Device, open_device
 from internvl_megatron.errors import CheckpointError, ConfigError, TrainingError
+from internvl_megatron.live_benchmarks import LiveBenchmarks
 from internvl_megatron.logs import configure_logging
 from internvl_megatron.metrics import RunSummary
 from internvl_megatron.model.build import build_model, check_copies_agree, torch_dtype
@@ -99,6 +100,7 @@ class Trainer:
         if newest is not None:
             self.saver.copy(newest)
         starts_fresh = newest is None and config.checkpoint.load is None
+        self.benchmarks = LiveBenchmarks(config, self.groups, device)
         self.model = build_model(config, self.groups, device, initialize=starts_fresh)
         self.trainer_step = Step(config, self.model, self.groups, device)
         self.trainer_step.clock.on_progress = self._progress
@@ -138,9 +140,11 @@ class Trainer:
             self.watchdog.has_started()
             loss, interrupted = result.loss, result.stop_requested
             held_out = self._evaluate() if self._due(config.eval_every_steps) else None
+            scores = self._score_benchmarks() if self._due(config.benchmarks.every_steps) else {}
             slow = self._stragglers(result, seconds) if self._is_shown(held_out) else {}
             if self.watch is not None:
-                self.watch.report(self.step, result, seconds, held_out, self._counts() | {"stragglers": slow})
+                counts = self._counts() | {"stragglers": slow, "benchmark_scores": scores}
+                self.watch.report(self.step, result, seconds, held_out, counts)
                 self.watch.show_samples(self.step, batch, self.data.settings, self.data.tokenizer)
             self._check_gradients(result)
             if result.bad is not None and self._react(result.bad):
@@ -174,6 +178,14 @@ class Trainer:
 
     def _evaluate(self) -> Outcome | None:
         return None if self.data.eval_rows is None else self.trainer_step.judge(self.data.eval_rows)
+
+    def _score_benchmarks(self) -> dict[str, float]:
+        def beat() -> None:  # behind its last answer a replica waits for the others
+            self.watchdog.beat("benchmarks", self.config.parallel.collective_timeout_seconds)
+
+        beat()
+        self.trainer_step.gather_parameters()
+        return self.benchmarks.scores(self.model, self.step, beat)
 
     def _resume(self, newest: Path | None) -> None:
         """Continue from the newest checkpoint of this run, or start from the weights the configuration names."""

@@ -74,7 +74,8 @@ class Watch:
             counts: fields of `StepMetrics` that are about more than the step.
         """
         self._progress.advance(step, result.loss)
-        if self._is_due(step, self._config.log_every_steps) or held_out is not None:
+        is_evaluated = held_out is not None or counts.get("benchmark_scores")
+        if self._is_due(step, self._config.log_every_steps) or is_evaluated:
             metrics = self._step_metrics(step, result, seconds, held_out, counts)
             self._metrics.write(metrics)
             self._progress.report(metrics)

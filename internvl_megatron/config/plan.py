@@ -5,6 +5,7 @@ import re
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
+from internvl_megatron.config.benchmark_rules import benchmark_problems
 from internvl_megatron.config.fp8_rules import fp8_problems, row_multiple
 from internvl_megatron.config.group_weights import parse_group_weights
 from internvl_megatron.config.kernel_rules import kernel_problems
@@ -65,6 +66,7 @@ def plan(config: RunConfig, world_size: int) -> RunPlan:
         *_time_limits(config),
         *lora_problems(config),
         *mpo_problems(config),
+        *benchmark_problems(config),
     ]
     if problems:
         raise ConfigError("\n".join(f"config: {problem}" for problem in problems))

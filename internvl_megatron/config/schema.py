@@ -444,6 +444,24 @@ class RampConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class BenchmarkConfig:
+    """Public benchmarks that the model is scored on while it is trained (docs/evaluation.md)."""
+
+    every_steps: int | None = None
+    """Score it after so many steps and after the last; None = never."""
+    names: tuple[str, ...] = ()
+    """Which ones, like mmstar,ai2d."""
+    data: str | None = None
+    """Folder with a folder of each benchmark's name."""
+    options: tuple[str, ...] = ()
+    """Named options of theirs, like ai2d.mask=no."""
+    limit_samples: int | None = 500
+    """Questions of each that are asked, the first ones; None = all."""
+    limit_answer_tokens: int | None = 64
+    """Longest answer; None = each benchmark's own."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """One training run: the root of the configuration."""
 
@@ -460,6 +478,7 @@ class RunConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     bad_steps: BadStepConfig = field(default_factory=BadStepConfig)
     watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)
+    benchmarks: BenchmarkConfig = field(default_factory=BenchmarkConfig)
     folder: str = "runs/default"
     """Everything the run writes: resolved config, metrics, checkpoints."""
     num_steps: int = 1000

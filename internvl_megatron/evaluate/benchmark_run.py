@@ -8,7 +8,7 @@ import hashlib
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -33,33 +33,53 @@ ANSWERS = "answers"
 """Folder of the answers in that of a benchmark's results."""
 
 
-def run_benchmarks(generator: Generator, settings: EvaluationSettings, model: str) -> list[BenchmarkResult]:
+type Asked = tuple[Benchmark, Options, list[Item]]
+"""A benchmark, its options, and all of its questions."""
+
+
+def read_benchmarks(settings: EvaluationSettings) -> list[Asked]:
+    """The questions of all benchmarks, before the first is asked.
+
+    Raises:
+        DataError: data are missing or wrong; names file, line and field.
+    """
+    chosen = [find_benchmark(name) for name in settings.benchmarks]
+    options = [chosen_options(benchmark, settings.options) for benchmark in chosen]
+    return [(one, own, _read_items(one, own, settings.data)) for one, own in zip(chosen, options, strict=True)]
+
+
+def run_benchmarks(
+    generator: Generator,
+    settings: EvaluationSettings,
+    asked: Sequence[Asked],
+    model: str,
+    on_answer: Callable[[], None] = lambda: None,
+) -> list[BenchmarkResult]:
     """Evaluate a model, one benchmark after the other; collective over all ranks.
 
     Args:
         generator: around the model.
-        settings: on what, and how.
+        settings: how.
+        asked: on what (`read_benchmarks`).
         model: what results call it.
+        on_answer: called behind every answer of this rank's replica.
 
     Returns:
         The results, on rank 0; nothing on the others.
 
     Raises:
-        DataError: data are missing or wrong; names file, line and field.
+        DataError: a picture cannot be decoded, or ranks read different data; names file and line.
         ConfigError: a setting is wrong, or the output cannot be written.
     """
-    chosen = [find_benchmark(name) for name in settings.benchmarks]
-    read = [(one, chosen_options(one, settings.options)) for one in chosen]
-    asked = [(one, options, _read_items(one, options, settings)) for one, options in read]  # before the first is asked
     identity = _identity(generator)
-    found = [_run(generator, settings, identity, *one) for one in asked]
+    found = [_run(generator, settings, identity, on_answer, *one) for one in asked]
     size = next((size for size, sizes in INTERNVL3.items() if sizes == generator.config.model), None)
     return [replace(result, model=model, size=size) for result in found if result is not None]
 
 
-def _read_items(benchmark: Benchmark, options: Options, settings: EvaluationSettings) -> list[Item]:
-    """The questions to ask."""
-    folder = settings.data / benchmark.name
+def _read_items(benchmark: Benchmark, options: Options, data: Path) -> list[Item]:
+    """The questions of one."""
+    folder = data / benchmark.name
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder; docs/evaluation.md says how to download {benchmark.title}")
     items = benchmark.read(folder, options)
@@ -92,6 +112,7 @@ def _run(
     generator: Generator,
     settings: EvaluationSettings,
     identity: dict[str, Any],
+    on_answer: Callable[[], None],
     benchmark: Benchmark,
     options: Options,
     items: Sequence[Item],
@@ -109,6 +130,7 @@ def _run(
             if writer is not None:
                 item = asked[own[place]]
                 writer.add(keys[own[place]], id=item.id, question=item.question, answer=answer.text, end=answer.end)
+            on_answer()
     gather_integers(np.empty(0, dtype=np.int64), host_world)  # everybody has written
     if generator.groups.rank != 0:
         return None

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from internvl_megatron.device import DeviceName
 from internvl_megatron.evaluate.benchmark_report import write_results
-from internvl_megatron.evaluate.benchmark_run import run_benchmarks
+from internvl_megatron.evaluate.benchmark_run import read_benchmarks, run_benchmarks
 from internvl_megatron.evaluate.questions import TaskScore, evaluate_questions
 from internvl_megatron.evaluate.settings import EvaluationSettings
 from internvl_megatron.inference.best_of_n import draw_answers
@@ -56,6 +56,7 @@ def benchmark_rank(
     setup: Setup | None = None,
 ) -> str:
     """Evaluate a model (`load_generator`) on benchmarks and write the results; their table, on rank 0."""
+    asked = read_benchmarks(settings)
     with open_place(info, device, setup or Setup(), BENCHMARK_TIMEOUT_SECONDS) as place:
-        results = run_benchmarks(load_generator(folder, place), settings, str(folder))
+        results = run_benchmarks(load_generator(folder, place), settings, asked, str(folder))
         return write_results(settings.output, results) if info.rank == 0 else ""

@@ -4,6 +4,7 @@ import base64
 import csv
 import io
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
+from internvl_megatron.evaluate.benchmarks.mvbench import VIDEO_FOLDERS
 from tests.support.videos import write_video
 
 
@@ -293,9 +295,9 @@ def _write_boxes_and_videos(root: Path) -> None:
     write_picture(root / "refcoco/coco/train2014/1.jpg", 5)
     question = {"video": "1.mp4", "question": "how many?", "candidates": ["two", "three"], "answer": "three"}
     folders = {"action_sequence": "star/Charades_v1_480", "episodic_reasoning": "tvqa/frames_fps3_hq"}
-    from internvl_megatron.evaluate.benchmarks.mvbench import _FOLDERS
-
-    for task, place in _FOLDERS.items():
+    made = root / "made.mp4"
+    write_video(made, [k / 10 for k in range(30)])
+    for task, place in VIDEO_FOLDERS.items():
         folder = root / "mvbench/video" / place
         clip = {"start": 0.4, "end": 2.0} if task in folders else {}
         if task == "episodic_reasoning":
@@ -303,7 +305,6 @@ def _write_boxes_and_videos(root: Path) -> None:
                 write_picture(folder / f"show/{number:05d}.jpg", number)
             write_json(root / f"mvbench/json/{task}.json", [question | {"video": "show"} | clip])
             continue
-        if not (folder / "1.mp4").exists():
-            folder.mkdir(parents=True, exist_ok=True)
-            write_video(folder / "1.mp4", [k / 10 for k in range(30)])
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.copy(made, folder / "1.mp4")
         write_json(root / f"mvbench/json/{task}.json", [question | clip])

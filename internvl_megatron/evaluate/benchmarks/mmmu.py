@@ -1,13 +1,14 @@
 """MMMU (arXiv 2311.16502), the hub's MMMU/MMMU: a folder for each of 30 subjects with validation-*.parquet.
 
-Pictures go in the order in which the question and its options first name them, `<image 1>`; of the text their names are kept as
-`<Image-1>`, and the first picture is enlarged (VLMEvalKit for InternVL). Open questions are scored by VLMEvalKit's rule, the known
-answer against "Other Answers".
+As VLMEvalKit does for InternVL, pictures go in the order in which the question and its options name them, as `<image 1>`, which becomes
+`<Image-1>`, or a line break where there is one alone; and the first is enlarged. Open questions are scored by its rule, the known answer
+against "Other Answers".
 """
 
 import re
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 
 from internvl_megatron.evaluate.benchmarks.benchmark import Answered, Benchmark, Item, Options, Scores
@@ -53,15 +54,17 @@ def _item(record: Record, reasoning: str) -> Item:
 
 
 def _placed(text: str, record: Record) -> tuple[str, tuple[Picture, ...]]:
-    """The text of a prompt, and its pictures."""
-    numbers = list(dict.fromkeys(int(found) for found in _NAMED.findall(text))) or [1]
-    pictures = [picture for number in numbers for picture in record.images(f"image_{number}")]
+    """The text of a prompt, and its pictures: one for each time that one is named, all where none is."""
+    names = [f"image_{number}" for number in _NAMED.findall(text)]
+    pictures = [picture for name in names or _PICTURES for picture in record.images(name, needed=bool(names))]
+    if not pictures:
+        raise record.error("image_1", "has no picture; download the file again")
     pictures[0] = replace(pictures[0], enlargement=_ENLARGEMENT)
     if len(pictures) == 1:
-        return _NAMED.sub("", text), tuple(pictures)
-    places = {number: place for place, number in enumerate(numbers, 1)}
-    named = _NAMED.sub(lambda found: f"<Image-{places[int(found[1])]}>", text)
-    return named.replace("".join(f"<Image-{place}>" for place in places.values()), ""), tuple(pictures)
+        return _NAMED.sub("\n", text), tuple(pictures)
+    places = count(1)
+    named = _NAMED.sub(lambda _: f"<Image-{next(places)}>", text)
+    return named.replace("".join(f"<Image-{place}>" for place in range(1, len(pictures) + 1)), ""), tuple(pictures)
 
 
 def _open_truths(record: Record) -> list[dict[str, object]]:

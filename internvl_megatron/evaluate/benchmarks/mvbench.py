@@ -27,7 +27,7 @@ _SYSTEM = (
 )
 _INSTRUCTION = "Only give the best option."
 _CLEVRER, _PERCEPTION, _STAR = "clevrer/video_validation", "perception/videos", "star/Charades_v1_480"
-_FOLDERS = {
+VIDEO_FOLDERS = {
     "action_sequence": _STAR,
     "action_prediction": _STAR,
     "action_antonym": "ssv2_video",
@@ -55,7 +55,7 @@ _FOLDERS = {
 def _read(folder: Path, _options: Options) -> list[Item]:
     return [
         _item(record, f"{task}-{number}", task, folder / "video" / place)
-        for task, place in _FOLDERS.items()
+        for task, place in VIDEO_FOLDERS.items()
         for number, record in enumerate(
             read_json_list(folder / "json" / f"{task}.json", ("video", "question", "candidates", "answer"))
         )

@@ -74,6 +74,15 @@ def test_one_frame_of_each_equal_segment():
     assert all(330 < number < 470 for number in seen.values()), "5 standard deviations around 400"
 
 
+def test_without_a_seed_frames_are_those_of_upstreams_evaluations():
+    """`get_index` of InternVL's README and VLMEvalKit's MVBench, which leave the last frame out; short videos have all frames."""
+    for total, count in [(80, 8), (33, 32), (1000, 16), (17, 16), (9, 1)]:
+        seg = float(total - 1) / count
+        assert choose_frames(total, count, None) == [int(seg / 2 + np.round(seg * place)) for place in range(count)]
+    assert choose_frames(3, 5, None) == [0, 1, 2, 2, 2]
+    assert choose_frames(4, 4, None) == [0, 1, 2, 3]
+
+
 @pytest.mark.parametrize("name", ["even.mp4", "uneven.mp4", "uneven.mkv", "late.ts", "old.avi", "web.webm"])
 def test_frames_are_those_chosen_whatever_the_container(videos, name):
     """Also with frames of different lengths, with B-frames, and where times do not begin at 0."""

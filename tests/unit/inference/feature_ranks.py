@@ -1,5 +1,6 @@
 """Bodies of test ranks: settings of generation, scores of continuations and drawn answers, beside transformers'."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -124,3 +125,35 @@ def refused(info: RankInfo, cases: list[tuple[list[Prompt], int]]) -> list[str]:
             except UserError as error:
                 said.append(str(error))
     return said
+
+
+@dataclass
+class OneByOne:
+    """Answers as they came, with how many prompts had been taken by then, and those of a whole call on one's own prompts."""
+
+    found: list[tuple[int, Answer, int]]
+    expected: list[Answer]
+
+
+def one_by_one(info: RankInfo, prompts: list[Prompt], limit: int) -> OneByOne:
+    """Each of two replicas streams prompts of its own: all, or all but the first."""
+    with small_generator(info, limits=Limits(max_sequences=2)) as small:
+        expected = small.generator.generate(prompts, Generation(limit))[info.rank :]
+        taken: list[Prompt] = []
+
+        def given() -> Iterator[Prompt]:
+            for prompt in prompts[info.rank :]:
+                taken.append(prompt)
+                yield prompt
+
+        streamed = small.generator.stream(given(), Generation(limit))
+        return OneByOne([(number, answer, len(taken)) for number, answer in streamed], expected)
+
+
+def tiles(info: RankInfo, prompts: list[Prompt]) -> list[list[int]]:
+    """Tiles of every image of prompts."""
+    with small_generator(info) as small:
+        return [
+            [image.num_tiles for image in rendered.images]
+            for rendered in small.generator.renderer.render_all(prompts, 256, 1)
+        ]

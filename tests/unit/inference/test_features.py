@@ -52,6 +52,23 @@ def test_stops_and_streams(run_ranks, prompts):
         assert (cut.end == "stop") == hit[number]
 
 
+def test_streamed_prompts_are_taken_when_there_is_room(run_ranks, prompts):
+    """Two at a time and one in waiting; the answers are those of a whole call. Two replicas have prompts of their own."""
+    for ranks in run_ranks(feature_ranks.one_by_one, 2, prompts, 6):
+        assert {number: answer for number, answer, _ in ranks.found} == dict(enumerate(ranks.expected))
+        for place, (_, _, num_taken) in enumerate(ranks.found):
+            assert num_taken <= place + 2 + 1
+
+
+def test_tiles_of_a_prompt_can_be_said(run_ranks, tmp_path):
+    Image.fromarray(np.zeros((28, 84, 3), np.uint8)).save(tmp_path / "wide.png")
+    path = str(tmp_path / "wide.png")
+    counts = run_ranks(
+        feature_ranks.tiles, 1, [Prompt("x", (path,)), Prompt("x", (path,) * 2), Prompt("x", (path,) * 2, max_tiles=3)]
+    )[0]
+    assert counts == [[4], [3, 3], [4, 4]], "thumbnails counted; two images share four tiles unless it is said"
+
+
 def test_a_folder_of_frames_is_its_frames(run_ranks, tmp_path):
     folder = tmp_path / "video"
     folder.mkdir()
