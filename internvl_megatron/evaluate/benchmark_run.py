@@ -118,10 +118,12 @@ def _run(
     items: Sequence[Item],
 ) -> BenchmarkResult | None:
     """One benchmark."""
-    generation = Generation(settings.max_new_tokens or benchmark.max_new_tokens, settings.v2pe_numerator)
+    longest = benchmark.max_new_tokens if settings.max_new_tokens is None else settings.max_new_tokens
+    generation = Generation(longest, settings.v2pe_numerator)
     asked = items[: settings.limit]
     store = AnswerStore(settings.output / benchmark.name / ANSWERS)
-    keys, missing = _agree(generator, store, asked, [_key(identity, generation, benchmark, item) for item in asked])
+    own_keys = [_key(identity, generation, benchmark, item) for item in asked]
+    keys, missing = _agree(generator, store, benchmark, asked, own_keys)
     layout, host_world = generator.groups.layout, generator.groups.host_world
     replica = layout.replica(generator.groups.rank)
     own = missing[replica :: layout.data_size]
@@ -158,9 +160,10 @@ def _key(identity: dict[str, Any], generation: Generation, benchmark: Benchmark,
 
 
 def _agree(
-    generator: Generator, store: AnswerStore, asked: Sequence[Item], keys: list[str]
+    generator: Generator, store: AnswerStore, benchmark: Benchmark, asked: Sequence[Item], keys: list[str]
 ) -> tuple[list[str], list[int]]:
-    """The keys of the questions and which of these have no answer yet, as rank 0 finds them, on all ranks.
+    """The keys of the questions and which of these are to be asked, as rank 0 finds them, on all ranks: those that have no answer
+    yet, and of several with the same key the first.
 
     Raises:
         DataError: this rank reads other questions than rank 0.
@@ -170,13 +173,14 @@ def _agree(
     ).hexdigest()
     message = None
     if generator.groups.rank == 0:
+        first_places = {key: number for number, key in reversed([*enumerate(keys)])}
         known = store.read()
-        missing = [number for number, key in enumerate(keys) if key not in known]
-        message = json.dumps([texts, keys, missing]).encode()
+        missing = [number for key, number in first_places.items() if key not in known]
+        message = json.dumps([texts, keys, sorted(missing)]).encode()
     expected, keys, missing = json.loads(broadcast_bytes(message, 0, generator.groups.host_world))
     if texts != expected:
         raise DataError(
-            f"{asked[0].where.partition(':')[0]}: rank {generator.groups.rank} finds other questions than rank 0; give all machines the same files"
+            f"{benchmark.name}: rank {generator.groups.rank} finds other questions than rank 0; give all machines the same files"
         )
     return keys, missing
 

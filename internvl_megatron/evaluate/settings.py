@@ -40,3 +40,5 @@ class EvaluationSettings:
             raise ConfigError(f"benchmarks: each at most once, not {', '.join(self.benchmarks)}")
         if self.limit is not None and self.limit < 1:
             raise ConfigError(f"limit: must be at least 1, not {self.limit}")
+        if self.max_new_tokens is not None and self.max_new_tokens < 1:
+            raise ConfigError(f"max_new_tokens: must be at least 1, not {self.max_new_tokens}")

@@ -64,9 +64,9 @@ def answers(folder):
 
 
 def outcome(output, benchmark):
-    """Answers by question, and scores."""
+    """Answers by the key of what was asked, and scores."""
     result = json.loads((output / benchmark / "result.json").read_text())
-    return {line["id"]: line["answer"] for line in answers(output / benchmark)}, result["scores"]
+    return {line["key"]: line["answer"] for line in answers(output / benchmark)}, result["scores"]
 
 
 def test_every_benchmark(made, evaluated):
@@ -74,9 +74,12 @@ def test_every_benchmark(made, evaluated):
     assert results.keys() == BENCHMARKS.keys()
     for name, benchmark in BENCHMARKS.items():
         items = benchmark.read(made / "data" / name, chosen_options(benchmark, ()))
-        lines = {line["id"]: line for line in answers(evaluated / name)}
-        assert [lines[item.id]["question"] for item in items] == [item.question for item in items]
-        assert results[name]["num_questions"] == results[name]["num_all_questions"] == len(items) == len(lines)
+        lines = answers(evaluated / name)
+        assert {line["question"] for line in lines} == {item.question for item in items}
+        assert len({line["key"] for line in lines}) == len(lines), (
+            "the same question about the same picture is asked once"
+        )
+        assert results[name]["num_questions"] == results[name]["num_all_questions"] == len(items)
         assert results[name]["published"] is None, "it has none of the published sizes"
     given = {line["answer"] for name in BENCHMARKS for line in answers(evaluated / name)}
     assert len(given) > 20, "the random model answers everything alike"
@@ -128,7 +131,7 @@ def test_answers_are_used_again_for_the_same_question_alone(made, evaluated, tmp
     questions = json.loads((data / "data/chartqa/test/test_human.json").read_text())
     questions[0]["query"] = "how many digits?"
     (data / "data/chartqa/test/test_human.json").write_text(json.dumps(questions))
-    assert asked() == 1
+    assert asked() == 1, "one question is another now"
     (data / "data/chartqa/test/png/1.png").write_bytes(picture_bytes(9))
     assert asked() == 4
     write_small_chat(data / "other", TEXTS, seed=2)
@@ -167,15 +170,15 @@ def test_a_killed_evaluation_goes_on(made, evaluated, tmp_path):
         (lambda data: None, ["--option", "mmstar.mask=no"], "mmstar has no such option; it has none"),
         (lambda data: None, ["--option", "ai2d.mask=maybe"], "must be one of yes, no"),
         (lambda data: None, ["--limit", "0"], "limit: must be at least 1"),
+        (lambda data: None, ["--max-new-tokens", "0"], "max_new_tokens: must be at least 1"),
         (lambda data: None, ["--benchmark", "mmstar", "mmstar"], "each at most once"),
         (lambda data: shutil.rmtree(data / "mmstar"), [], "mmstar: no such folder; docs/evaluation.md says"),
         (lambda data: (data / "mmstar/MMStar.tsv").unlink(), [], "MMStar.tsv: No such file"),
         (lambda data: edit(data, b"\tanswer\t", b"\tright\t"), [], "MMStar.tsv: has no column 'answer'; columns are index,"),
-        (lambda data: edit(data, b"\nis it, 2?", b"\nis it, \t2?"), [], None),
         (lambda data: edit(data, b"three digits\tnine\tA", b"three digits\tnine"), [], "MMStar.tsv:4: has 8 fields, the table 9"),
         (lambda data: edit(data, b"\tnine\tA\t", b"\tnine\tE\t"), [], "MMStar.tsv:4: field 'answer': must be the letter of an"),
         (lambda data: edit(data, b"\n2\t", b"\n1\t"), [], "MMStar.tsv:4: the question '1' is at "),
-        (lambda data: edit(data, b"\tiVBORw0KGgo", b"\tiVBORw0KGgp"), [], "MMStar.tsv:2: field 'image': image "),
+        (lambda data: edit(data, b"\tiVBORw0KGgo", b"\tiVBORw0KGgp"), [], "MMStar.tsv:2: image "),
         (lambda data: edit(data, b"\tiVBORw0KGgo", b"\t****w0KGgo"), [], "MMStar.tsv:2: field 'image': is not base64"),
         (lambda data: None, ["--max-positions", "20"], "MMStar.tsv:2: "),
     ],
@@ -185,11 +188,7 @@ def test_wrong_input(made, tmp_path, capsys, change, more, message):
     shutil.copytree(made / "data/mmstar", root / "data/mmstar")
     (root / "hf").symlink_to(made / "hf")
     change(root / "data")
-    code = main(arguments(root, tmp_path / "out", ["mmstar"], *more))
-    if message is None:
-        assert code == 0
-        return
-    assert code == 2
+    assert main(arguments(root, tmp_path / "out", ["mmstar"], *more)) == 2
     assert message in capsys.readouterr().err
 
 

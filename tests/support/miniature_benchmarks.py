@@ -234,7 +234,7 @@ def _write_document_files(root: Path) -> None:
     for kind, labels in (("human", ["2", "three"]), ("augmented", ["5.5%", "2004"])):
         write_json(
             root / f"chartqa/test/test_{kind}.json",
-            [{"imgname": "1.png", "query": "how many?", "label": label} for label in labels],
+            [{"imgname": "1.png", "query": f"how many, {label}?", "label": label} for label in labels],
         )
     write_picture(root / "chartqa/test/png/1.png", 2)
     write_picture(root / "textvqa/train_images/0a1.jpg", 3)
@@ -294,17 +294,24 @@ def _write_boxes_and_videos(root: Path) -> None:
         write_json_lines(root / f"refcoco/{split}.jsonl", [record])
     write_picture(root / "refcoco/coco/train2014/1.jpg", 5)
     question = {"video": "1.mp4", "question": "how many?", "candidates": ["two", "three"], "answer": "three"}
-    folders = {"action_sequence": "star/Charades_v1_480", "episodic_reasoning": "tvqa/frames_fps3_hq"}
+    clipped = (
+        "action_sequence",
+        "action_prediction",
+        "object_interaction",
+        "action_localization",
+        "episodic_reasoning",
+    )
     made = root / "made.mp4"
     write_video(made, [k / 10 for k in range(30)])
     for task, place in VIDEO_FOLDERS.items():
         folder = root / "mvbench/video" / place
-        clip = {"start": 0.4, "end": 2.0} if task in folders else {}
+        asked = question | {"question": f"how many of {task}?"}
+        clip = {"start": 0.4, "end": 2.0} if task in clipped else {}
         if task == "episodic_reasoning":
             for number in range(1, 9):
                 write_picture(folder / f"show/{number:05d}.jpg", number)
-            write_json(root / f"mvbench/json/{task}.json", [question | {"video": "show"} | clip])
+            write_json(root / f"mvbench/json/{task}.json", [asked | {"video": "show"} | clip])
             continue
         folder.mkdir(parents=True, exist_ok=True)
         shutil.copy(made, folder / "1.mp4")
-        write_json(root / f"mvbench/json/{task}.json", [question | clip])
+        write_json(root / f"mvbench/json/{task}.json", [asked | clip])

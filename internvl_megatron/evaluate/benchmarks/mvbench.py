@@ -1,6 +1,6 @@
 """MVBench (arXiv 2311.17005), the hub's OpenGVLab/MVBench: json/*.json, a list for each of 20 tasks, and the unpacked videos in video/.
 
-16 frames a video, each a tile: the middle ones of equal parts (VLMEvalKit `mvbench.py`), of the whole video or from `start` to `end`.
+16 frames a video, each a tile: the middle ones of equal parts (VLMEvalKit `mvbench.py`), of the whole video or, in five tasks, from `start` to `end`.
 Episodic reasoning has folders of frames, three a second.
 """
 
@@ -51,6 +51,9 @@ VIDEO_FOLDERS = {
 }
 """Below video/, where the videos of a task are."""
 
+_CLIPPED = ("action_sequence", "action_prediction", "object_interaction", "action_localization", "episodic_reasoning")
+"""Tasks that ask of a part of the video."""
+
 
 def _read(folder: Path, _options: Options) -> list[Item]:
     return [
@@ -68,7 +71,7 @@ def _item(record: Record, name: str, task: str, root: Path) -> Item:
         raise record.error("answer", f"must be one of the candidates, not {answer!r}")
     options = lettered(candidates)
     path = named_file(root, record.text("video"), record, "video")
-    seconds = (record.number("start"), record.number("end")) if record.has("start") and record.has("end") else None
+    seconds = (record.number("start"), record.number("end")) if task in _CLIPPED else None
     frames = _frames(path, seconds, record) if path.is_dir() else ()
     lines = [f"({letter}) {text}" for letter, text in options.items()]
     text = "\n".join([f"Question: {record.text('question')}", "Options:", *lines, _INSTRUCTION])

@@ -9,6 +9,9 @@ from PIL import Image
 from internvl_megatron.data.images import open_image
 from internvl_megatron.errors import DataError
 
+_PARTS_OF_A_PATH = 3
+"""That tell files apart whose names are numbers, and stay the same where the data set lies in another place."""
+
 
 @dataclass(frozen=True, slots=True)
 class Picture:
@@ -57,7 +60,7 @@ def file_picture(path: Path, where: str) -> Picture:
 
 
 def file_version(path: Path, where: str = "") -> str:
-    """Changes when a file may have changed: its name, size and time.
+    """Changes when a file may have changed: the end of its path, its size and time.
 
     Raises:
         DataError: there is no such file.
@@ -67,4 +70,4 @@ def file_version(path: Path, where: str = "") -> str:
     except OSError as error:
         prefix = f"{where}: " if where else ""
         raise DataError(f"{prefix}{path}: {error.strerror}; download the data set's files again") from error
-    return f"{path.name} {state.st_size} {state.st_mtime_ns}"
+    return f"{'/'.join(path.parts[-_PARTS_OF_A_PATH:])} {state.st_size} {state.st_mtime_ns}"

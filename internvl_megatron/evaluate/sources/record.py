@@ -2,6 +2,7 @@
 
 import ast
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,8 +23,9 @@ class Record:
     """By the name of their field."""
 
     def has(self, name: str) -> bool:
-        """Whether a field is there and not empty."""
-        return self.fields.get(name) is not None
+        """Whether a field is there and not empty; no number is nothing."""
+        value = self.fields.get(name)
+        return value is not None and not (isinstance(value, float) and math.isnan(value))
 
     def text(self, name: str) -> str:
         """A field that must be text or a number, as text. Raises `DataError`."""

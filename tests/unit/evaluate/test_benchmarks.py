@@ -112,7 +112,7 @@ def test_tiles_of_each_image(data):
         ("mmmu", 2, f"which?\nA. <Image-1>\nB. <Image-2>\n{LETTER}"),
         ("mathvista", 1, "which?\n(A) two\n(B) three"),
         ("mathvision", 0, "how many?\nChoices: (A) 2 (B) 3"),
-        ("chartqa", 0, f"how many?\n{SHORT}"),
+        ("chartqa", 0, f"how many, 2?\n{SHORT}"),
         ("docvqa", 0, f"how many?\n{SHORT}"),
         ("textvqa", 0, f"what?\n{SHORT}"),
         ("ocrbench", 0, f"what is written?\n{SHORT}"),

@@ -82,7 +82,7 @@ def test_a_large_table_is_not_held_in_memory(tmp_path, monkeypatch):
     tracemalloc.stop()
     assert path.stat().st_size > 16e6 and len(records) == 32
     assert kept < 0.01 * path.stat().st_size
-    assert peak < 0.3 * path.stat().st_size, "a piece of the file at a time, and a row"
+    assert peak < 0.5 * path.stat().st_size, "a piece of the file at a time, and a row"
 
 
 @pytest.mark.parametrize(
