@@ -82,7 +82,7 @@ def test_every_benchmark(made, evaluated):
         assert results[name]["num_questions"] == results[name]["num_all_questions"] == len(items)
         assert results[name]["published"] is None, "it has none of the published sizes"
     given = {line["answer"] for name in BENCHMARKS for line in answers(evaluated / name)}
-    assert len(given) > 20, "the random model answers everything alike"
+    assert len(given) > 10, "the random model answers everything alike"
     table = (evaluated / "results.md").read_text().splitlines()
     assert len(table) == 4 + len(BENCHMARKS)
 
