@@ -153,10 +153,11 @@ def test_yes_and_no_equal_scikit_learn():
     ]  # fmt: skip
     rng = np.random.default_rng(4)
     for _ in range(20):
-        answers, truths = rng.choice([True, False, None], size=30), rng.choice([True, False], size=30)
+        answers = rng.choice(np.array([True, False, None], dtype=object), size=30)
+        truths = rng.choice(np.array([True, False]), size=30)
         found = yes_no_score(zip(answers.tolist(), truths.tolist(), strict=True))
         as_yes = [answer is True for answer in answers.tolist()]
-        expected = sklearn.metrics.precision_recall_fscore_support(truths, as_yes, average="binary", zero_division=0)
+        expected = sklearn.metrics.precision_recall_fscore_support(truths, as_yes, average="binary", zero_division=0)  # pyright: ignore[reportArgumentType]
         assert (found.precision, found.recall, found.f1) == pytest.approx(expected[:3])
         assert found.accuracy == pytest.approx(
             np.mean([a is t for a, t in zip(answers.tolist(), truths.tolist(), strict=True)])
@@ -195,8 +196,9 @@ def test_overlap_equals_torchvision():
     rng = np.random.default_rng(7)
     for _ in range(100):
         boxes = [np.sort(rng.integers(0, 50, (2, 2)), axis=0).flatten() + np.array([0, 0, 1, 1]) for _ in range(2)]
-        expected = box_iou(*(torch.tensor(box[None], dtype=torch.float64) for box in boxes)).item()
-        assert overlap(*boxes) == pytest.approx(expected)
+        one, other = (torch.tensor(box[None], dtype=torch.float64) for box in boxes)
+        expected = box_iou(one, other).item()
+        assert overlap(boxes[0].tolist(), boxes[1].tolist()) == pytest.approx(expected)
     assert overlap((3, 3, 3, 3), (3, 3, 3, 3)) == 0
     assert overlap((9, 9, 0, 0), (0, 0, 9, 9)) == 0, "a box that is upside down has no area"
 
