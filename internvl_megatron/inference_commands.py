@@ -69,7 +69,7 @@ def add_commands(commands: Any) -> None:
     )
     evaluate.add_argument("--limit", type=int, help="ask the first so many questions of each alone")
     evaluate.add_argument("--max-new-tokens", type=int, help="longest answer (default: each benchmark's own)")
-    _add_stride(evaluate)
+    add_stride(evaluate)
     _add_ranks(evaluate)
     evaluate.set_defaults(run=_evaluate)
 

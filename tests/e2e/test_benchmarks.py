@@ -15,12 +15,11 @@ from checkpoint_convert.__main__ import main as convert
 from internvl_megatron.__main__ import main
 from internvl_megatron.evaluate.benchmarks.registry import BENCHMARKS, chosen_options
 from tests.support.miniature_benchmarks import picture_bytes, write_all
-from tests.support.small_weights import write_small_chat
+from tests.support.random_chat import write_random_chat
 
 pytestmark = pytest.mark.parallel
 
 ROOT = Path(__file__).resolve().parents[2]
-TEXTS = ["how many digits are there? which is it? yes no", "there are two digits A B. C (A) three nine [1, 2, 3, 4]"]
 SOME = ("mmstar", "mmmu", "mmbench", "chartqa", "pope", "mvbench", "mmlu")
 
 
@@ -29,7 +28,7 @@ def made(tmp_path_factory) -> Path:
     """`hf`, a checkpoint; `weights`, converted; `data`, all benchmarks."""
     root = tmp_path_factory.mktemp("benchmarks")
     write_all(root / "data")
-    write_small_chat(root / "hf", TEXTS, seed=1)
+    write_random_chat(root / "hf", seed=1)
     assert convert(["hf-to-megatron", str(root / "hf"), str(root / "weights")]) == 0
     return root
 
@@ -134,7 +133,7 @@ def test_answers_are_used_again_for_the_same_question_alone(made, evaluated, tmp
     assert asked() == 1, "one question is another now"
     (data / "data/chartqa/test/png/1.png").write_bytes(picture_bytes(9))
     assert asked() == 4
-    write_small_chat(data / "other", TEXTS, seed=2)
+    write_random_chat(data / "other", seed=2)
     assert asked(model="other") == 4
     assert asked() == 0, "earlier ones are still there"
 
