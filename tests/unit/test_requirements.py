@@ -26,6 +26,7 @@ AUDITED = {
     "nvidia-resiliency-ext": "megatron.core's checkpoints on GPUs",
     "torchvision": "transformers' image processor, in tests",
     "av": "decodes videos",
+    "pyarrow": "parquet tables of benchmarks",
     "megatron-energon": "index of WebDataset stores",
     "starlette": "the server's paths and requests",
     "uvicorn": "speaks HTTP for it",
