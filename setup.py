@@ -84,5 +84,8 @@ setup(
     package_data={"internvl_megatron": ["py.typed", "serving/page.html"], "checkpoint_convert": ["py.typed"]},
     install_requires=CORE,
     extras_require=EXTRAS,
-    entry_points={"console_scripts": ["internvl-megatron=internvl_megatron.__main__:main"]},
+    entry_points={
+        "console_scripts": ["internvl-megatron=internvl_megatron.__main__:main"],
+        "lmms_eval.models": ["internvl_megatron=internvl_megatron.evaluate.lmms_eval_plugin:manifest"],
+    },
 )

@@ -6,9 +6,7 @@ their own pace and write each answer when they have it; rank 0 reads all of them
 
 import hashlib
 import json
-import shutil
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -24,8 +22,9 @@ from internvl_megatron.evaluate.benchmark_report import BenchmarkResult
 from internvl_megatron.evaluate.benchmarks.benchmark import Answered, Benchmark, Item, Options
 from internvl_megatron.evaluate.benchmarks.registry import chosen_options, find_benchmark
 from internvl_megatron.evaluate.settings import EvaluationSettings
+from internvl_megatron.evaluate.streamed_answers import streamed_answers
 from internvl_megatron.inference.generate import Generator
-from internvl_megatron.inference.prompt import Answer, Prompt
+from internvl_megatron.inference.prompt import Prompt
 from internvl_megatron.inference.settings import Generation
 from internvl_megatron.parallel.host import broadcast_bytes, gather_integers
 
@@ -128,7 +127,11 @@ def _run(
     replica = layout.replica(generator.groups.rank)
     own = missing[replica :: layout.data_size]
     with store.writer(replica) if generator.stages.leads else nullcontext() as writer:
-        for place, answer in _answers(generator, benchmark, generation, [asked[number] for number in own]):
+
+        def prompt_of(place: int, folder: Path) -> Prompt:
+            return _prompt(benchmark, asked[own[place]], folder)
+
+        for place, answer in streamed_answers(generator, len(own), prompt_of, generation):
             if writer is not None:
                 item = asked[own[place]]
                 writer.add(keys[own[place]], id=item.id, question=item.question, answer=answer.text, end=answer.end)
@@ -185,24 +188,8 @@ def _agree(
     return keys, missing
 
 
-def _answers(
-    generator: Generator, benchmark: Benchmark, generation: Generation, items: Sequence[Item]
-) -> Iterator[tuple[int, Answer]]:
-    """Answers to a replica's questions, with their places, as they come. Pictures are files while their question is asked."""
-    with tempfile.TemporaryDirectory(prefix="internvl-evaluation-") as folder:
-
-        def prompts() -> Iterator[Prompt]:
-            for place, item in enumerate(items):
-                yield _prompt(benchmark, item, Path(folder) / str(place))
-
-        for place, answer in generator.stream(prompts(), generation):
-            shutil.rmtree(Path(folder) / str(place))
-            yield place, answer
-
-
 def _prompt(benchmark: Benchmark, item: Item, folder: Path) -> Prompt:
-    """An item as a prompt, its pictures in a folder that is made."""
-    folder.mkdir()
+    """An item as a prompt, its pictures in a folder."""
     images = [picture.as_file(folder, f"picture-{number}") for number, picture in enumerate(item.pictures, 1)]
     prompt = Prompt(
         item.question,
