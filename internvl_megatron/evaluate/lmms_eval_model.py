@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from lmms_eval.api.instance import GenerationResult  # pyright: ignore[reportMissingImports]
 from lmms_eval.api.model import lmms  # pyright: ignore[reportMissingImports]
 from tqdm import tqdm
 
@@ -68,11 +69,12 @@ class InternVLMegatron(lmms):
                     bar.update()
         return [answers[number] for number in range(len(requests))]
 
-    def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
+    def loglikelihood(self, requests: Sequence[Any]) -> list[Any]:
         """How likely continuations are, and whether the most likely tokens spell them.
 
         Of a task with choices the number is the negative log-probability: lmms-eval takes the choice with the least of it
         (`ConfigurableTask.process_results`). Of a task of the type `loglikelihood` it is the log-probability.
+        Pairs come wrapped: lmms-eval 0.7.3 makes a text of a bare one (`unwrap_generation_output`), which it then cannot read.
         """
         found: dict[int, tuple[float, bool]] = {}
         by_document: dict[tuple[Any, ...], list[int]] = {}
@@ -93,7 +95,7 @@ class InternVLMegatron(lmms):
             for number, one, score in zip(own, wanted, scores, strict=True):
                 is_greedy = greedy.token_ids[: len(score.token_ids)] == score.token_ids
                 found[number] = (score.total if callable(one) else -score.total, is_greedy)
-        return [found[number] for number in range(len(requests))]
+        return [GenerationResult(found[number]) for number in range(len(requests))]
 
     def generate_until_multi_round(self, requests: Sequence[Any]) -> list[str]:
         """Refused: what is asked next would depend on the answers so far. Raises `ConfigError`."""
