@@ -116,6 +116,6 @@ class InternVLMegatron(lmms):
 
     def _prompt(self, arguments: Sequence[Any], folder: Path) -> Prompt:
         context, _, doc_to_visual, document, task, split = arguments
-        visuals = doc_to_visual(self._document(arguments)) if callable(doc_to_visual) else None
+        visuals: Any = doc_to_visual(self._document(arguments)) if callable(doc_to_visual) else None
         where = f"{task}, document {document} of {split}"
         return as_prompt(context, visuals, folder, where, self._max_tiles, self._num_frames)
