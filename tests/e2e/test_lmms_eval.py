@@ -17,7 +17,7 @@ from PIL import Image
 from internvl_megatron.inference.prompt import Prompt
 from internvl_megatron.inference.run import generate_rank, score_rank
 from internvl_megatron.inference.settings import Generation
-from tests.support.small_weights import write_small_chat
+from tests.support.random_chat import write_random_chat
 
 pytestmark = [
     pytest.mark.slow,
@@ -67,7 +67,7 @@ def visual(document):
 def made(tmp_path_factory) -> Path:
     """`hf`, a checkpoint; `tasks`, two of them on the same four documents, one of them without a picture."""
     root = tmp_path_factory.mktemp("lmms")
-    write_small_chat(root / "hf", ["how many digits? which is it?"], seed=1)
+    write_random_chat(root / "hf", seed=1)
     (root / "tasks").mkdir()
     (root / "tasks/documents.py").write_text(DOCUMENTS)
     records = []

@@ -9,7 +9,7 @@ from internvl_megatron.evaluate import lmms_eval_requests, vlmevalkit_model
 from internvl_megatron.inference.prompt import Prompt
 from internvl_megatron.inference.run import generate_rank
 from internvl_megatron.inference.settings import Generation, Sampling
-from tests.support.small_weights import write_small_chat
+from tests.support.random_chat import write_random_chat
 from tests.unit.evaluate import harness_ranks
 
 
@@ -65,7 +65,7 @@ def test_messages_of_vlmevalkit():
 
 @pytest.mark.parallel
 def test_vlmevalkit_gets_the_engines_answers(tmp_path, run_ranks):
-    write_small_chat(tmp_path / "hf", ["how many digits? which is it?"], seed=1)
+    write_random_chat(tmp_path / "hf", seed=1)
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (28, 56, 3), dtype=np.uint8)).save(tmp_path / "a.png")
     path = str(tmp_path / "a.png")
     messages = [
