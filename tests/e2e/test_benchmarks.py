@@ -109,6 +109,7 @@ def test_what_is_cut_off_is_asked_again_and_nothing_else(made, evaluated, tmp_pa
     assert len(answers(output / "mvbench")) == 20
 
 
+@pytest.mark.slow
 def test_answers_are_used_again_for_the_same_question_alone(made, evaluated, tmp_path, capsys):
     """A changed setting, picture, checkpoint or table asks again; another way to score does not."""
     output, data = tmp_path / "out", tmp_path / "made"

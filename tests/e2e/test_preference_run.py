@@ -100,6 +100,7 @@ def test_figures(whole: Path) -> None:
     assert rows[-1]["reward_margin"] > rows[0]["reward_margin"], "the rewards part"
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_ends_as_an_uninterrupted_one(
     run_ranks: RunRanks, data: Path, start: Path, whole: Path, tmp_path: Path
 ) -> None:

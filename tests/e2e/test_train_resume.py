@@ -194,6 +194,7 @@ def test_a_killed_rank_ends_all_and_the_run_continues(data: Path, whole: Path, t
     assert _losses(tmp_path) == _losses(whole)
 
 
+@pytest.mark.slow
 def test_a_stopped_rank_ends_all_with_a_report_and_the_run_continues(data: Path, whole: Path, tmp_path: Path) -> None:
     """Its process runs no more and closes nothing: nobody but the others' watchdogs can tell."""
     process = _start(data, tmp_path, "watchdog.stall_seconds=20")

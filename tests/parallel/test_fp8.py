@@ -132,6 +132,7 @@ def saved(
     return root, runs, runs[0].losses
 
 
+@pytest.mark.slow
 def test_same_layout_continues_bit_for_bit(
     run_ranks: Callable[..., list[Any]], saved: tuple[Path, list[Run], list[float]]
 ) -> None:

@@ -15,7 +15,7 @@ from tools.fuzz_targets import TARGETS, Target
 
 pytestmark = pytest.mark.parallel
 
-NUM_CASES, NUM_CASES_OF_SLOW_READERS = 100, 30
+NUM_CASES, NUM_CASES_OF_SLOW_READERS = 60, 20
 SLOW_READERS = ("fast tokenizer", "sentencepiece", "images", "row store")
 
 
