@@ -51,11 +51,8 @@ def requirements() -> list[str]:
     found: list[str] = []
     for node in tree.body:
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) in ("CORE", "SERVE", "EXTRAS"):
-            found += [
-                part.value
-                for part in ast.walk(node.value)
-                if isinstance(part, ast.Constant) and re.search(r"[<>=]=?", part.value)
-            ]
+            texts = [part.value for part in ast.walk(node.value) if isinstance(part, ast.Constant)]
+            found += [text for text in texts if isinstance(text, str) and re.search(r"[<>=]=?", text)]
     return found
 
 
