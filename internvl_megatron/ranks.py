@@ -138,15 +138,20 @@ def joined(info: RankInfo, device: Device, timeout_seconds: int) -> Iterator[Non
     """
     import torch.distributed as dist
 
-    dist.init_process_group(
-        device.backend,
-        init_method=info.init_method,
-        rank=info.rank,
-        world_size=info.world_size,
-        timeout=timedelta(seconds=timeout_seconds),
-    )
+    timeout = timedelta(seconds=timeout_seconds)
+    store, rank, world_size = next(dist.rendezvous(info.init_method, info.rank, info.world_size, timeout=timeout))
+    store = dist.PrefixStore(_attempt(os.environ), store)
+    dist.init_process_group(device.backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
     yield
     dist.destroy_process_group()
+
+
+def _attempt(environment: Mapping[str, str]) -> str:
+    """Where ranks write in their store, new for each restart: torchrun's agent keeps one store over them all.
+
+    Ranks of an earlier attempt leave their addresses there, which those of the next would call.
+    """
+    return f"attempt_{environment.get('TORCHELASTIC_RESTART_COUNT', '0')}"
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,13 @@ pytestmark = [pytest.mark.parallel, pytest.mark.slow]
 
 STEPS, NUM_RANKS = 10, 2
 TRAIN_RANK = "internvl_megatron.trainer:train_rank"
-SETTINGS = ("checkpoint.save_every_steps=2", "watchdog.stall_seconds=40", "device=cpu")
+SETTINGS = (
+    "checkpoint.save_every_steps=2",
+    # While it saves a rank may get nowhere for twice as long beside the watchdog's limit.
+    "checkpoint.max_wait_seconds=10",
+    "watchdog.stall_seconds=40",
+    "device=cpu",
+)
 
 
 def _start(data: Path, run: Path, num_ranks: int, num_steps: int) -> subprocess.Popen[str]:
