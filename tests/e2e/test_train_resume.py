@@ -152,7 +152,11 @@ def test_ctrl_c_stops_in_order_and_the_run_continues(data: Path, whole: Path, tm
 
 
 @pytest.mark.parametrize(
-    ("number", "has_launcher"), [pytest.param(signal.SIGUSR1, True, marks=pytest.mark.slow), (signal.SIGTERM, False)]
+    ("number", "has_launcher"),
+    [
+        pytest.param(signal.SIGUSR1, True, marks=pytest.mark.slow),
+        pytest.param(signal.SIGTERM, False, marks=pytest.mark.slow),
+    ],
 )
 def test_what_the_system_stops_has_saved_and_asks_to_be_started_again(
     data: Path, tmp_path: Path, number: signal.Signals, has_launcher: bool

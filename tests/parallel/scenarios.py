@@ -132,12 +132,13 @@ LAYOUTS_OF = {name: ["TP2xPP2"] for name in SCENARIOS} | {
 """Layouts each scenario is trained under."""
 
 SLOW_LAYOUTS = {
-    "TP2+SP", "TP2xCP2", "CP4", "CP2xDP2", "PP4", "PP2xVPP2xDP2", "CP4 ring 2", "CP2xPP2 ring",
+    "TP2+SP", "TP2+SPxPP2", "CP2xPP2", "TP2xCP2", "CP4", "CP2xDP2", "PP4", "PP2xVPP2xDP2", "CP4 ring 2", "CP2xPP2 ring",
     "TP2+SPxDP2 first stage", "PP2xVPP2xDP2 first stage", "CP2xPP2 first stage",
 }  # fmt: skip
 """With few scenarios of their own, and in `test_matrix` what they combine meets too."""
 SLOW_SCENARIOS = {
     "token_weights", "uneven_window", "window_nothing_ahead", "short_text_rows", "offload_recomputed", "loss_in_one",
-    "small_chunks", "large_chunks", "drop_path_by_layer",
+    "small_chunks", "large_chunks", "drop_path_by_layer", "drop_path_otherwise", "overlapped_window", "short_padded_samples",
+    "frozen_vision_side",
 }  # fmt: skip
 """Relatives of others that are trained always."""

@@ -143,6 +143,7 @@ def test_other_layouts_continue(
     np.testing.assert_allclose(history, whole[SAVED_AT:], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_beside_a_sharded_frozen_encoder(run_ranks: Callable[..., list[Any]], base: Path, tmp_path: Path) -> None:
     """Written with the vision side in shards, continued with it whole: the checksums are those of whole parameters."""
     run_ranks(_train, 2, LAYOUTS["DP2"], base, tmp_path, 0, SAVED_AT, SHARDED)

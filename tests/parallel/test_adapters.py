@@ -60,7 +60,10 @@ LAYOUTS_OF = {
     "6b": ["TP2+SP", COLOCATED],
     "sharded": ["DP2"],
 }
-SLOW = {*(("all", layout) for layout in ("TP2", "TP2+SPxPP2", "CP2", "PP2xVPP2")), ("adapters_alone", "PP2")}
+SLOW = {
+    *(("all", layout) for layout in ("TP2", "TP2+SPxPP2", "CP2", "PP2xVPP2", COLOCATED)),
+    ("adapters_alone", "PP2"),
+}
 
 
 @pytest.fixture(scope="module")

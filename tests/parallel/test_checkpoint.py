@@ -88,7 +88,7 @@ def test_same_layout_continues_bit_for_bit(
 
 
 @pytest.mark.parametrize(
-    "layout", ["1", "PP2xVPP2xDP2", "TP2+SPxCP2", "PP2 uneven", *map(_slow, ("DP2", "TP2+SP", "PP2xDP2"))]
+    "layout", ["1", "PP2xVPP2xDP2", "PP2 uneven", *map(_slow, ("DP2", "TP2+SP", "TP2+SPxCP2", "PP2xDP2"))]
 )
 def test_other_layouts_continue(
     run_ranks: Callable[..., list[Any]], interrupted: tuple[Path, History], layout: str
@@ -142,6 +142,7 @@ def test_folder_without_checkpoint_is_refused(tmp_path: Path) -> None:
         folders.read_info(tmp_path)
 
 
+@pytest.mark.slow
 def test_written_interleaved_it_continues_elsewhere(
     run_ranks: Callable[..., list[Any]], interrupted: tuple[Path, History], weights: dict[str, Tensors], tmp_path: Path
 ) -> None:

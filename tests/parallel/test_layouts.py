@@ -54,7 +54,7 @@ def test_normalisation_changes_the_loss(trained: TrainedBy, layout: str) -> None
     assert abs(jointly - by_micro_step) > 1e-4, "rows of unequal weight: the two rules cannot agree"
 
 
-@pytest.mark.parametrize("layout", LAYOUTS_OF["text"])
+@pytest.mark.parametrize("layout", map(case, LAYOUTS_OF["text"]))
 def test_a_step_without_images_never_calls_the_vision_tower(trained: TrainedBy, layout: str) -> None:
     assert all(found.vision_calls == [[], []] for found in trained(layout, "text"))
 
@@ -132,7 +132,7 @@ def test_drop_path_draws_do_not_depend_on_the_layout(trained: TrainedBy, layout:
         np.testing.assert_allclose(found.losses, trained("1", "drop_path")[0].losses, rtol=1e-5)
 
 
-@pytest.mark.parametrize("scenario", ["drop_path_otherwise", case("drop_path_by_layer")])
+@pytest.mark.parametrize("scenario", map(case, ("drop_path_otherwise", "drop_path_by_layer")))
 def test_drop_path_draws_do_not_depend_on_windows_chunks_and_recomputation(trained: TrainedBy, scenario: str) -> None:
     for found in trained("TP2xPP2", scenario):
         np.testing.assert_allclose(found.losses, trained("1", "drop_path")[0].losses, rtol=1e-5)

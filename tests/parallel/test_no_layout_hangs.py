@@ -76,6 +76,7 @@ CASES = {
         Ranks(4, pipeline_size=2, vision_placement="first_stage"), {"pad_rows": False, "vision_window_rows": 1}, 6
     ),
 }
+LONG = {"TP2+SPxPP2 in windows", "PP2xVPP2xDP2 short rows"}
 MORE_CASES = {
     "PP4": Case(LAYOUTS["PP4"], {"vision_recompute": "full"}, 7, rows_per_step=6),
     "CP2xDP2 nothing ahead": Case(LAYOUTS["CP2xDP2"], {"prepare_ahead": False, "vision_window_rows": 1}, 3),
@@ -86,7 +87,7 @@ MORE_CASES = {
     "TP2xPP2 units of 2": Case(Ranks(4, tensor_size=2, pipeline_size=2, vision_tensor_size=2), {}, 10),
     "PP2xDP2 sharded": Case(LAYOUTS["PP2xDP2"], {"vision_sharding": "sharded", "vision_shard_ranks": 2}, 12),
 }
-"""Tried at length only."""
+"""Tried at length only, as those of `LONG`."""
 
 
 @dataclass(frozen=True)
@@ -166,7 +167,7 @@ def black_tile(model: ModelConfig) -> int:
 @pytest.mark.parametrize(
     ("name", "num_steps"),
     [
-        *((name, FEW_STEPS) for name in CASES),
+        *((name, FEW_STEPS) for name in CASES if name not in LONG),
         *(pytest.param(name, MANY_STEPS, marks=pytest.mark.slow) for name in CASES | MORE_CASES),
     ],
 )

@@ -172,6 +172,7 @@ def losses_of_splits(info: RankInfo, num_replicas: int, weights: Tensors) -> lis
 SPLITS = ((2, 2, 1, 1), (3, 0, 2, 1), (1, 1, 1, 3))
 
 
+@pytest.mark.slow
 def test_how_pairs_are_packed_and_shared_out_does_not_matter(
     run_ranks: Callable[..., list[Any]], weights: dict[str, Tensors]
 ) -> None:
@@ -214,7 +215,7 @@ def test_weights_have_the_same_number_under_every_layout(
     assert wanted[0] == wanted[2], "in the block the model has the copied weights"
     assert wanted[1] == wanted[3], "and after it its own"
     assert wanted[0] != wanted[1]
-    cases = [(LAYOUTS["TP2+SPxPP2"], False), (LAYOUTS["CP2xDP2"], True), (Ranks(2, vision_tensor_size=2), False)]
+    cases = [(LAYOUTS["PP2"], False), (LAYOUTS["DP2"], True), (Ranks(2, tensor_size=2, vision_tensor_size=2), False)]
     for ranks, sharded in cases:
         for found in run_ranks(ids_of_weights, ranks.num_ranks, ranks, sharded, family, weights[family]):
             assert found == wanted, ranks

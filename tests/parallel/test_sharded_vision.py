@@ -46,6 +46,7 @@ OTHERS = {"bf16": ["DP2"], "drop_path": ["TP2xPP2"], "drop_path_otherwise": ["DP
 SLOW_LAYOUTS = {"TP2+SPxCP2", "PP2xDP2 apart"}
 SLOW_SCENARIOS = {
     "6b", "offload", "small_chunks", "recompute", "frozen_vision", "frozen_language", "text",
+    "own_ways", "frozen_vision_side", "recompute_less",
     "drop_path_otherwise", "drop_path_by_layer",
 }  # fmt: skip
 """The others stand for them where time is short."""

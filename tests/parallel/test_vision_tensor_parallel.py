@@ -32,9 +32,11 @@ EVEN = "6b, 4 heads"
 SIZES = [1, 2, 4]
 CASES = [
     ("300m", 2),
-    ("6b", 1),
     ("6b", 4),
-    *(pytest.param(*case, marks=pytest.mark.slow) for case in (("300m", 1), ("300m", 4), ("6b", 2), (EVEN, 2))),
+    *(
+        pytest.param(*case, marks=pytest.mark.slow)
+        for case in (("300m", 1), ("300m", 4), ("6b", 1), ("6b", 2), (EVEN, 2))
+    ),
 ]
 """Family and tensor-parallel size."""
 NUM_TILES, SAVED_AT, STEPS = 8, 2, 4
@@ -363,12 +365,12 @@ WHOLE_MODEL = {
     "colocated": (Ranks(4, tensor_size=2, sequence_parallel=True, vision_placement="colocated"), ["adamw"]),
 }
 """Layouts, and what is trained under them."""
-SLOW_WHOLE_MODEL = ["units in a stage", "first stage"]
+SLOW_WHOLE_MODEL = ["units in a stage", "first stage", "colocated"]
 
 
 @pytest.mark.parametrize(
     "layout",
-    ["units over replicas", "colocated", *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW_WHOLE_MODEL)],
+    ["units over replicas", *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW_WHOLE_MODEL)],
 )
 def test_training_with_the_language_model(
     run_ranks: Run, reference: Callable[[str, str], TrainedModel], weights: dict[str, Tensors], layout: str

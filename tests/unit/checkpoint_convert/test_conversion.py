@@ -108,6 +108,7 @@ def test_several_processes_share_it(expected, tmp_path):
     assert convert(source, target) == 0, "the same command again finds it done"
 
 
+@pytest.mark.slow
 def test_a_killed_helper_does_not_stop_the_others(expected, tmp_path):
     source, tensors = expected
     target = tmp_path / "ours"

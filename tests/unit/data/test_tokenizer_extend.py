@@ -31,6 +31,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
+@pytest.mark.slow
 def test_qwens_become_the_released_ids(tmp_path, qwen_folder, qwen):
     bare = bare_folder(tmp_path / "bare", qwen_folder)
     assert "<img>" not in (bare / "tokenizer.json").read_text(encoding="utf-8")

@@ -91,8 +91,6 @@ KINDS: dict[str, tuple[LayerKind, Fp8Config]] = {
     "TE bf16": ("transformer_engine", Fp8Config()),
     "TE FP8": ("transformer_engine", Fp8Config(language="current")),
 }
-QUICK = {"alone"}
-CASES = [(layout, kind) for layout in LAYOUTS for kind in KINDS]
 
 
 @cache
@@ -105,10 +103,9 @@ def growth(layout: str) -> dict[str, float]:
     return {kind: (many - few) / (MANY - FEW) for kind, (few, many) in zip(KINDS, pairs, strict=True)}
 
 
-@pytest.mark.parametrize(
-    ("layout", "kind"),
-    [case if case[0] in QUICK else pytest.param(*case, marks=pytest.mark.slow) for case in CASES],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_dry_run_keeps_as_much_more_for_each_layer_more(layout: str, kind: str) -> None:
     layers, fp8 = KINDS[kind]
     config = small(FEW, ParallelConfig(**LAYOUTS[layout]), fp8)
