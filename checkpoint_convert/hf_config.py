@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from checkpoint_convert.mapping import Layout
-from internvl_megatron.config.plan import LARGEST_SIZE, model_problems
 from internvl_megatron.config.schema import LanguageConfig, ModelConfig, VisionConfig
+from internvl_megatron.config.value_rules import LARGEST_SIZE, model_problems
 from internvl_megatron.errors import CheckpointError
 
 CONFIG_FILE = "config.json"

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 
 from internvl_megatron.checkpoint.safetensors_folder import DTYPES, INDEX_END, SafetensorsFolder
 from internvl_megatron.config.overrides import changed_fields, model_from_json
-from internvl_megatron.config.plan import model_problems
 from internvl_megatron.config.schema import ModelConfig, RunConfig
+from internvl_megatron.config.value_rules import model_problems
 from internvl_megatron.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
