@@ -146,6 +146,8 @@ def _layout(config: RunConfig, world_size: int) -> list[str]:
     ]
     problems += ramp_problems(config, data_size)
     problems += _stages(config, data_size)
+    if pipeline * parallel.virtual_size > config.model.language.num_layers:
+        return problems  # the checks below look at every stage
     problems += _vision(config, data_size)
     problems += tensor_problems(config)
     if parallel.sequence_parallel and tensor == 1:
@@ -225,8 +227,10 @@ def _stages(config: RunConfig, data_size: int) -> list[str]:
     pipeline, virtual = parallel.pipeline_size, parallel.virtual_size
     num_stages = pipeline * virtual
     what = f"parallel.pipeline_size={pipeline}" + (f" x parallel.virtual_size={virtual}" if virtual > 1 else "")
+    if num_stages > num_layers:
+        return [f"{what} is more stages than model.language.num_layers={num_layers}: every stage needs a layer"]
     problems = []
-    chosen = parallel.vision_placement == "first_stage" and virtual == 1 and pipeline <= num_layers
+    chosen = parallel.vision_placement == "first_stage" and virtual == 1
     if parallel.stage_layers is None:
         if not chosen and num_layers % num_stages:
             more = num_layers % num_stages

@@ -169,6 +169,11 @@ def test_vocabulary_padding_does_not_depend_on_the_layout() -> None:
         ([], 6, "does not divide the 6 ranks"),
         (["rows_per_step=3"], 8, "rows_per_step=3 must be a multiple of the 2 replicas"),
         (["parallel.pipeline_size=3"], 6, "pipeline_size=3 must divide model.language.num_layers=4"),
+        (
+            ["parallel.pipeline_size=2", "parallel.virtual_size=4294967297"],
+            2,
+            "is more stages than model.language.num_layers=4",
+        ),
         (["parallel.pipeline_size=3"], 6, "parallel.stage_layers=2,1,1"),
         (["parallel.stage_layers=3,2"], 4, "must be 2 numbers .* that add up to model.language.num_layers=4"),
         (["parallel.stage_layers=4"], 4, "must be 2 numbers"),
