@@ -97,9 +97,14 @@ def stage_parameters(model: ModelConfig, plan: RunPlan, stage: int) -> int:
 
 
 def tile_activation_bytes(vision: VisionConfig) -> int:
-    """What the vision encoder keeps of a tile for backward in bf16."""
-    values = (vision.patches_per_side**2 + 1) * (10 * vision.hidden_size + 2 * vision.ffn_hidden_size)
-    return 2 * vision.num_layers * values
+    """What the vision encoder keeps of a tile for backward in bf16.
+
+    Of a layer its input, both norms', q, k and v together, attention's, the projection's, the first sum and the MLP's output (10 widths);
+    the MLP before and after GELU; where queries and keys have norms, these norms' inputs, copied out of q, k and v, and outputs.
+    """
+    widths = 10 + (4 if vision.qk_norm else 0)
+    values = (vision.patches_per_side**2 + 1) * (widths * vision.hidden_size + 2 * vision.ffn_hidden_size)
+    return BF16 * vision.num_layers * values
 
 
 def _layer_parameters(language: LanguageConfig, tensor_size: int) -> int:
@@ -220,6 +225,9 @@ def _activations(config: RunConfig, plan: RunPlan, stage: int) -> float:
     gathered = 0.0
     if parallel.vision_sharding == "sharded":  # weights of two layers in bf16, gradients of one in fp32
         gathered = 8 * parameter_counts(config.model).vision / vision.num_layers
+    if parallel.sequence_parallel:  # Megatron Core keeps the memory that rows' tokens are gathered in
+        shape = layer_shape(config)
+        gathered += BF16 * shape.tokens * shape.language.hidden_size
     language = _language_activations(config, plan, stage)
     return pixels + embeddings + kept + max(language, at_a_time + gathered)
 
