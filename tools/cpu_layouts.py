@@ -5,7 +5,7 @@
 This machine becomes a "GPU kind" (`cpu_kind`): kernels and gloo's messages are measured alone; from steps of one rank come factors for the
 language model, the vision side and the update, and from steps of one rank whose model is as narrow as can be what a layer takes
 however little it computes. One-rank steps run on as many cores as layouts do. No layout's own time is looked at.
-All of it takes turns, round by round, because the machine's speed drifts, and of everything the fastest counts. It takes a machine that
+All of it takes turns, round by round, because the machine's speed drifts, and of every turn the middle counts. It takes a machine that
 does nothing else, and as many cores as ranks: wall-clock seconds of ranks that share a core say nothing.
 """
 
@@ -48,8 +48,9 @@ from tools.machine_record import machine_record
 
 IMAGE_SHARE = 0.25
 TOKENS_PER_ROW, ROWS_PER_STEP = 512, 4
-TILES_PER_ROW, CHUNK_TILES = 96, 35
-"""Of 4 tokens each: of a row of 32K tokens at 256 a tile. As many together as the row has that is trained on."""
+TILES_PER_ROW, CHUNK_TILES = 96, 18
+"""Of 4 tokens each: of a row of 32K tokens at 256 a tile. A chunk is what each of two ranks encodes of the row that is trained on,
+so that pauses can be filled."""
 MODEL = ModelConfig(
     vision=VisionConfig(
         hidden_size=128, num_layers=2, num_heads=4, ffn_hidden_size=512, tile_pixels=112, shuffle_factor=4
@@ -113,11 +114,12 @@ TRIALS = (
 SHAPES = (
     Product(512, 384, 640), Product(512, 384, 384), Product(512, 384, 2048), Product(512, 1024, 384),
     Product(512, 384, 1024), Product(512, 512, 384), Product(256, 384, 2048), Product(256, 1024, 384),
-    Product(256, 384, 4096), Product(2275, 128, 512),
+    Product(256, 384, 4096), Product(1170, 128, 512),
 )  # fmt: skip
 """Products of these layouts, whole and divided."""
 ELEMENTWISE_BYTES = {"norm": 4 * 512 * 384, "sum": 6 * 512 * 384, "swiglu": 6 * 512 * 1024}
 """Read and written, as the cost model counts them; two norms and two sums are in a layer, and one SwiGLU."""
+PHASES = ("encode", "decode", "backprop", "update", "step")
 KINDS_OF_MESSAGES = ("all-gather", "reduce-scatter", "message")
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3
 """Of malloc.h."""
@@ -356,22 +358,34 @@ def measure(ranks: Sequence[int], rounds: int) -> dict[str, Any]:
             if place % TRIALS_BETWEEN == 0:
                 run(ALONE)
             run(trial)
-    fastest = {name: min(found, key=lambda one: one["step"]) for name, found in steps.items()}
     return {
         "kernels": {
-            "products": np.min([one["products"] for one in kernels], axis=0).tolist(),
-            "elementwise": {name: min(one["elementwise"][name] for one in kernels) for name in ELEMENTWISE_BYTES},
+            "products": _middle([one["products"] for one in kernels]).tolist(),
+            "elementwise": {
+                name: float(_middle([one["elementwise"][name] for one in kernels])) for name in ELEMENTWISE_BYTES
+            },
         },
-        "messages": {kind: np.min([one[kind] for one in messages], axis=0).tolist() for kind in KINDS_OF_MESSAGES},
-        "alone": fastest.pop(ALONE.name),
-        "alone_narrow": fastest.pop(ALONE_NARROW.name),
-        "trials": {
-            trial.name: fastest[trial.name]
-            | {"num_ranks": trial.num_ranks, "all_steps": [one["step"] for one in steps[trial.name]]}
-            for trial in trials
-        },
-        "all_steps_alone": [one["step"] for one in steps[ALONE.name]],
+        "messages": {kind: _middle([one[kind] for one in messages]).tolist() for kind in KINDS_OF_MESSAGES},
+        "alone": _middle_phases(steps.pop(ALONE.name)),
+        "alone_narrow": _middle_phases(steps.pop(ALONE_NARROW.name)),
+        "trials": {trial.name: _middle_phases(steps[trial.name]) | {"num_ranks": trial.num_ranks} for trial in trials},
     }
+
+
+def _middle(found: Sequence[Any]) -> Any:
+    return np.median(found, axis=0)
+
+
+def _middle_phases(steps: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Of each phase by itself, and all steps."""
+    middle = {name: float(_middle([one[name] for one in steps])) for name in PHASES}
+    return middle | {"all_steps": [one["step"] for one in steps], "cpu": [one["cpu"] for one in steps]}
+
+
+def spread(measured: dict[str, Any]) -> float:
+    """Of a layout's repeated steps: the distance of their quartiles over the middle, on average."""
+    quartiles = [np.quantile(trial["all_steps"], (0.25, 0.5, 0.75)) for trial in measured["trials"].values()]
+    return float(np.mean([(upper - lower) / middle for lower, middle, upper in quartiles]))
 
 
 def table(measured: dict[str, Any]) -> str:
@@ -388,12 +402,13 @@ def table(measured: dict[str, Any]) -> str:
         )
     errors = [abs(predicted[name].total / trials[name]["step"] - 1) for name in names]
     pairs = [(one, other) for index, one in enumerate(names) for other in names[index + 1 :]]
-    apart = [(one, other) for one, other in pairs if trials[other]["step"] > 1.05 * trials[one]["step"]]
-    right = sum(predicted[one].total < predicted[other].total for one, other in apart)
-    lines.append(
-        f"\nErrors: median {float(np.median(errors)):.1%}, largest {max(errors):.1%}. Of {len(apart)} pairs of layouts more than 5 % apart, "
-        f"{right} are predicted in the right order."
-    )
+    lines.append(f"\nErrors: median {float(np.median(errors)):.1%}, largest {max(errors):.1%}.")
+    for least, words in ((0.05, "5 %"), (spread(measured), f"repeated steps' spread of {spread(measured):.1%}")):
+        apart = [pair for pair in pairs if trials[pair[1]]["step"] > (1 + least) * trials[pair[0]]["step"]]
+        right = sum(predicted[one].total < predicted[other].total for one, other in apart)
+        lines[-1] += (
+            f" Of {len(apart)} pairs of layouts more than {words} apart, {right} are predicted in the right order."
+        )
     return "\n".join(lines)
 
 
