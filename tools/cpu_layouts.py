@@ -5,8 +5,8 @@
 This machine becomes a "GPU kind" (`cpu_kind`): kernels and gloo's messages are measured alone; from steps of one rank come factors for the
 language model, the vision side and the update, and from steps of one rank whose model is as narrow as can be what a layer takes
 however little it computes. One-rank steps run on as many cores as layouts do. No layout's own time is looked at.
-All of it takes turns, round by round, because the machine's speed drifts, and of every turn the middle counts. It takes a machine that
-does nothing else, and as many cores as ranks: wall-clock seconds of ranks that share a core say nothing.
+All of it takes turns, round by round, because the machine's speed drifts, and the middle counts. It takes a machine that does nothing else,
+and as many cores as ranks: wall-clock seconds of ranks that share a core say nothing. Steps that waited for a core are left out.
 """
 
 import argparse
@@ -125,6 +125,8 @@ M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3
 """Of malloc.h."""
 MESSAGE_BYTES = (4096, 65536, 524288, 4194304, 33554432)
 STEPS_OF_A_TURN = 2
+DISTURBED_SHARE = 0.03
+"""Of a step: longer a rank must not have waited for its core, or the step does not count."""
 TRIALS_BETWEEN = 5
 """Layouts between two turns of one rank."""
 
@@ -209,6 +211,11 @@ def keep_freed_memory() -> None:
         assert libc.mallopt(parameter, size) == 1, "glibc's malloc takes these"
 
 
+def _waited_seconds() -> float:
+    """Of this thread, ready to run while its core ran others, so far."""
+    return int(Path("/proc/thread-self/schedstat").read_text(encoding="ascii").split()[1]) / 1e9
+
+
 def step_seconds(info: RankInfo, trial: Trial, steps: int) -> list[dict[str, float]]:
     """Body of a rank: wall-clock seconds of phases and of whole steps. Ranks of `ALONE` have a run each, side by side."""
     import torch
@@ -235,11 +242,11 @@ def step_seconds(info: RankInfo, trial: Trial, steps: int) -> list[dict[str, flo
         found = []
         for _ in range(1 + steps):  # the first builds what later ones find
             dist.barrier()
-            began, began_cpu = time.perf_counter(), time.process_time()
+            began, waited = time.perf_counter(), _waited_seconds()
             result = step.run(rows, 0)
             dist.barrier()
-            whole, cpu = time.perf_counter() - began, time.process_time() - began_cpu
-            found.append(total_seconds(result.spans) | {"step": whole, "cpu": cpu})
+            whole = {"step": time.perf_counter() - began, "waited": _waited_seconds() - waited}
+            found.append(total_seconds(result.spans) | whole)
     return found[1:]
 
 
@@ -348,7 +355,8 @@ def measure(ranks: Sequence[int], rounds: int) -> dict[str, Any]:
         for of_ranks in zip(*ranks_steps, strict=True):
             # Whoever is slowest: ranks of a layout wait for each other, one-rank runs stand side by side.
             slowest = max(of_ranks, key=lambda one: one["step"])
-            steps.setdefault(trial.name, []).append(slowest | {"cpu": [one["cpu"] for one in of_ranks]})
+            waited = max(one["waited"] for one in of_ranks)
+            steps.setdefault(trial.name, []).append(slowest | {"waited": waited})
 
     for _ in range(rounds):
         kernels += launch(kernel_seconds, beside, device="cpu")
@@ -377,14 +385,17 @@ def _middle(found: Sequence[Any]) -> Any:
 
 
 def _middle_phases(steps: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Of each phase by itself, and all steps."""
-    middle = {name: float(_middle([one[name] for one in steps])) for name in PHASES}
-    return middle | {"all_steps": [one["step"] for one in steps], "cpu": [one["cpu"] for one in steps]}
+    """Of each phase by itself, in steps that others did not disturb, if there are any; and all steps."""
+    quiet = [one for one in steps if one["waited"] <= DISTURBED_SHARE * one["step"]]
+    middle = {name: float(_middle([one[name] for one in quiet or steps])) for name in PHASES}
+    steps_of = {name: [one["step"] for one in found] for name, found in (("all_steps", steps), ("quiet_steps", quiet))}
+    return middle | steps_of
 
 
 def spread(measured: dict[str, Any]) -> float:
     """Of a layout's repeated steps: the distance of their quartiles over the middle, on average."""
-    quartiles = [np.quantile(trial["all_steps"], (0.25, 0.5, 0.75)) for trial in measured["trials"].values()]
+    repeats = [trial["quiet_steps"] or trial["all_steps"] for trial in measured["trials"].values()]
+    quartiles = [np.quantile(steps, (0.25, 0.5, 0.75)) for steps in repeats]
     return float(np.mean([(upper - lower) / middle for lower, middle, upper in quartiles]))
 
 

@@ -52,7 +52,7 @@ def measured(slower: float = 1.0) -> dict[str, Any]:
     for trial in TRIALS:
         made = plan(trial.config, trial.num_ranks)
         step = predict_step(trial.config, made, workload(), KNOWN).total * slower
-        trials[trial.name] = {"num_ranks": trial.num_ranks, "step": step, "all_steps": [step, step]}
+        trials[trial.name] = {"num_ranks": trial.num_ranks, "step": step, "all_steps": [step], "quiet_steps": []}
     kernels = Kernels(KNOWN)
     narrow = KNOWN.layer_host_seconds * 3 * MODEL.language.num_layers * ROWS_PER_STEP
     return {
