@@ -420,6 +420,8 @@ def table(measured: dict[str, Any]) -> str:
         lines[-1] += (
             f" Of {len(apart)} pairs of layouts more than {words} apart, {right} are predicted in the right order."
         )
+    steps, quiet = (sum(len(trial[name]) for trial in trials.values()) for name in ("all_steps", "quiet_steps"))
+    lines[-1] += f" Of {steps} steps of layouts {quiet} were not disturbed by other work."
     return "\n".join(lines)
 
 

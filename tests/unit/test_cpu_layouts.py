@@ -105,6 +105,7 @@ def test_layouts_are_predicted_from_one_rank_alone() -> None:
 
 def test_the_table_says_how_far_predictions_are_off() -> None:
     assert "median 0.0%, largest 0.0%" in table(measured())
+    assert f"Of {len(TRIALS)} steps of layouts 0 were not disturbed" in table(measured())
     text = table(measured(slower=1.25))
     assert "median 20.0%, largest 20.0%" in text
     pairs = int(text.split("Of ")[1].split()[0])
