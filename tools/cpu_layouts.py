@@ -238,7 +238,7 @@ def step_seconds(info: RankInfo, trial: Trial, steps: int) -> list[dict[str, flo
         made = plan(config, info.world_size)
         groups = make_groups(made.layout, device, 600, made.vision_layout)
         step = Step(config, build_model(config, groups, device), groups, device)
-        rows = rows_of(trial, made, info.rank)
+        rows: Any = rows_of(trial, made, info.rank)
         found = []
         for _ in range(1 + steps):  # the first builds what later ones find
             dist.barrier()

@@ -341,9 +341,8 @@ class Step:
                 pg_collection=self.groups.language,
             )
         for chunk in self.language:
-            chunk.module.set_input_tensor(
-                None
-            )  # or its last input and the gradient of that would lie beside the encoder's
+            model: Any = chunk.module
+            model.set_input_tensor(None)  # or its last input and the gradient of that would lie beside the encoder's
         return dict(zip(rows, kept, strict=True)) if kept else {}
 
     @contextlib.contextmanager
