@@ -1,29 +1,29 @@
 """Training steps of a small model under many layouts on CPU ranks, to compare the cost model with: it predicts all from one rank's step.
 
-    python -m tools.cpu_layouts [--ranks 2] [--repeats N] [--output benchmarks/results/layouts_cpu_DATE.json]
+    python -m tools.cpu_layouts [--ranks 2] [--rounds N] [--output benchmarks/results/layouts_cpu_DATE.json]
 
-This machine becomes a "GPU kind" (`cpu_kind`): speed of products by shape and of gloo's messages are measured alone, and factors for the
-language model, the vision side and the update are fitted to a step of one rank, while a second such run keeps the machine as busy as it
-will be. Then steps of every layout are timed, layouts taking turns; the fastest of each counts. No layout's own time is looked at.
-It takes a machine that does nothing else, and as many cores as ranks: wall-clock seconds of ranks that share a core say nothing.
+This machine becomes a "GPU kind" (`cpu_kind`): kernels and gloo's messages are measured alone; from steps of one rank come factors for the
+language model, the vision side and the update, and from steps of one rank whose model is as narrow as can be what a layer takes
+however little it computes. One-rank steps run on as many cores as layouts do. No layout's own time is looked at.
+All of it takes turns, round by round, because the machine's speed drifts, and the middle counts. It takes a machine that does nothing else,
+and as many cores as ranks: wall-clock seconds of ranks that share a core say nothing. Steps that waited for a core are left out.
 """
 
 import argparse
+import ctypes
 import json
 import os
 import sys
 import time
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import cache
-from itertools import product
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from internvl_megatron.config.plan import plan
+from internvl_megatron.config.plan import RunPlan, plan
 from internvl_megatron.config.schema import (
     DataConfig,
     LanguageConfig,
@@ -34,6 +34,7 @@ from internvl_megatron.config.schema import (
     VisionConfig,
 )
 from internvl_megatron.data.files import write_whole
+from internvl_megatron.data.packing import Row
 from internvl_megatron.errors import UserError
 from internvl_megatron.launcher import launch
 from internvl_megatron.ranks import RankInfo
@@ -42,22 +43,28 @@ from internvl_megatron.scaling.counts import parameter_counts
 from internvl_megatron.scaling.gpus import GpuKind, StepFactors
 from internvl_megatron.scaling.kernel_time import Kernels, Product
 from internvl_megatron.scaling.predicted_step import StepTime, Workload, predict_step
-from tools.dry_run import DrawnRows
+from tools.dry_run import BlackTiles, DrawnRows
 from tools.machine_record import machine_record
 
-IMAGE_SHARE = 0.5
+IMAGE_SHARE = 0.25
 TOKENS_PER_ROW, ROWS_PER_STEP = 512, 4
-TILES_PER_ROW = 96
-"""Of 4 tokens each: of a row of 32K tokens at 256 a tile."""
+TILES_PER_ROW, CHUNK_TILES = 96, 18
+"""Of 4 tokens each: of a row of 32K tokens at 256 a tile. A chunk is what each of two ranks encodes of the row that is trained on,
+so that pauses can be filled."""
 MODEL = ModelConfig(
     vision=VisionConfig(
         hidden_size=128, num_layers=2, num_heads=4, ffn_hidden_size=512, tile_pixels=112, shuffle_factor=4
     ),
     language=LanguageConfig(
-        hidden_size=384, num_layers=8, num_heads=6, num_kv_heads=2, head_size=64, ffn_hidden_size=1024, vocab_size=8192
+        hidden_size=384, num_layers=4, num_heads=6, num_kv_heads=2, head_size=64, ffn_hidden_size=1024, vocab_size=4096
     ),
 )
 """Narrow, but with products of 0.1 to 1 GFLOP, which take a core longer than torch takes to begin them."""
+NARROW = replace(
+    MODEL,
+    language=replace(MODEL.language, hidden_size=64, num_heads=2, head_size=16, ffn_hidden_size=64),
+)
+"""Its language model has as many layers and next to no widths."""
 
 
 @dataclass(frozen=True)
@@ -67,16 +74,17 @@ class Trial:
     name: str
     num_ranks: int
     parallel: dict[str, Any] = field(default_factory=dict)
+    model: ModelConfig = MODEL
 
     @property
     def config(self) -> RunConfig:
         """Of a real run."""
         return RunConfig(
             name="cpu_layouts",
-            model=MODEL,
+            model=self.model,
             # Rows are drawn, not read.
             data=DataConfig(meta="none", tokenizer="none", tokens_per_row=TOKENS_PER_ROW, tiles_per_row=TILES_PER_ROW),
-            parallel=ParallelConfig(prepare_ahead=False, **self.parallel),
+            parallel=ParallelConfig(prepare_ahead=False, vision_chunk_tiles=CHUNK_TILES, **self.parallel),
             optimizer=OptimizerConfig(learning_rate=1e-4),
             rows_per_step=ROWS_PER_STEP,
             dtype="bf16",
@@ -85,6 +93,7 @@ class Trial:
 
 
 ALONE = Trial("one rank", 1)
+ALONE_NARROW = Trial("one rank, narrow", 1, model=NARROW)
 _TP2 = {"tensor_size": 2, "sequence_parallel": True}
 TRIALS = (
     Trial("DP2", 2),
@@ -105,25 +114,39 @@ TRIALS = (
 SHAPES = (
     Product(512, 384, 640), Product(512, 384, 384), Product(512, 384, 2048), Product(512, 1024, 384),
     Product(512, 384, 1024), Product(512, 512, 384), Product(256, 384, 2048), Product(256, 1024, 384),
-    Product(256, 384, 8192), Product(1040, 128, 512),
+    Product(256, 384, 4096), Product(1170, 128, 512),
 )  # fmt: skip
 """Products of these layouts, whole and divided."""
-MESSAGE_BYTES = (4096, 65536, 524288, 4194304)
+ELEMENTWISE_BYTES = {"norm": 4 * 512 * 384, "sum": 6 * 512 * 384, "swiglu": 6 * 512 * 1024}
+"""Read and written, as the cost model counts them; two norms and two sums are in a layer, and one SwiGLU."""
+PHASES = ("encode", "decode", "backprop", "update", "step")
+KINDS_OF_MESSAGES = ("all-gather", "reduce-scatter", "message")
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3
+"""Of malloc.h."""
+MESSAGE_BYTES = (4096, 65536, 524288, 4194304, 33554432)
+STEPS_OF_A_TURN = 2
+DISTURBED_SHARE = 0.03
+"""Of a step: longer a rank must not have waited for its core, or the step does not count."""
+TRIALS_BETWEEN = 5
+"""Layouts between two turns of one rank."""
 
 
-def product_seconds(info: RankInfo) -> list[list[float]]:
-    """Seconds of [forward, backward] of each shape, in bf16 on one core, at its fastest."""
+def kernel_seconds(info: RankInfo) -> dict[str, Any]:
+    """On one core in bf16: `products`, [forward, backward] of each shape, and `elementwise` by name."""
     import torch
+    import torch.nn.functional as F
 
     del info
     torch.set_num_threads(1)
-    found = []
+    keep_freed_memory()
+
+    def random(*size: int) -> torch.Tensor:
+        return torch.randn(*size, dtype=torch.bfloat16)
+
+    products = []
     for shape in SHAPES:
         tokens, inputs, outputs = (int(size) for size in shape)
-        x, weight, gradient = (
-            torch.randn(*size, dtype=torch.bfloat16)
-            for size in ((tokens, inputs), (outputs, inputs), (tokens, outputs))
-        )
+        x, weight, gradient = random(tokens, inputs), random(outputs, inputs), random(tokens, outputs)
         main_gradient = torch.zeros(outputs, inputs)
 
         def backward(x: Any = x, weight: Any = weight, gradient: Any = gradient, main: Any = main_gradient) -> None:
@@ -133,11 +156,17 @@ def product_seconds(info: RankInfo) -> list[list[float]]:
         def forward(x: Any = x, weight: Any = weight) -> None:
             torch.mm(x, weight.t())
 
-        found.append([_fastest(forward), _fastest(backward)])
-    return found
+        products.append([_fastest(forward), _fastest(backward)])
+    between, scale, gate, up = random(512, 384), random(384), random(512, 1024), random(512, 1024)
+    elementwise = {
+        "norm": _fastest(lambda: F.rms_norm(between, (384,), scale)),
+        "sum": _fastest(lambda: between + between),
+        "swiglu": _fastest(lambda: F.silu(gate) * up),
+    }
+    return {"products": products, "elementwise": elementwise}
 
 
-def _fastest(run: Any, times: int = 15) -> float:
+def _fastest(run: Callable[[], Any], times: int = 10) -> float:
     taken = []
     for _ in range(times):
         began = time.perf_counter()
@@ -147,7 +176,7 @@ def _fastest(run: Any, times: int = 15) -> float:
 
 
 def message_seconds(info: RankInfo) -> dict[str, list[float]]:
-    """Seconds of an all-gather and of a message of `MESSAGE_BYTES` between two ranks, as rank 0 sees them."""
+    """Seconds of each kind of message between two ranks, by `MESSAGE_BYTES`, as rank 0 sees them."""
     import torch
     import torch.distributed as dist
 
@@ -155,13 +184,12 @@ def message_seconds(info: RankInfo) -> dict[str, list[float]]:
     from internvl_megatron.ranks import joined
 
     torch.set_num_threads(1)
-    found: dict[str, list[float]] = {"all-gather": [], "message": []}
+    keep_freed_memory()
+    found: dict[str, list[float]] = {kind: [] for kind in KINDS_OF_MESSAGES}
     with joined(info, open_device("cpu"), 60):
         for size in MESSAGE_BYTES:
-            whole, half = torch.empty(size, dtype=torch.uint8), torch.empty(size // 2, dtype=torch.uint8)
-
-            def gather(whole: Any = whole, half: Any = half) -> None:
-                dist.all_gather_into_tensor(whole, half)
+            whole = torch.zeros(size // 2, dtype=torch.bfloat16)
+            half = torch.zeros(size // 4, dtype=torch.bfloat16)
 
             def there_and_back(whole: Any = whole) -> None:
                 for sender in (0, 1):
@@ -170,13 +198,26 @@ def message_seconds(info: RankInfo) -> dict[str, list[float]]:
                     else:
                         dist.recv(whole, 1 - info.rank)
 
-            found["all-gather"].append(_fastest(gather))
+            found["all-gather"].append(_fastest(partial(dist.all_gather_into_tensor, whole, half)))
+            found["reduce-scatter"].append(_fastest(partial(dist.reduce_scatter_tensor, half, whole)))
             found["message"].append(_fastest(there_and_back) / 2)
     return found
 
 
-def step_seconds(info: RankInfo, trials: Sequence[Trial], repeats: int) -> list[list[dict[str, float]]]:
-    """Body of a rank: wall-clock seconds of phases and of whole steps, by trial and repeat; trials take turns."""
+def keep_freed_memory() -> None:
+    """Let this process take freed memory again instead of giving it back: finding new pages takes longer than what is done with them."""
+    libc = ctypes.CDLL(None)
+    for parameter, size in ((M_MMAP_THRESHOLD, 1 << 30), (M_TRIM_THRESHOLD, 1 << 30), (M_TOP_PAD, 1 << 28)):
+        assert libc.mallopt(parameter, size) == 1, "glibc's malloc takes these"
+
+
+def _waited_seconds() -> float:
+    """Of this thread, ready to run while its core ran others, so far."""
+    return int(Path("/proc/thread-self/schedstat").read_text(encoding="ascii").split()[1]) / 1e9
+
+
+def step_seconds(info: RankInfo, trial: Trial, steps: int) -> list[dict[str, float]]:
+    """Body of a rank: wall-clock seconds of phases and of whole steps. Ranks of `ALONE` have a run each, side by side."""
     import torch
     import torch.distributed as dist
 
@@ -187,89 +228,101 @@ def step_seconds(info: RankInfo, trials: Sequence[Trial], repeats: int) -> list[
     from internvl_megatron.train.phases import total_seconds
     from internvl_megatron.train.step import Step
 
+    keep_freed_memory()
+    if trial.num_ranks == 1:
+        info = RankInfo(0, 1, 0, 1, f"{info.init_method}{info.rank}")
     torch.set_num_threads(1)
     device = open_device("cpu")
     with joined(info, device, 600):
-
-        def prepared(trial: Trial) -> tuple[Step, Any]:
-            config = trial.config
-            made = plan(config, info.world_size)
-            groups = make_groups(made.layout, device, 600, made.vision_layout)
-            step = Step(config, build_model(config, groups, device), groups, device)
-            return step, DrawnRows(config, made, IMAGE_SHARE)(made.layout.replica(info.rank), info.rank)
-
-        def run_once(step: Step, rows: Any) -> dict[str, float]:
+        config = trial.config
+        made = plan(config, info.world_size)
+        groups = make_groups(made.layout, device, 600, made.vision_layout)
+        step = Step(config, build_model(config, groups, device), groups, device)
+        rows: Any = rows_of(trial, made, info.rank)
+        found = []
+        for _ in range(1 + steps):  # the first builds what later ones find
             dist.barrier()
-            began, began_cpu = time.perf_counter(), time.process_time()
+            began, waited = time.perf_counter(), _waited_seconds()
             result = step.run(rows, 0)
             dist.barrier()
-            whole, cpu = time.perf_counter() - began, time.process_time() - began_cpu
-            return total_seconds(result.spans) | {"step": whole, "cpu": cpu}
+            whole = {"step": time.perf_counter() - began, "waited": _waited_seconds() - waited}
+            found.append(total_seconds(result.spans) | whole)
+    return found[1:]
 
-        all_prepared = [prepared(trial) for trial in trials]
-        for one in all_prepared:
-            run_once(*one)  # the first step builds what later ones find
-        turns = [[run_once(*one) for one in all_prepared] for _ in range(repeats)]
-    return [list(of_trial) for of_trial in zip(*turns, strict=True)]
+
+@cache
+def a_row() -> Row:
+    """All rows are this one: the cost model's are alike too, and a layout whose ranks have unlike ones is another question."""
+    return DrawnRows(ALONE.config, plan(ALONE.config, 1), IMAGE_SHARE)(0, 0).rows[0]
+
+
+def rows_of(trial: Trial, made: RunPlan, rank: int) -> BlackTiles:
+    """Rows of a rank's replica."""
+    layout, count = made.layout, made.rows_per_replica
+    replica = layout.replica(rank)
+    members, pixels = layout.replica_ranks(replica), trial.model.vision.tile_pixels
+    slots = range(replica, count * layout.data_size, layout.data_size)
+    return BlackTiles([a_row()] * count, slots, pixels, members.index(rank), len(members), count)
 
 
 @cache
 def workload() -> Workload:
-    """Of the rows that are trained on, the same in all layouts."""
-    rows = DrawnRows(ALONE.config, plan(ALONE.config, 1), IMAGE_SHARE)(0, 0).rows
-    count = len(rows)
+    """Of every row."""
+    row = a_row()
+    lengths = row.segment_lengths[: row.num_samples].astype(np.int64)
     return Workload(
-        tokens_per_row=sum(int(row.segment_lengths[: row.num_samples].sum()) for row in rows) / count,
-        pairs_per_row=sum(int((row.segment_lengths[: row.num_samples].astype(np.int64) ** 2).sum()) for row in rows)
-        / count,
-        supervised_per_row=sum(int((row.weights > 0).sum()) for row in rows) / count,
-        tiles_per_row=sum(row.num_tiles for row in rows) / count,
+        tokens_per_row=float(lengths.sum()),
+        pairs_per_row=float((lengths**2).sum()),
+        supervised_per_row=float((row.weights > 0).sum()),
+        tiles_per_row=float(row.num_tiles),
     )
 
 
 def cpu_kind(measured: dict[str, Any]) -> GpuKind:
-    """This machine as the cost model sees one: fitted to products, messages and a step of one rank.
+    """This machine as the cost model sees one: fitted to kernels, messages and steps of one rank.
 
     Args:
-        measured: `products` [shape, (forward, backward)], `messages` by kind and size, `alone` phases of a step.
+        measured: `kernels` as `kernel_seconds` gives them, `messages` by kind and size, `alone` and `alone_narrow`, phases of a step.
     """
-    unit = GpuKind("cpu", 0.0, 1.0, None, 1.0, 1.0, 1.0, "measured by tools.cpu_layouts")
-    # The seconds of a product are a sum of FLOPs over a speed and bytes over another: linear in both inverses.
+    unit = GpuKind("cpu", 0.0, 1.0, None, 1.0, 1.0, 1.0, "measured by tools.cpu_layouts", factors=StepFactors(1, 1, 1))
+    # Two norms, two sums and one SwiGLU of a layer, as `Kernels.elementwise` counts.
+    times = {"norm": 2, "sum": 2, "swiglu": 1}
+    seconds = sum(times[name] * taken for name, taken in measured["kernels"]["elementwise"].items())
+    moved = sum(times[name] * size for name, size in ELEMENTWISE_BYTES.items())
+    kind = replace(unit, memory_bandwidth=Kernels(unit).elementwise(moved, 0).forward / seconds)
+    # The seconds of a product are FLOPs over a speed, and bytes over the bandwidth that is known by now.
     free = 1e30
-    by_flops, by_bytes = (Kernels(replace(unit, **{name: free})) for name in ("memory_bandwidth", "bf16_flops"))
-    table = np.array([[sum(kernels.product(shape)) for kernels in (by_flops, by_bytes)] for shape in SHAPES])
-    seconds = np.array(measured["products"]).sum(axis=1)
-    inverse = _fitted(table / seconds[:, None], np.ones(len(SHAPES)))
-    links = {name: _line(MESSAGE_BYTES, taken) for name, taken in measured["messages"].items()}
+    of_flops = _products(Kernels(replace(unit, memory_bandwidth=free)))
+    of_bytes = _products(Kernels(replace(kind, bf16_flops=free)))
+    taken = np.array(measured["kernels"]["products"]).sum(axis=1)
+    weights = of_flops / taken
+    inverse = float(weights @ (1 - of_bytes / taken) / (weights @ weights))
+    links = {name: _line(MESSAGE_BYTES, times_) for name, times_ in measured["messages"].items()}
     latency, per_byte = links["all-gather"]
     message_latency, message_per_byte = links["message"]
     kind = replace(
-        unit,
-        bf16_flops=1 / inverse[0],
-        memory_bandwidth=1 / inverse[1],
+        kind,
+        bf16_flops=1 / inverse,
         # Of two ranks a gather sends half of the bytes; a machine has one link for both kinds of messages.
         machine_bandwidth=1 / (LINK_SHARE * 2 * per_byte),
         network_bandwidth=1 / (LINK_SHARE * message_per_byte),
         collective_latency_seconds=latency,
         message_latency_seconds=message_latency,
-        factors=StepFactors(1.0, 1.0, 1.0),
+        sum_bandwidth=1 / max(1e-15, links["reduce-scatter"][1] - per_byte),
     )
-    config, alone = ALONE.config, measured["alone"]
+    config, alone, narrow = ALONE.config, measured["alone"], measured["alone_narrow"]
     time_ = predict_step(config, plan(config, 1), workload(), kind)
+    host = narrow["decode"] / (MODEL.language.num_layers * ROWS_PER_STEP * 3)  # a forward and two in a backward pass
     factors = StepFactors(
-        language=alone["decode"] / time_.language,
+        language=(alone["decode"] - narrow["decode"]) / time_.language,
         vision=(alone["encode"] + alone["backprop"]) / time_.vision,
         update=alone["update"] / time_.update,
     )
-    return replace(kind, factors=factors)
+    return replace(kind, factors=factors, layer_host_seconds=host)
 
 
-def _fitted(table: np.ndarray, wanted: np.ndarray) -> tuple[float, float]:
-    """Two positive numbers, least squares; the second is next to nothing where it would be negative."""
-    first, second = np.linalg.lstsq(table, wanted, rcond=None)[0]
-    if min(first, second) > 0:
-        return float(first), float(second)
-    return float((table[:, 0] @ wanted) / (table[:, 0] @ table[:, 0])), 1e-15
+def _products(kernels: Kernels) -> np.ndarray:
+    return np.array([sum(kernels.product(shape)) for shape in SHAPES])
 
 
 def _line(sizes: Sequence[int], seconds: Sequence[float]) -> tuple[float, float]:
@@ -289,33 +342,61 @@ def predictions(measured: dict[str, Any]) -> dict[str, StepTime]:
     return found
 
 
-def measure(ranks: Sequence[int], repeats: int) -> dict[str, Any]:
-    """Everything that `predictions` takes, and what it predicts."""
-    [products] = launch(product_seconds, 1, device="cpu")
-    messages = launch(message_seconds, 2, device="cpu")[0]
-    # A run of its own on every core, as layouts will have them.
-    beside = min(2, len(os.sched_getaffinity(0)))
-    with ThreadPoolExecutor(beside) as pool:
-        runs = [pool.submit(launch, step_seconds, 1, [ALONE], repeats, device="cpu") for _ in range(beside)]
-        alone = [run.result()[0][0] for run in runs]
-    trials: dict[str, Any] = {}
-    for count, chunks in product(ranks, (1, 2)):
-        # Megatron Core knows one number of chunks in a process.
-        together = [
-            trial for trial in TRIALS if (trial.num_ranks, trial.config.parallel.virtual_size) == (count, chunks)
-        ]
-        found = launch(step_seconds, count, together, repeats, device="cpu") if together else []
-        for index, trial in enumerate(together):
-            repeats_of = [rank[index] for rank in found]
-            fastest = min(range(repeats), key=lambda one: repeats_of[0][one]["step"])
-            trials[trial.name] = {
-                "num_ranks": count,
-                "step": repeats_of[0][fastest]["step"],
-                "cpu": [rank[fastest]["cpu"] for rank in repeats_of],
-                "all_steps": [one["step"] for one in repeats_of[0]],
-            }
-    middle = {name: float(np.median([one[name] for run in alone for one in run])) for name in alone[0][0]}
-    return {"products": products, "messages": messages, "alone": middle, "trials": trials}
+def measure(ranks: Sequence[int], rounds: int) -> dict[str, Any]:
+    """Everything that `predictions` takes, and steps of layouts."""
+    beside = min(2, len(os.sched_getaffinity(0)))  # one-rank runs and kernels keep the machine as busy as layouts will
+    trials = [trial for trial in TRIALS if trial.num_ranks in ranks]
+    kernels: list[dict[str, Any]] = []
+    messages: list[dict[str, list[float]]] = []
+    steps: dict[str, list[dict[str, Any]]] = {}
+
+    def run(trial: Trial) -> None:
+        ranks_steps = launch(step_seconds, max(beside, trial.num_ranks), trial, STEPS_OF_A_TURN, device="cpu")
+        for of_ranks in zip(*ranks_steps, strict=True):
+            # Whoever is slowest: ranks of a layout wait for each other, one-rank runs stand side by side.
+            slowest = max(of_ranks, key=lambda one: one["step"])
+            waited = max(one["waited"] for one in of_ranks)
+            steps.setdefault(trial.name, []).append(slowest | {"waited": waited})
+
+    for _ in range(rounds):
+        kernels += launch(kernel_seconds, beside, device="cpu")
+        messages.append(launch(message_seconds, 2, device="cpu")[0])
+        run(ALONE_NARROW)
+        for place, trial in enumerate(trials):
+            if place % TRIALS_BETWEEN == 0:
+                run(ALONE)
+            run(trial)
+    return {
+        "kernels": {
+            "products": _middle([one["products"] for one in kernels]).tolist(),
+            "elementwise": {
+                name: float(_middle([one["elementwise"][name] for one in kernels])) for name in ELEMENTWISE_BYTES
+            },
+        },
+        "messages": {kind: _middle([one[kind] for one in messages]).tolist() for kind in KINDS_OF_MESSAGES},
+        "alone": _middle_phases(steps.pop(ALONE.name)),
+        "alone_narrow": _middle_phases(steps.pop(ALONE_NARROW.name)),
+        "trials": {trial.name: _middle_phases(steps[trial.name]) | {"num_ranks": trial.num_ranks} for trial in trials},
+    }
+
+
+def _middle(found: Sequence[Any]) -> Any:
+    return np.median(found, axis=0)
+
+
+def _middle_phases(steps: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Of each phase by itself, in steps that others did not disturb, if there are any; and all steps."""
+    quiet = [one for one in steps if one["waited"] <= DISTURBED_SHARE * one["step"]]
+    middle = {name: float(_middle([one[name] for one in quiet or steps])) for name in PHASES}
+    steps_of = {name: [one["step"] for one in found] for name, found in (("all_steps", steps), ("quiet_steps", quiet))}
+    return middle | steps_of
+
+
+def spread(measured: dict[str, Any]) -> float:
+    """Of a layout's repeated steps: the distance of their quartiles over the middle, on average."""
+    repeats = [trial["quiet_steps"] or trial["all_steps"] for trial in measured["trials"].values()]
+    quartiles = [np.quantile(steps, (0.25, 0.5, 0.75)) for steps in repeats]
+    return float(np.mean([(upper - lower) / middle for lower, middle, upper in quartiles]))
 
 
 def table(measured: dict[str, Any]) -> str:
@@ -332,12 +413,15 @@ def table(measured: dict[str, Any]) -> str:
         )
     errors = [abs(predicted[name].total / trials[name]["step"] - 1) for name in names]
     pairs = [(one, other) for index, one in enumerate(names) for other in names[index + 1 :]]
-    apart = [(one, other) for one, other in pairs if trials[other]["step"] > 1.05 * trials[one]["step"]]
-    right = sum(predicted[one].total < predicted[other].total for one, other in apart)
-    lines.append(
-        f"\nErrors: median {float(np.median(errors)):.1%}, largest {max(errors):.1%}. Of {len(apart)} pairs of layouts more than 5 % apart, "
-        f"{right} are predicted in the right order."
-    )
+    lines.append(f"\nErrors: median {float(np.median(errors)):.1%}, largest {max(errors):.1%}.")
+    for least, words in ((0.05, "5 %"), (spread(measured), f"repeated steps' spread of {spread(measured):.1%}")):
+        apart = [pair for pair in pairs if trials[pair[1]]["step"] > (1 + least) * trials[pair[0]]["step"]]
+        right = sum(predicted[one].total < predicted[other].total for one, other in apart)
+        lines[-1] += (
+            f" Of {len(apart)} pairs of layouts more than {words} apart, {right} are predicted in the right order."
+        )
+    steps, quiet = (sum(len(trial[name]) for trial in trials.values()) for name in ("all_steps", "quiet_steps"))
+    lines[-1] += f" Of {steps} steps of layouts {quiet} were not disturbed by other work."
     return "\n".join(lines)
 
 
@@ -347,13 +431,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--ranks", type=int, nargs="+", default=[2], choices=(2, 4), help="of the layouts (default: 2)"
     )
-    parser.add_argument("--repeats", type=int, default=8, help="steps of each layout (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=4, help="turns of every layout (default: %(default)s)")
     parser.add_argument("--output", type=Path, help="JSON to write")
     options = parser.parse_args(arguments)
     cores = len(os.sched_getaffinity(0))
     try:
-        if options.repeats < 1:
-            raise UserError(f"--repeats={options.repeats}: at least 1")
+        if options.rounds < 1:
+            raise UserError(f"--rounds={options.rounds}: at least 1")
         if options.output is not None and not options.output.parent.is_dir():
             raise UserError(f"--output={options.output}: {options.output.parent} is no folder; make it first")
         if max(options.ranks) > cores:
@@ -364,7 +448,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"cpu_layouts: {error}", file=sys.stderr)
         return 2
     load = os.getloadavg()[0]
-    measured = measure(options.ranks, options.repeats)
+    measured = measure(options.ranks, options.rounds)
     if options.output is not None:
         parameters = asdict(parameter_counts(MODEL))
         record = machine_record() | {"load_average_before": load, "parameters": parameters, **measured}

@@ -56,11 +56,16 @@ class Network:
         return NETWORK_LATENCY_SECONDS + HOP_SECONDS * math.log2(group.num_machines)
 
     def all_gather(self, num_bytes: float, group: Group) -> float:
-        """Seconds until all have `num_bytes`, of which each had its part; a reduce-scatter of as many takes as long."""
+        """Seconds until all have `num_bytes`, of which each had its part."""
         if group.size == 1:
             return 0.0
         part = num_bytes * (group.size - 1) / group.size
         return self.latency(group) + part / self.bandwidth(group)
+
+    def reduce_scatter(self, num_bytes: float, group: Group) -> float:
+        """Seconds until each has its part of the sum of `num_bytes`."""
+        summed = 0.0 if self.gpu.sum_bandwidth is None or group.size == 1 else num_bytes / self.gpu.sum_bandwidth
+        return self.all_gather(num_bytes, group) + summed
 
     def all_to_all(self, num_bytes: float, group: Group) -> float:
         """Seconds until each rank has sent its `num_bytes`, in equal parts to all."""

@@ -40,6 +40,10 @@ class GpuKind:
     """Of a collective inside a machine: smallest all-reduce on eight H100 (dgxc-benchmarking, nccl/README.md)."""
     message_latency_seconds: float = 15e-6
     """Of one message between two ranks: assumed."""
+    sum_bandwidth: float | None = None
+    """Bytes/s of a message that are added up where ranks sum; None: as fast as they come."""
+    layer_host_seconds: float = 0.0
+    """Of a layer's forward pass on one row, and half of that of its backward pass: what it takes however narrow it is. 0: it is hidden."""
     factors: StepFactors | None = None
     """Where steps were measured on this kind; None = those of `predicted_step`, which were measured on an H200."""
 

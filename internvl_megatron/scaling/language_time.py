@@ -91,7 +91,8 @@ def layer_kernels(run: LanguageRun, kernels: Kernels) -> Passes:
     heads = language.num_heads * language.head_size
     key_values = 2 * max(language.num_kv_heads, tensor) * language.head_size  # repeated where there are fewer heads
     feed_forward = language.ffn_hidden_size
-    total = kernels.causal_attention(run.pairs_per_row / context, heads / tensor)
+    host = kernels.gpu.layer_host_seconds
+    total = Passes(host, 2 * host).plus(kernels.causal_attention(run.pairs_per_row / context, heads / tensor))
     for shape in (
         Product(tokens, width, (heads + key_values) / tensor),
         Product(tokens, heads / tensor, width),
@@ -113,7 +114,7 @@ def layer_messages(run: LanguageRun, network: Network, habits: Habits, in_fp8: b
     language, layout = run.language, run.layout
     tensor, context = layout.tensor_size, layout.context_size
     row_bytes = 2 * run.tokens_per_row / context * language.hidden_size
-    scattered = network.all_gather(row_bytes, Group(tensor))
+    scattered = network.reduce_scatter(row_bytes, Group(tensor))
     # Under sequence parallelism Transformer Engine gathers what it multiplies in FP8, rounded, and sums in bf16.
     gathered = network.all_gather(row_bytes / 2 if in_fp8 and run.sequence_parallel else row_bytes, Group(tensor))
     # Attention and MLP each gather (or copy) their input and sum their output; backward the same, and under sequence
@@ -219,9 +220,12 @@ def data_parallel_seconds(
         parameters = run.parameters(number)
         bucket = min(parameters, max(40e6, 1e6 * num_copies))  # Megatron Core's default, elements
         times = []
-        for size, beside in ((habits.gradient_bytes, stage.passes.backward), (2, stage.passes.forward)):
+        for message, size, beside in (
+            (network.reduce_scatter, habits.gradient_bytes, stage.passes.backward),
+            (network.all_gather, 2, stage.passes.forward),
+        ):
             beside_chunk = beside / layout.virtual_size
-            whole, last = (network.all_gather(size * count, group) for count in (parameters, bucket))
+            whole, last = (message(size * count, group) for count in (parameters, bucket))
             times.append(max(whole - beside_chunk, last))
         exposed.append(sum(times))
         updates.append(kernels.update(parameters / num_copies))

@@ -16,6 +16,8 @@ from internvl_megatron.scaling.saved_tensors import BF16, FP8_WEIGHT_BYTES, FP32
 
 OTHER_BYTES = 6e9
 """Taken for the driver's own memory, and for work space of the libraries."""
+UNEVEN_IMAGE_TOKENS = 1.1
+"""Of a rank's part of a row over an even share: 38B on 64 GPUs, dry."""
 USED_SHARE = 0.95
 """Of a device's memory; the rest is lost between allocations."""
 
@@ -97,9 +99,14 @@ def stage_parameters(model: ModelConfig, plan: RunPlan, stage: int) -> int:
 
 
 def tile_activation_bytes(vision: VisionConfig) -> int:
-    """What the vision encoder keeps of a tile for backward in bf16."""
-    values = (vision.patches_per_side**2 + 1) * (10 * vision.hidden_size + 2 * vision.ffn_hidden_size)
-    return 2 * vision.num_layers * values
+    """What the vision encoder keeps of a tile for backward in bf16.
+
+    Of a layer its input, both norms', q, k and v together, attention's, the projection's, the first sum and the MLP's output (10 widths);
+    the MLP before and after GELU; where queries and keys have norms, these norms' inputs, copied out of q, k and v, and outputs.
+    """
+    widths = 10 + (4 if vision.qk_norm else 0)
+    values = (vision.patches_per_side**2 + 1) * (widths * vision.hidden_size + 2 * vision.ffn_hidden_size)
+    return BF16 * vision.num_layers * values
 
 
 def _layer_parameters(language: LanguageConfig, tensor_size: int) -> int:
@@ -156,6 +163,12 @@ def _parts(config: RunConfig) -> int:
     """Ranks over which the tokens of a row are divided between layers."""
     parallel = config.parallel
     return parallel.context_size * (parallel.tensor_size if parallel.sequence_parallel else 1)
+
+
+def _embedding_bytes(config: RunConfig, tokens: int) -> float:
+    """Of the image tokens that a rank of the first stage has, of so many in its replica."""
+    parts = _parts(config)
+    return BF16 * tokens * config.model.language.hidden_size / parts * (UNEVEN_IMAGE_TOKENS if parts > 1 else 1.0)
 
 
 def rows_under_way(config: RunConfig, plan: RunPlan, stage: int) -> float:
@@ -215,11 +228,17 @@ def _activations(config: RunConfig, plan: RunPlan, stage: int) -> float:
     embeddings = 0.0
     if stage == 0:
         tokens = window_rows * data.tiles_per_row * vision.tokens_per_tile
-        embeddings = 2 * tokens * config.model.language.hidden_size / _parts(config)
+        embeddings = _embedding_bytes(config, tokens)
     pixels, kept, at_a_time = encoder_activations(config, tiles)
     gathered = 0.0
-    if parallel.vision_sharding == "sharded":  # weights of two layers in bf16, gradients of one in fp32
+    if parallel.vision_sharding == "sharded":
+        # Weights of two layers in bf16, gradients of one in fp32; the position table, of one row, as if every rank had as much of it.
+        ranks = parallel.vision_shard_ranks or plan.layout.world_size
         gathered = 8 * parameter_counts(config.model).vision / vision.num_layers
+        gathered += BF16 * ranks * vision.patches_per_side**2 * vision.hidden_size
+    if parallel.sequence_parallel:  # Megatron Core keeps the memory that rows' tokens are gathered in
+        shape = layer_shape(config)
+        gathered += BF16 * shape.tokens * shape.language.hidden_size
     language = _language_activations(config, plan, stage)
     return pixels + embeddings + kept + max(language, at_a_time + gathered)
 
@@ -253,7 +272,7 @@ def language_bytes(config: RunConfig, plan: RunPlan) -> float:
     """The rank that has most, where none of these ranks encodes: an estimate."""
     tokens = min(plan.rows_per_replica, plan.layout.pipeline_size) * config.data.tiles_per_row
     tokens *= config.model.vision.tokens_per_tile
-    embeddings = 2 * tokens * config.model.language.hidden_size / _parts(config)
+    embeddings = _embedding_bytes(config, tokens)
     return OTHER_BYTES + max(
         _bytes_of_stage(config, plan, stage) + (embeddings if stage == 0 else 0)
         for stage in range(plan.layout.pipeline_size)

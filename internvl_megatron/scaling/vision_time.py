@@ -79,9 +79,9 @@ def reduce_seconds(run: VisionRun, world_size: int, network: Network, beside: fl
     parameters = counts.vision + counts.projector
     if run.shard_ranks == 1:
         group = Group(world_size)
-        sums, gathers = network.all_gather(4 * parameters, group), network.all_gather(2 * parameters, group)
-        last = network.all_gather(4 * min(parameters, 40e6), group)
+        sums, gathers = network.reduce_scatter(4 * parameters, group), network.all_gather(2 * parameters, group)
+        last = network.reduce_scatter(4 * min(parameters, 40e6), group)
         return max(sums - beside, last) + max(gathers - beside / 2, last / 2)
-    scattered = network.all_gather(4 * parameters, Group(run.shard_ranks))
+    scattered = network.reduce_scatter(4 * parameters, Group(run.shard_ranks))
     copies = Group(world_size // run.shard_ranks, stride=run.shard_ranks)
     return max(0.0, scattered - beside) + 2 * network.all_gather(4 * parameters / run.shard_ranks, copies)

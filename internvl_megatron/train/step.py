@@ -340,6 +340,9 @@ class Step:
                 p2p_communicator=self._messages,
                 pg_collection=self.groups.language,
             )
+        for chunk in self.language:
+            model: Any = chunk.module
+            model.set_input_tensor(None)  # or its last input and the gradient of that would lie beside the encoder's
         return dict(zip(rows, kept, strict=True)) if kept else {}
 
     @contextlib.contextmanager

@@ -94,6 +94,9 @@ def real_figures(info: RankInfo, cases: dict[str, Case]) -> dict[str, Any]:
             groups = make_groups(layout, device, 60, made.vision_layout)
             step, model = make_step(case.config, None, groups, device)
             found[name] = step_figures(step, model, groups, case.rows(layout.replica(info.rank), info.rank))
+            chunks: list[Any] = [chunk.module for chunk in step.language]
+            kept = [chunk.decoder.input_tensor for chunk in chunks]
+            assert kept == [None] * len(kept), f"{name}: what a stage was sent last is kept after the step"
     return found
 
 

@@ -12,20 +12,35 @@ from internvl_megatron.scaling.gpus import GpuKind, StepFactors
 from internvl_megatron.scaling.kernel_time import Kernels
 from internvl_megatron.scaling.predicted_step import predict_step
 from tools import cpu_layouts
-from tools.cpu_layouts import ALONE, MESSAGE_BYTES, SHAPES, TRIALS, cpu_kind, main, predictions, table, workload
+from tools.cpu_layouts import (
+    ALONE,
+    ELEMENTWISE_BYTES,
+    MESSAGE_BYTES,
+    MODEL,
+    ROWS_PER_STEP,
+    SHAPES,
+    TRIALS,
+    cpu_kind,
+    main,
+    predictions,
+    table,
+    workload,
+)
 
 KNOWN = GpuKind(
     "known",
-    0.0,
-    60e9,
-    None,
-    8e9,
-    1.5e9 / LINK_SHARE,
-    1e9 / LINK_SHARE,
-    "made up",
-    2e-4,
-    3e-4,
-    StepFactors(1.4, 2.0, 0.8),
+    memory_bytes=0.0,
+    bf16_flops=60e9,
+    fp8_flops=None,
+    memory_bandwidth=8e9,
+    machine_bandwidth=1.5e9 / LINK_SHARE,
+    network_bandwidth=1e9 / LINK_SHARE,
+    source="made up",
+    collective_latency_seconds=2e-4,
+    message_latency_seconds=3e-4,
+    sum_bandwidth=2e9,
+    layer_host_seconds=5e-3,
+    factors=StepFactors(1.4, 2.0, 0.8),
 )
 
 
@@ -37,14 +52,21 @@ def measured(slower: float = 1.0) -> dict[str, Any]:
     for trial in TRIALS:
         made = plan(trial.config, trial.num_ranks)
         step = predict_step(trial.config, made, workload(), KNOWN).total * slower
-        trials[trial.name] = {"num_ranks": trial.num_ranks, "step": step}
+        trials[trial.name] = {"num_ranks": trial.num_ranks, "step": step, "all_steps": [step], "quiet_steps": []}
+    kernels = Kernels(KNOWN)
+    narrow = KNOWN.layer_host_seconds * 3 * MODEL.language.num_layers * ROWS_PER_STEP
     return {
-        "products": [[*Kernels(KNOWN).product(shape)] for shape in SHAPES],
-        # Of two ranks that gather each sends a half.
+        "kernels": {
+            "products": [[*kernels.product(shape)] for shape in SHAPES],
+            "elementwise": {name: kernels.elementwise(size, 0).forward for name, size in ELEMENTWISE_BYTES.items()},
+        },
+        # Of two ranks that gather each sends a half; what is summed is summed after that.
         "messages": {
             "all-gather": [2e-4 + size / 2 / 1.5e9 for size in MESSAGE_BYTES],
+            "reduce-scatter": [2e-4 + size / 2 / 1.5e9 + size / 2e9 for size in MESSAGE_BYTES],
             "message": [3e-4 + size / 1e9 for size in MESSAGE_BYTES],
         },
+        "alone_narrow": {"decode": narrow},
         "alone": {
             "decode": time.language,
             "encode": time.vision / 3,
@@ -64,6 +86,8 @@ def test_a_machine_of_known_speed_is_found() -> None:
         "network_bandwidth",
         "collective_latency_seconds",
         "message_latency_seconds",
+        "sum_bandwidth",
+        "layer_host_seconds",
     ):
         assert getattr(found, name) == pytest.approx(getattr(KNOWN, name), rel=1e-6), name
     assert found.factors is not None and KNOWN.factors is not None
@@ -81,6 +105,7 @@ def test_layouts_are_predicted_from_one_rank_alone() -> None:
 
 def test_the_table_says_how_far_predictions_are_off() -> None:
     assert "median 0.0%, largest 0.0%" in table(measured())
+    assert f"Of {len(TRIALS)} steps of layouts 0 were not disturbed" in table(measured())
     text = table(measured(slower=1.25))
     assert "median 20.0%, largest 20.0%" in text
     pairs = int(text.split("Of ")[1].split()[0])
@@ -91,7 +116,7 @@ def test_the_table_says_how_far_predictions_are_off() -> None:
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        (["--repeats", "0"], "--repeats=0"),
+        (["--rounds", "0"], "--rounds=0"),
         (["--ranks", "4"], "this machine has 2 cores"),
         (["--output", "no/such/folder/record.json"], "no/such/folder is no folder"),
     ],
@@ -109,7 +134,7 @@ def test_wrong_questions(
 def test_real_steps_are_measured_and_recorded(tmp_path: Path) -> None:
     """Two ranks, once; what a busy machine makes of it is nobody's concern here."""
     file = tmp_path / "layouts.json"
-    assert main(["--repeats", "1", "--output", str(file)]) == 0
+    assert main(["--rounds", "1", "--output", str(file)]) == 0
     record = json.loads(file.read_text(encoding="utf-8"))
     assert record["trials"].keys() == {trial.name for trial in TRIALS if trial.num_ranks == 2}
     assert all(trial["step"] > 0 for trial in record["trials"].values())

@@ -7,6 +7,7 @@ from internvl_megatron.config.recipes import RECIPES, RELEASED, fewest_ranks
 from internvl_megatron.scaling.counts import parameter_counts
 from internvl_megatron.scaling.memory import (
     OTHER_BYTES,
+    UNEVEN_IMAGE_TOKENS,
     encoder_bytes,
     first_stage_bytes,
     language_bytes,
@@ -65,7 +66,7 @@ def test_without_a_pipeline_the_encoder_costs_the_same_wherever_it_is() -> None:
     both = rank_bytes(config, made).total
     assert language_bytes(config, made) + encoder_bytes(config, 64, tiles) - OTHER_BYTES == pytest.approx(both)
     tokens = config.data.tiles_per_row * config.model.vision.tokens_per_tile
-    embeddings = 2 * tokens * config.model.language.hidden_size / made.layout.stage_size
+    embeddings = UNEVEN_IMAGE_TOKENS * 2 * tokens * config.model.language.hidden_size / made.layout.stage_size
     assert first_stage_bytes(config, made) == pytest.approx(both - embeddings), "it keeps none"
 
 

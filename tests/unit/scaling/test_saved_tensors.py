@@ -1,14 +1,17 @@
 """What layers keep until their backward pass: sums written out here, and what a dry run has more of with more layers."""
 
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
 import pytest
 
 from internvl_megatron.config.models import INTERNVL3
+from internvl_megatron.config.plan import plan
 from internvl_megatron.config.schema import DataConfig, Fp8Config, LanguageConfig, ParallelConfig, RunConfig
 from internvl_megatron.launcher import launch
 from internvl_megatron.ranks import RankInfo
+from internvl_megatron.scaling.memory import tile_activation_bytes
 from internvl_megatron.scaling.saved_tensors import LayerKind, LayerShape, layer_shape, saved_bytes
 from tests.support.layouts import ADAMW, run_config
 from tests.support.models import small_model
@@ -64,16 +67,15 @@ def small(num_layers: int, parallel: ParallelConfig, fp8: Fp8Config) -> RunConfi
     return run_config(model, parallel=parallel, data=data, optimizer=ADAMW, rows_per_step=rows, dtype="bf16", fp8=fp8)
 
 
-def peaks(info: RankInfo, configs: list[tuple[RunConfig, LayerKind]]) -> list[int]:
+def peaks(info: RankInfo, configs: list[tuple[RunConfig, LayerKind]], image_share: float = 0.0) -> list[int]:
     """Of dry runs."""
-    from internvl_megatron.config.plan import plan
     from tools.fake_step import dry_run
 
     found = []
     for config, layers in configs:
         parallel = config.parallel
         num_ranks = parallel.tensor_size * parallel.context_size * parallel.pipeline_size
-        rows = DrawnRows(config, plan(config, num_ranks), image_share=0.0)
+        rows = DrawnRows(config, plan(config, num_ranks), image_share=image_share)
         [run] = dry_run(info, config, num_ranks, [0], rows, layers)
         found.append(run.figures.peak_bytes)
     return found
@@ -119,3 +121,19 @@ def matrices(language: LanguageConfig) -> int:
     """Weights of a layer's four linear layers."""
     heads, keys = language.num_heads * language.head_size, language.num_kv_heads * language.head_size
     return language.hidden_size * (2 * heads + 2 * keys + 3 * language.ffn_hidden_size)
+
+
+@pytest.mark.parametrize("family", ["300m", "6b"])
+def test_an_encoder_layer_keeps_what_is_foretold(family: str) -> None:
+    """The 6B's has norms of queries and keys beside. Not in it: numbers a token, of norms and attention."""
+    data = DataConfig(tokens_per_row=1024, tiles_per_row=256, meta="not read", tokenizer="not read")
+    configs = []
+    for num_layers in (FEW, MANY):
+        model = small_model(family, num_layers=2)
+        model = replace(model, vision=replace(model.vision, num_layers=num_layers))
+        parallel = ParallelConfig(prepare_ahead=False, vision_chunk_tiles=256)
+        configs.append(run_config(model, parallel=parallel, data=data, optimizer=ADAMW, rows_per_step=1, dtype="bf16"))
+    [[few, many]] = launch(peaks, 1, [(config, "transformer_engine") for config in configs], 0.75, device="cpu")
+    drawn = DrawnRows(configs[0], plan(configs[0], 1), 0.75)(0, 0).rows
+    one_layer = tile_activation_bytes(replace(configs[0].model.vision, num_layers=1))
+    assert (many - few) / (MANY - FEW) == pytest.approx(drawn[0].num_tiles * one_layer, rel=0.05)
