@@ -220,6 +220,10 @@ def _read_model(path: Path) -> "SentencePieceProcessor":
         raise DataError(
             f"{path}: is not a sentencepiece model ({error}); copy the file again (a Git LFS pointer is not the file)"
         ) from error
+    if processor.unk_id() < 0:
+        raise DataError(
+            f"{path}: has no piece of type UNKNOWN, which every sentencepiece model has; copy the file again"
+        )
     return processor
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import sentencepiece
+from sentencepiece import sentencepiece_model_pb2
 from transformers import AddedToken
 from transformers.tokenization_utils_sentencepiece import SentencePieceBackend
 
@@ -241,6 +242,18 @@ def test_broken_files(tmp_path, internlm_folder):
             load_tokenizer(folder)
     (folder / "tokenizer.model").unlink()
     with pytest.raises(DataError, match=r"has none of tokenizer\.json, vocab\.json and tokenizer\.model; copy all"):
+        load_tokenizer(folder)
+
+
+def test_a_model_without_an_unknown_piece_is_refused(tmp_path, internlm_folder):
+    folder = shutil.copytree(internlm_folder, tmp_path / "folder")
+    model = sentencepiece_model_pb2.ModelProto()
+    model.ParseFromString((folder / "tokenizer.model").read_bytes())
+    for piece in model.pieces:
+        if piece.type == piece.UNKNOWN:
+            piece.type = piece.NORMAL
+    (folder / "tokenizer.model").write_bytes(model.SerializeToString())
+    with pytest.raises(DataError, match=r"tokenizer\.model: has no piece of type UNKNOWN"):
         load_tokenizer(folder)
 
 
