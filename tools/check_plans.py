@@ -92,7 +92,7 @@ def dry_runs(size: str, num_gpus: int, choice: Choice) -> list[dict[str, Any]]:
             "rank": rank,
             "stage": layout.stage(rank),
             "rows_per_replica": made.rows_per_replica,
-            "held_bytes": (held := run.figures.held).weights + held.gradients + held.optimizer,
+            "held_bytes": run.figures.held.staying,
             "peak_bytes": run.figures.peak_bytes,
             "of_other_rows_bytes": choice.memory.activations - estimated.activations,
             "seconds": run.seconds,

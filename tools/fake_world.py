@@ -111,10 +111,17 @@ class BuiltBytes:
     parameters: int
     """Elements, those of shards counted, others not."""
     weights: int
-    """Bytes, as the two below."""
+    """Bytes, as those below."""
     gradients: int
+    gradients_of_steps: int
+    """Of them those of a sharded encoder, which are there inside a step alone."""
     optimizer: int
     """fp32 copies of the weights, where they are kept, and both of AdamW's moments."""
+
+    @property
+    def staying(self) -> int:
+        """What is there between steps."""
+        return self.weights + self.gradients - self.gradients_of_steps + self.optimizer
 
 
 def built_bytes(info: RankInfo, config: RunConfig, num_ranks: int, rank: int) -> BuiltBytes:
@@ -147,10 +154,12 @@ def held_bytes(step: Any, model: Any) -> BuiltBytes:
     """What a rank's step has of its model; makes the optimizers' state if there is none yet."""
     kept = [_kept_by(side) for side in step.optimizer.sides]
     own = weights_of(model)
+    of_steps = sum(of_shards for of_shards, _ in kept)
     return BuiltBytes(
         parameters=sum(tensor.numel() for tensor in own),
         weights=sum(tensor.nbytes for tensor in own),
-        gradients=sum(tensor.nbytes for tensor in gradients_of(step)) + sum(of_shards for of_shards, _ in kept),
+        gradients=sum(tensor.nbytes for tensor in gradients_of(step)) + of_steps,
+        gradients_of_steps=of_steps,
         optimizer=sum(tensor.nbytes for _, state in kept for tensor in state),
     )
 

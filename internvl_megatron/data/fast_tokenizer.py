@@ -1,5 +1,6 @@
 """A fast Hugging Face tokenizer (`tokenizer.json`): Qwen2.5's, and small ones trained here."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,6 +14,8 @@ if TYPE_CHECKING:
 PROCESSOR_TOKENS = ("<video>",)
 """Placeholders that transformers' processor replaces before anything is tokenized: they may have ids behind the others,
 for which the model has no rows."""
+LARGEST_ID = 2**24
+"""A hundred times InternVL3's."""
 
 
 class FastTokenizer(Tokenizer):
@@ -27,7 +30,10 @@ class FastTokenizer(Tokenizer):
             raise DataError(f"tokenizer {source}: needs a fast tokenizer (tokenizer.json), got {type(hf_tokenizer)}")
         self.hf_tokenizer = hf_tokenizer
         # A copy of our own: transformers switches the flag back whenever its tokenizer is called.
-        self._backend = Backend.from_str(backend.to_str())
+        try:
+            self._backend = Backend.from_str(backend.to_str())
+        except Exception as error:  # what it has read before without a word
+            raise DataError(f"tokenizer {source}: tokenizer.json contradicts itself: {error}") from error
         self._backend.encode_special_tokens = True  # their names in a text are text
         names = {key: str(token) for key, token in hf_tokenizer.special_tokens_map.items()}
         adds_bos = getattr(hf_tokenizer, "add_bos_token", False)
@@ -75,6 +81,7 @@ def load_hf_tokenizer(folder: str | Path) -> "PreTrainedTokenizerBase":
     from transformers import AutoTokenizer
     from transformers.utils import logging
 
+    _check_ids(Path(folder))
     # It warns of every config.json that is not one of its own models', which InternVL's is not.
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
@@ -84,3 +91,18 @@ def load_hf_tokenizer(folder: str | Path) -> "PreTrainedTokenizerBase":
         raise DataError(f"tokenizer {folder}: cannot be loaded: {error}") from error
     finally:
         logging.set_verbosity(verbosity)
+
+
+def _check_ids(folder: Path) -> None:
+    """Refuse ids beyond any vocabulary: the library makes a table up to the largest, and ends the process if it gets no memory for it."""
+    for name in ("tokenizer.json", "vocab.json"):
+        try:
+            content = json.loads((folder / name).read_text(encoding="utf-8"))
+            ids = (content["model"]["vocab"] if name == "tokenizer.json" else content).values()
+        except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError):
+            continue  # it is not there, has no such table, or the library says what is wrong with it
+        largest = max((index for index in ids if isinstance(index, int)), default=0)
+        if largest > LARGEST_ID:
+            raise DataError(
+                f"{folder / name}: has the id {largest}, and no vocabulary is so large; copy the file again"
+            )

@@ -133,6 +133,23 @@ def test_unfit_tokenizers_are_refused(tmp_path, small, damage, message):
         load_tokenizer(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda model: model["vocab"].update({next(iter(model["vocab"])): 2**31}), "has the id 2147483648, and no vocabulary"),
+        (lambda model: model["vocab"].pop(next(reversed(model["vocab"]))), "out of vocabulary"),
+    ],
+)  # fmt: skip
+def test_tables_that_the_library_would_die_of_or_contradict_are_refused(tmp_path, small, change, message):
+    small.save(tmp_path)
+    file = tmp_path / "tokenizer.json"
+    content = json.loads(file.read_text(encoding="utf-8"))
+    change(content["model"])
+    file.write_text(json.dumps(content), encoding="utf-8")
+    with pytest.raises(DataError, match=message):
+        load_tokenizer(tmp_path)
+
+
 def test_rows_need_a_padding_token(tmp_path, small):
     small.save(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
