@@ -1,6 +1,6 @@
 """Faults in a small training run on CPU ranks, one after another at random times: each costs a checkpoint's interval at most, and nothing else.
 
-    python -m tools.chaos [--faults 50] [--seed 0] [--stall-seconds 30] [--folder FOLDER] [--output FILE.json]
+    python -m tools.chaos [--faults 50] [--seed 0] [--stall-seconds 30] [--synchronous] [--folder FOLDER] [--output FILE.json]
 
 Ranks are killed, also while they save, stopped, asked to end, and run out of disk; checkpoints and positions in the data are damaged between
 two starts. After each fault the same command is started again, in this process, whose ranks are forked from a warm interpreter.
@@ -82,9 +82,9 @@ class ChaosError(RuntimeError):
 class Chaos:
     """A run and what is done to it."""
 
-    def __init__(self, folder: Path, num_faults: int, seed: int, stall_seconds: float) -> None:
+    def __init__(self, folder: Path, num_faults: int, seed: int, stall_seconds: float, asynchronous: bool) -> None:
         """Prepare data in a folder, and draw the faults."""
-        self.stall_seconds = stall_seconds
+        self.stall_seconds, self.asynchronous = stall_seconds, asynchronous
         self.folder, self.run = folder, folder / "disturbed"
         prepare(folder / "data", amounts=AMOUNTS)
         self.num_faults = num_faults
@@ -110,7 +110,7 @@ class Chaos:
                 "data.eval_meta=null", "eval_every_steps=null", "data.tokens_per_row=512", "data.tiles_per_row=32", "data.num_workers=1",
                 "parallel.tensor_size=1", f"parallel.pipeline_size={NUM_RANKS}", "optimizer.schedule=constant", "optimizer.warmup_ratio=0",
                 f"num_steps={self.num_steps}", f"checkpoint.save_every_steps={SAVE_EVERY}", "checkpoint.keep_last=3", "device=cpu",
-                f"watchdog.stall_seconds={self.stall_seconds}",
+                f"watchdog.stall_seconds={self.stall_seconds}", f"checkpoint.asynchronous={str(self.asynchronous).lower()}",
             ],
         )  # fmt: skip
 
@@ -164,7 +164,9 @@ class Chaos:
             DAMAGES[kind](checkpoints[-1])
         newest = max((folders.read_info(path).step for path in checkpoints if not find_damage(path)), default=0)
         self.resume_step = newest
-        most = SAVE_EVERY * (1 + self._full_disks()) + self._steps_beside_save(reached)
+        most = SAVE_EVERY * (1 + self._full_disks())
+        if self.asynchronous:
+            most += self._steps_beside_save(reached)
         record = FaultRecord(kind, rank, reached, ended - when, reached - newest, most, -1.0)
         if record.steps_redone > most:
             raise ChaosError(f"a fault has cost {record.steps_redone} steps, {most} may be lost: {record}")
@@ -386,7 +388,8 @@ def table_of(record: dict[str, Any]) -> str:
     lines = [
         f"# {record['num_faults']} faults in a run of {record['num_steps']} steps",
         "",
-        f"{record['date']}, {record['machine']}, torch {record['versions']['torch']}; {NUM_RANKS} CPU ranks, a checkpoint every {SAVE_EVERY} steps, "
+        f"{record['date']}, {record['machine']}, torch {record['versions']['torch']}; {NUM_RANKS} CPU ranks, a checkpoint every {SAVE_EVERY} steps, which "
+        f"{'is written while training goes on' if record['asynchronous'] else 'training waits for'}, "
         f"`watchdog.stall_seconds={record['stall_seconds']:g}`, seed {record['seed']}. Losses and gradient norms of all steps are those of the undisturbed run, bit "
         "for bit; no process, shared memory, file handle or temporary folder was left.",
         "",
@@ -413,6 +416,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--stall-seconds", type=float, default=30.0, help="a rank that gets nowhere for so long is stuck (default: 30)"
     )
+    parser.add_argument(
+        "--synchronous",
+        action="store_true",
+        help="training waits for saves: then no fault costs more than an interval",
+    )
     parser.add_argument("--folder", type=Path, help="keep data and runs there (default: a temporary folder)")
     parser.add_argument("--output", type=Path, metavar="FILE.json")
     options = parser.parse_args(arguments)
@@ -422,7 +430,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory(prefix="chaos-") as temporary:
         multiprocessing.util.get_temp_dir()  # outlives this folder
         tempfile.tempdir = os.environ["TMPDIR"] = temporary  # what ranks leave there is theirs
-        chaos = Chaos(options.folder or Path(temporary), options.faults, options.seed, options.stall_seconds)
+        chaos = Chaos(
+            options.folder or Path(temporary),
+            options.faults,
+            options.seed,
+            options.stall_seconds,
+            asynchronous=not options.synchronous,
+        )
         shutil.rmtree(chaos.run, ignore_errors=True)
         try:
             chaos.go()
@@ -431,7 +445,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 1
     record = {
         **machine_record(), "num_faults": len(chaos.records), "num_steps": chaos.num_steps, "num_ranks": NUM_RANKS,
-        "save_every_steps": SAVE_EVERY, "stall_seconds": options.stall_seconds, "seed": options.seed,
+        "save_every_steps": SAVE_EVERY, "asynchronous": chaos.asynchronous, "stall_seconds": options.stall_seconds, "seed": options.seed,
         "seconds": round(time.monotonic() - began, 1), "by_kind": summary(chaos.records),
         "faults": [asdict(fault) for fault in chaos.records],
     }  # fmt: skip
