@@ -137,10 +137,12 @@ def joined(info: RankInfo, device: Device, timeout_seconds: int) -> Iterator[Non
     collective this rank never entered.
     """
     import torch.distributed as dist
+    from torch.distributed.distributed_c10d import PrefixStore
+    from torch.distributed.rendezvous import rendezvous
 
     timeout = timedelta(seconds=timeout_seconds)
-    store, rank, world_size = next(dist.rendezvous(info.init_method, info.rank, info.world_size, timeout=timeout))
-    store = dist.PrefixStore(_attempt(os.environ), store)
+    store, rank, world_size = next(rendezvous(info.init_method, info.rank, info.world_size, timeout=timeout))
+    store = PrefixStore(_attempt(os.environ), store)
     dist.init_process_group(device.backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
     yield
     dist.destroy_process_group()

@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import sentencepiece
@@ -247,7 +248,8 @@ def test_broken_files(tmp_path, internlm_folder):
 
 def test_a_model_without_an_unknown_piece_is_refused(tmp_path, internlm_folder):
     folder = shutil.copytree(internlm_folder, tmp_path / "folder")
-    model = sentencepiece_model_pb2.ModelProto()
+    library: Any = sentencepiece_model_pb2  # its classes are made at run time
+    model = library.ModelProto()
     model.ParseFromString((folder / "tokenizer.model").read_bytes())
     for piece in model.pieces:
         if piece.type == piece.UNKNOWN:
