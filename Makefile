@@ -2,6 +2,7 @@
 #   make demo FRESH=1    train again from the start          make test ARGS="-k packing"    choose tests
 #   make ... VENV=path   use another virtual environment     make ... PYTHON=path           build it with this Python
 # `make pipeline` runs pre-training, SFT, MPO and a process reward model on real pictures, on two CPU ranks.
+# `make best-of-n` trains a model and its judge, and shows what the best of eight answers is worth.
 # `make chaos` disturbs a small run 50 times and sees that nothing is lost (`docs/faults.md`).
 # `make real-weights` fetches trained weights (180 MB) and tests the converters with them. `make slurm` tests jobs in a real SLURM.
 
@@ -33,7 +34,7 @@ WORKERS ?= 2
 # This checkout comes first even when $(VENV) was set up from another one.
 RUN = PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}" $(PY)
 
-.PHONY: setup demo pipeline chaos test real-weights slurm lint clean
+.PHONY: setup demo pipeline best-of-n chaos test real-weights slurm lint clean
 
 setup: $(STAMP)
 
@@ -42,6 +43,9 @@ demo: $(STAMP)
 
 pipeline: $(STAMP)
 	$(RUN) -m tools.pipeline
+
+best-of-n: $(STAMP)
+	$(RUN) -m tools.best_of_n_study
 
 chaos: $(STAMP)
 	$(RUN) -m tools.chaos $(ARGS)

@@ -11,16 +11,11 @@ step by step. Its own answers to new pictures become preference pairs (`tools.bu
 import argparse
 import json
 import sys
-import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from internvl_megatron.checkpoint import folders
-from internvl_megatron.config.overrides import apply_overrides
-from internvl_megatron.config.recipes import demo_digits
-from internvl_megatron.config.schema import RunConfig
 from internvl_megatron.data.files import write_whole
 from internvl_megatron.errors import UserError
 from internvl_megatron.evaluate.final_answer import is_match
@@ -31,8 +26,8 @@ from tools.machine_record import machine_record
 from tools.prepare_demo import Amounts
 from tools.prepare_reversals import ReversalAmounts, prepare_reversals
 from tools.rollouts import Asking, Job, Part, Question, ask, read_questions
+from tools.stages import Stages
 
-TRAIN_RANK = "internvl_megatron.trainer:train_rank"
 SCORE_RANK = "internvl_megatron.score_reference:score_rank"
 JUDGE_RANK = "tools.pipeline:judge_rank"
 
@@ -72,15 +67,15 @@ class Pipeline:
         self.data = folder / "data"
         self.num_ranks = num_ranks
         self.sizes = sizes
-        self.seconds: dict[str, float] = {}
+        self.stages = Stages(folder, num_ranks, "pipeline")
 
     def run(self) -> dict[str, Any]:
         """All of it; the report."""
-        self._timed("data", lambda: prepare_reversals(self.data, self.sizes.data, self.sizes.pretraining))
+        self.stages.timed("data", lambda: prepare_reversals(self.data, self.sizes.data, self.sizes.pretraining))
         self._train("pretrain", self.sizes.pretrain_steps, self.data / "demo" / "train_meta.json", None)
         self._train("sft", self.sizes.sft_steps, self.data / "sft_meta.json", "pretrain")
         for name, rollouts in (("preference", self.sizes.rollouts), ("heldout_pair", self.sizes.rollouts)):
-            self._timed(f"{name} pairs", lambda name=name, rollouts=rollouts: self._pairs(name, rollouts))
+            self.stages.timed(f"{name} pairs", lambda name=name, rollouts=rollouts: self._pairs(name, rollouts))
         self._train(
             "mpo",
             self.sizes.mpo_steps,
@@ -91,7 +86,7 @@ class Pipeline:
             "optimizer.learning_rate=5e-5",
             "optimizer.beta2=0.999",
         )
-        self._timed("step labels", self._label_steps)
+        self.stages.timed("step labels", self._label_steps)
         self._train(
             "judge", self.sizes.judge_steps, self.data / "judge" / "meta.json", "sft", "optimizer.learning_rate=1e-3"
         )
@@ -100,56 +95,34 @@ class Pipeline:
             **machine_record(),
             "sizes": asdict(self.sizes),
             "exact_match": {
-                stage: self._timed(f"ask {stage}", lambda s=stage: self._exact_match(s)) for stage in ("sft", "mpo")
+                stage: self.stages.timed(f"ask {stage}", lambda s=stage: self._exact_match(s))
+                for stage in ("sft", "mpo")
             },
-            "preference": self._timed("score pairs", self._preference),
-            "judge": self._timed("judge solutions", self._ranking),
-            "seconds": self.seconds,
+            "preference": self.stages.timed("score pairs", self._preference),
+            "judge": self.stages.timed("judge solutions", self._ranking),
+            "seconds": self.stages.seconds,
         }
         write_whole(self.folder / "report.json", json.dumps(report, indent=2) + "\n")
         return report
 
-    def _timed[T](self, name: str, work: Callable[[], T]) -> T:
-        start = time.perf_counter()
-        result = work()
-        self.seconds[name] = round(time.perf_counter() - start, 1)
-        print(f"{name}: {self.seconds[name]} s", flush=True)
-        return result
-
-    def config(self, stage: str, steps: int, meta: Path, start: str | None, *overrides: str) -> RunConfig:
-        """The configuration of a stage."""
-        settings = [
-            f"name=pipeline_{stage}",
-            f"folder={self.folder / stage}",
-            f"num_steps={steps}",
-            f"data.meta={meta}",
-            f"data.tokenizer={self.data / 'demo' / 'tokenizer'}",
-            "data.eval_meta=null",
-            "eval_every_steps=null",
-            "checkpoint.save_every_steps=100",
-            "checkpoint.keep_last=1",
-            "parallel.tensor_size=1",
-            "parallel.pipeline_size=1",
-            "log_every_steps=20",
-        ]
-        if start is not None:
-            settings += [f"checkpoint.load={self.checkpoint(start)}", "data.v2pe=fixed"]
-        return apply_overrides(demo_digits(), [*settings, *overrides])
-
-    def checkpoint(self, stage: str) -> Path:
-        """The newest of a stage."""
-        return folders.finished(self.folder / stage / folders.CHECKPOINTS)[-1]
-
     def _train(self, stage: str, steps: int, meta: Path, start: str | None, *overrides: str) -> None:
-        done = folders.finished(self.folder / stage / folders.CHECKPOINTS)
-        if done and folders.read_info(done[-1]).step >= steps:
-            return
-        config = self.config(stage, steps, meta, start, *overrides)
-        self._timed(stage, lambda: launch(TRAIN_RANK, self.num_ranks, config, device=config.device))
+        self.stages.train(stage, steps, meta, self.tokenizer, start, *overrides)
+
+    @property
+    def tokenizer(self) -> Path:
+        """Of all stages."""
+        return self.data / "demo" / "tokenizer"
 
     def _asking(self, stage: str, temperature: float) -> list[str]:
         return [
-            *("--weights", str(self.checkpoint(stage)), "--temperature", str(temperature), "--root", str(self.data)),
+            *(
+                "--weights",
+                str(self.stages.checkpoint(stage)),
+                "--temperature",
+                str(temperature),
+                "--root",
+                str(self.data),
+            ),
             *("--max-new-tokens", str(MAX_NEW_TOKENS), "--batch", "64", "--max-sequences", str(MAX_SEQUENCES)),
             *("--nproc", str(self.num_ranks), "--device", "cpu"),
         ]
@@ -179,7 +152,7 @@ class Pipeline:
         questions = read_questions(self.data / f"{name}_questions.jsonl", self.data)
         jobs = [Job(question.id, question.where, (question.prompt,), times) for question in questions]
         asking = Asking(
-            weights=str(self.checkpoint(stage)),
+            weights=str(self.stages.checkpoint(stage)),
             temperature=temperature,
             top_k=0,
             top_p=1.0,
@@ -207,7 +180,9 @@ class Pipeline:
         """
         scores = {}
         for stage in ("sft", "mpo"):
-            config = self.config("scoring", 1, self.data / "heldout_pair" / "meta.json", stage, "loss.kind=mpo")
+            config = self.stages.config(
+                "scoring", 1, self.data / "heldout_pair" / "meta.json", self.tokenizer, stage, "loss.kind=mpo"
+            )
             file = self.folder / f"heldout_pairs_{stage}.jsonl"
             launch(SCORE_RANK, self.num_ranks, config, str(file), device=config.device)
             pairs = [json.loads(line) for line in file.read_text().splitlines()[1:]]
@@ -229,7 +204,9 @@ class Pipeline:
         """How well the judge tells right solutions of held-out questions from wrong ones; see `ranking`."""
         answers = self._answers("heldout_judge", "sft", self.sizes.heldout_solutions, JUDGE_TEMPERATURE)
         texts = [(question, text) for question, own in answers.items() for text in dict.fromkeys(own)]
-        scores = launch(JUDGE_RANK, self.num_ranks, self.checkpoint("judge"), texts, INSTRUCTION, device="cpu")[0]
+        scores = launch(JUDGE_RANK, self.num_ranks, self.stages.checkpoint("judge"), texts, INSTRUCTION, device="cpu")[
+            0
+        ]
         judged: dict[Question, list[tuple[float, bool]]] = {}
         for (question, text), score in zip(texts, scores, strict=True):
             judged.setdefault(question, []).append((score, right([text], question)[0]))

@@ -20,9 +20,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import numpy as np
-from PIL import Image
-
+from tools.digit_questions import Picture, draw_pictures, questions_about
 from tools.prepare_demo import Amounts, Digit, Record, prepare, split_digits, write_json, write_jsonl
 
 QUESTION = "Backwards?"
@@ -69,15 +67,8 @@ def prepare_reversals(out: Path, amounts: ReversalAmounts, pretraining: Amounts)
     heldout, practice = unseen[:num_heldout], unseen[num_heldout:]
     rng = random.Random(f"reversals {amounts.seed}")
 
-    def draw(name: str, digits: Sequence[Digit], count: int) -> list[tuple[str, str]]:
-        """Written pictures: paths relative to `out`, and what is on them."""
-        drawn = []
-        for index in range(count):
-            chosen = rng.choices(digits, k=amounts.digits_per_picture)
-            path = f"images/{name}-{index:05d}.png"
-            Image.fromarray(np.hstack([tile for _, tile in chosen])).save(out / path)
-            drawn.append((path, "".join(label for label, _ in chosen)))
-        return drawn
+    def draw(name: str, digits: Sequence[Digit], count: int) -> list[Picture]:
+        return draw_pictures(out, name, digits, amounts.digits_per_picture, count, rng)
 
     turns = [
         (path, [{"from": "human", "value": f"<image>\n{QUESTION}"}, {"from": "gpt", "value": solution(digits)}])
@@ -96,7 +87,8 @@ def prepare_reversals(out: Path, amounts: ReversalAmounts, pretraining: Amounts)
         ("heldout_pair", heldout, amounts.num_heldout_pairs),
         ("heldout_judge", heldout, amounts.num_heldout_judge),
     ):
-        write_jsonl(out / f"{name}_questions.jsonl", _questions(name, draw(name, digits, count)))
+        questions = questions_about(name, draw(name, digits, count), QUESTION, lambda shown: shown[::-1])
+        write_jsonl(out / f"{name}_questions.jsonl", questions)
     write_json(marker, made)
 
 
@@ -110,15 +102,3 @@ def _text(amounts: ReversalAmounts, rng: random.Random) -> Record:
             {"from": "gpt", "value": solution(digits)},
         ]
     return {"conversations": turns}
-
-
-def _questions(name: str, pictures: Sequence[tuple[str, str]]) -> list[Record]:
-    return [
-        {
-            "id": f"{name}-{index:05d}",
-            "image": path,
-            "question": f"<image>\n{QUESTION}",
-            "answer": digits[::-1],
-        }
-        for index, (path, digits) in enumerate(pictures)
-    ]
