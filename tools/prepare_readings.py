@@ -23,7 +23,7 @@ The model that answers has seen few digits, the judge all but the held-out ones,
 import json
 import random
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from internvl_megatron.inference.steps import BAD, GOOD, judged_turns, split_steps
@@ -102,15 +102,15 @@ def prepare_readings(out: Path, amounts: ReadingAmounts, pretraining: Amounts) -
         return
     (out / "images").mkdir(parents=True, exist_ok=True)
     for name, share in (("policy", 1 - amounts.seen_share), ("judge", amounts.heldout_share)):
-        prepare(out / name, amounts.seed, Amounts(**{**asdict(pretraining), "heldout_share": share}))
-    policys, _ = split_digits(random.Random(amounts.seed), 1 - amounts.seen_share)
-    judges, heldout = split_digits(random.Random(amounts.seed), amounts.heldout_share)
+        prepare(out / name, amounts.seed, replace(pretraining, heldout_share=share))
+    policy_digits, _ = split_digits(random.Random(amounts.seed), 1 - amounts.seen_share)
+    judge_digits, heldout = split_digits(random.Random(amounts.seed), amounts.heldout_share)
     rng = random.Random(f"readings {amounts.seed}")
-    pictures = draw_pictures(out, "sft", policys, amounts.length, amounts.num_sft, rng)
+    pictures = draw_pictures(out, "sft", policy_digits, amounts.length, amounts.num_sft, rng)
     sets = {
         "sft": [_about(path, [(QUESTION, solution(_mistaken(shown, amounts, rng)))]) for path, shown in pictures],
         "texts": [_text_readings(amounts, rng) for _ in range(amounts.num_texts)],
-        **_Lessons(out, judges, amounts, rng).all(),
+        **_Lessons(out, judge_digits, amounts, rng).all(),
     }
     for name, records in sets.items():
         write_jsonl(out / f"{name}.jsonl", records)
@@ -139,21 +139,24 @@ class _Lessons:
 
     def all(self) -> dict[str, list[Record]]:
         """By data set."""
-        amounts, longest = self._amounts, self._amounts.length
+        amounts, length = self._amounts, self._amounts.length
+        single = self._draw("digit", amounts.num_digits, 1, 1)
+        read = self._draw("reading", amounts.num_readings, 1, length)
+        several = self._draw("place", amounts.num_places, length, length)
+        solved = self._draw("solution", amounts.num_solutions, length, length)
+        judged = self._draw("verdict", amounts.num_verdicts, length, length)
         return {
             "pairs": [_conversation([self._pair() for _ in range(12)]) for _ in range(amounts.num_pairs)],
-            "digits": [_about(path, self._claims(shown, 3)) for path, shown in self._draw("digit", 1, 1)],
-            "readings": [
-                _about(path, [(QUESTION, solution(shown))]) for path, shown in self._draw("reading", 1, longest)
-            ],
-            "places": [_about(path, self._claims(shown, 12)) for path, shown in self._draw("place", longest, longest)],
-            "solutions": [self._judged(*drawn, comparison) for drawn in self._draw("solution", longest, longest)],
-            "verdicts": [self._judged(*drawn, verdict) for drawn in self._draw("verdict", longest, longest)],
+            "digits": [_about(path, self._claims(shown, 3)) for path, shown in single],
+            "readings": [_about(path, [(QUESTION, solution(shown))]) for path, shown in read],
+            "places": [_about(path, self._claims(shown, 12)) for path, shown in several],
+            "solutions": [self._judged(*drawn, comparison) for drawn in solved],
+            "verdicts": [self._judged(*drawn, verdict) for drawn in judged],
         }
 
-    def _draw(self, name: str, shortest: int, longest: int) -> Iterable[Picture]:
-        """As many pictures as there are to be, of random lengths."""
-        for index in range(getattr(self._amounts, f"num_{name}s")):
+    def _draw(self, name: str, count: int, shortest: int, longest: int) -> Iterable[Picture]:
+        """Pictures of random lengths, each written when it is its turn."""
+        for index in range(count):
             length = self._rng.randint(shortest, longest)
             yield draw_picture(self._out, f"{name}-{index:05d}", self._digits, length, self._rng)
 
