@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from internvl_megatron.device import DeviceName, uses_gpu
-from internvl_megatron.errors import UserError
+from internvl_megatron.errors import ConfigError, UserError
 from internvl_megatron.ranks import RankInfo
 from internvl_megatron.stop_signals import EXIT_STALLED, STOP_SIGNALS
 
@@ -85,9 +85,12 @@ def launch(target: Callable[..., Any] | str, num_ranks: int, *args: Any, device:
     Ctrl-C, SIGTERM or SIGUSR1 asks all ranks to stop in order (they get SIGTERM); a second one kills them.
 
     Raises:
+        ConfigError: there would be no rank.
         RankFailedError: a rank raised or was killed; the others have been killed.
         InterruptedRunError: the run was interrupted.
     """
+    if num_ranks < 1:
+        raise ConfigError(f"{num_ranks} ranks: start at least one (--nproc)")
     if uses_gpu(device):
         context = multiprocessing.get_context("spawn")
     else:

@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from internvl_megatron.errors import ConfigError
-from internvl_megatron.launcher import InterruptedRunError, RankFailedError
+from internvl_megatron.launcher import InterruptedRunError, RankFailedError, launch
 from internvl_megatron.ranks import RankInfo
 
 pytestmark = pytest.mark.parallel
@@ -201,3 +201,9 @@ def test_ranks_end_with_their_launcher(tmp_path: Path, number: signal.Signals) -
             launcher.send_signal(number)
         launcher.wait(timeout=60)
     expect_gone(tmp_path, 2)
+
+
+@pytest.mark.parametrize("count", [0, -2])
+def test_no_rank_at_all(count: int) -> None:
+    with pytest.raises(ConfigError, match=f"^{count} ranks: start at least one"):
+        launch(place_of, count)
