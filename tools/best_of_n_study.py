@@ -8,7 +8,6 @@ size has seen 80, and learns to say of every step of a solution whether it agree
 `best-of-n` and `report.json`. Interrupted, the same command goes on.
 """
 
-import argparse
 import json
 import sys
 from collections.abc import Sequence
@@ -18,13 +17,10 @@ from typing import Any
 
 from internvl_megatron.__main__ import main as command_line
 from internvl_megatron.data.files import write_whole
-from internvl_megatron.errors import UserError
-from internvl_megatron.launcher import InterruptedRunError, RankFailedError
-from tools.asking_options import failed
 from tools.machine_record import machine_record
 from tools.prepare_demo import Amounts
 from tools.prepare_readings import INSTRUCTION, ReadingAmounts, prepare_readings
-from tools.stages import Stages
+from tools.stages import Stages, expect_done, run_study
 
 SHORT_STEPS = ("rows_per_step=2", "data.tokens_per_row=256", "data.tiles_per_row=24")
 """A seventh of the demo's step: what a judge has to learn takes many updates, not much data."""
@@ -103,32 +99,28 @@ class BestOfNStudy:
         files = ["--questions", self.data / "heldout_questions.jsonl", "--output", self.folder / "answers"]
         drawn = ["--num-answers", sizes.answers, "--temperature", sizes.temperature, "--top-p", sizes.top_p]
         ranks = ["--nproc", self.stages.num_ranks, "--device", "cpu", "--max-sequences", 256]
-        status = command_line(["best-of-n", *map(str, [*models, *files, *drawn, *ranks, "--max-new-tokens", 40])])
-        if status == 130:
-            raise KeyboardInterrupt
-        if status:
-            raise UserError("best-of-n failed, as said above")
+        options = [*models, *files, *drawn, *ranks, "--max-new-tokens", 40]
+        expect_done(command_line(["best-of-n", *map(str, options)]))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run it and say what came out."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("folder", nargs="?", type=Path, default=Path("runs/best_of_n"))
-    parser.add_argument("--nproc", type=int, default=2, help="ranks, each with the whole model (default: 2)")
-    options = parser.parse_args(arguments)
-    try:
-        report = BestOfNStudy(options.folder, options.nproc, Sizes()).run()
-    except (UserError, RankFailedError, OSError) as error:
-        return failed("best_of_n_study", error)
-    except (InterruptedRunError, KeyboardInterrupt):
-        print("best_of_n_study: interrupted; run it again to continue", file=sys.stderr)
-        return 130
+    return run_study(
+        "best_of_n_study",
+        __doc__,
+        lambda folder, num_ranks: BestOfNStudy(folder, num_ranks, Sizes()).run(),
+        print_results,
+        arguments,
+    )
+
+
+def print_results(report: dict[str, Any]) -> None:
+    """For people."""
     first, *_, last = report["curve"]
     print(
         f"\n{report['questions']} held-out questions: most likely answer {first['critic']:.1%}, best of "
         f"{last['num_answers']} by the judge {last['critic']:.1%} (one of them is right: {last['any_right']:.1%})"
     )
-    return 0
 
 
 if __name__ == "__main__":

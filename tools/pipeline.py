@@ -8,7 +8,6 @@ step by step. Its own answers to new pictures become preference pairs (`tools.bu
 `report.json`. Interrupted, the same command goes on.
 """
 
-import argparse
 import json
 import sys
 from collections.abc import Iterable, Sequence
@@ -19,14 +18,14 @@ from typing import Any
 from internvl_megatron.data.files import write_whole
 from internvl_megatron.errors import UserError
 from internvl_megatron.evaluate.final_answer import is_match
-from internvl_megatron.launcher import InterruptedRunError, RankFailedError, launch
+from internvl_megatron.launcher import launch
 from internvl_megatron.ranks import RankInfo
 from tools import build_preferences, build_prm_data
 from tools.machine_record import machine_record
 from tools.prepare_demo import Amounts
 from tools.prepare_reversals import ReversalAmounts, prepare_reversals
 from tools.rollouts import Asking, Job, Part, Question, ask, read_questions
-from tools.stages import Stages
+from tools.stages import Stages, expect_done, run_study
 
 SCORE_RANK = "internvl_megatron.score_reference:score_rank"
 JUDGE_RANK = "tools.pipeline:judge_rank"
@@ -115,14 +114,8 @@ class Pipeline:
 
     def _asking(self, stage: str, temperature: float) -> list[str]:
         return [
-            *(
-                "--weights",
-                str(self.stages.checkpoint(stage)),
-                "--temperature",
-                str(temperature),
-                "--root",
-                str(self.data),
-            ),
+            *("--weights", str(self.stages.checkpoint(stage)), "--root", str(self.data)),
+            *("--temperature", str(temperature)),
             *("--max-new-tokens", str(MAX_NEW_TOKENS), "--batch", "64", "--max-sequences", str(MAX_SEQUENCES)),
             *("--nproc", str(self.num_ranks), "--device", "cpu"),
         ]
@@ -130,7 +123,7 @@ class Pipeline:
     def _pairs(self, name: str, rollouts: int) -> None:
         questions = str(self.data / f"{name}_questions.jsonl")
         arguments = [str(self.data / name), "--questions", questions, "--num-rollouts", str(rollouts)]
-        self._expect_done(build_preferences.main([*arguments, *self._asking("sft", PAIR_TEMPERATURE)]))
+        expect_done(build_preferences.main([*arguments, *self._asking("sft", PAIR_TEMPERATURE)]))
 
     def _label_steps(self) -> None:
         instruction = self.data / "instruction.txt"
@@ -138,14 +131,7 @@ class Pipeline:
         arguments = [str(self.data / "judge"), "--questions", str(self.data / "judge_questions.jsonl")]
         numbers = ["--num-solutions", self.sizes.judge_solutions, "--num-completions", self.sizes.judge_completions]
         arguments += [*map(str, numbers), "--instruction", str(instruction)]
-        self._expect_done(build_prm_data.main([*arguments, *self._asking("sft", JUDGE_TEMPERATURE)]))
-
-    @staticmethod
-    def _expect_done(status: int) -> None:
-        if status == 130:
-            raise KeyboardInterrupt
-        if status:
-            raise UserError("the stage failed, as said above")
+        expect_done(build_prm_data.main([*arguments, *self._asking("sft", JUDGE_TEMPERATURE)]))
 
     def _answers(self, name: str, stage: str, times: int, temperature: float) -> dict[Question, list[str]]:
         """Answers of a stage's model to held-out questions."""
@@ -204,9 +190,8 @@ class Pipeline:
         """How well the judge tells right solutions of held-out questions from wrong ones; see `ranking`."""
         answers = self._answers("heldout_judge", "sft", self.sizes.heldout_solutions, JUDGE_TEMPERATURE)
         texts = [(question, text) for question, own in answers.items() for text in dict.fromkeys(own)]
-        scores = launch(JUDGE_RANK, self.num_ranks, self.stages.checkpoint("judge"), texts, INSTRUCTION, device="cpu")[
-            0
-        ]
+        judge = self.stages.checkpoint("judge")
+        scores = launch(JUDGE_RANK, self.num_ranks, judge, texts, INSTRUCTION, device="cpu")[0]
         judged: dict[Question, list[tuple[float, bool]]] = {}
         for (question, text), score in zip(texts, scores, strict=True):
             judged.setdefault(question, []).append((score, right([text], question)[0]))
@@ -271,19 +256,13 @@ def share(values: Iterable[float]) -> float:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run it and say what came out."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("folder", nargs="?", type=Path, default=Path("runs/pipeline"))
-    parser.add_argument("--nproc", type=int, default=2, help="ranks, each with the whole model (default: 2)")
-    options = parser.parse_args(arguments)
-    try:
-        report = Pipeline(options.folder, options.nproc, Sizes()).run()
-    except (UserError, RankFailedError, OSError) as error:
-        return build_preferences.failed("pipeline", error)
-    except (InterruptedRunError, KeyboardInterrupt):
-        print("pipeline: interrupted; run it again to continue", file=sys.stderr)
-        return 130
-    print_results(report)
-    return 0
+    return run_study(
+        "pipeline",
+        __doc__,
+        lambda folder, num_ranks: Pipeline(folder, num_ranks, Sizes()).run(),
+        print_results,
+        arguments,
+    )
 
 
 def print_results(report: dict[str, Any]) -> None:

@@ -3,15 +3,20 @@
 What is done is not done again: interrupted, the same command goes on where it stopped.
 """
 
+import argparse
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from internvl_megatron.checkpoint import folders
 from internvl_megatron.config.overrides import apply_overrides
 from internvl_megatron.config.recipes import demo_digits
 from internvl_megatron.config.schema import RunConfig
-from internvl_megatron.launcher import launch
+from internvl_megatron.errors import UserError
+from internvl_megatron.launcher import InterruptedRunError, RankFailedError, launch
+from tools.asking_options import failed
 
 TRAIN_RANK = "internvl_megatron.trainer:train_rank"
 
@@ -77,3 +82,48 @@ class Stages:
             return
         config = self.config(stage, steps, meta, tokenizer, start, *overrides)
         self.timed(stage, lambda: launch(TRAIN_RANK, self.num_ranks, config, device=config.device))
+
+
+def expect_done(status: int) -> None:
+    """Go on if a command that is a stage has ended well.
+
+    Raises:
+        KeyboardInterrupt: it was interrupted.
+        UserError: it has failed, and said why.
+    """
+    if status == 130:
+        raise KeyboardInterrupt
+    if status:
+        raise UserError("the stage failed, as said above")
+
+
+def run_study(
+    name: str,
+    description: str | None,
+    study: Callable[[Path, int], dict[str, Any]],
+    show: Callable[[dict[str, Any]], None],
+    arguments: Sequence[str] | None,
+) -> int:
+    """The command line of a study; its exit status.
+
+    Args:
+        name: of its module.
+        description: that module's text.
+        study: does all of it in a folder, on so many ranks; its report.
+        show: prints the report.
+        arguments: of the command line; None = those of this process.
+    """
+    folder = Path("runs") / name.removesuffix("_study")
+    parser = argparse.ArgumentParser(description=(description or "").split("\n\n")[0])
+    parser.add_argument("folder", nargs="?", type=Path, default=folder, help=f"of its runs (default: {folder})")
+    parser.add_argument("--nproc", type=int, default=2, help="ranks, each with the whole model (default: 2)")
+    options = parser.parse_args(arguments)
+    try:
+        report = study(options.folder, options.nproc)
+    except (UserError, RankFailedError, OSError) as error:
+        return failed(name, error)
+    except (InterruptedRunError, KeyboardInterrupt):
+        print(f"{name}: interrupted; run it again to continue", file=sys.stderr)
+        return 130
+    show(report)
+    return 0

@@ -3,13 +3,12 @@
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
-from PIL import Image
 
 from internvl_megatron.evaluate.final_answer import is_match
 from internvl_megatron.inference.steps import split_steps
 from tests.support import small_runs
+from tests.support.digit_tiles import tiles
 from tests.support.small_runs import read_lines
 from tools.prepare_reversals import ReversalAmounts, prepare_reversals, solution
 
@@ -36,12 +35,6 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("reversals") / "data"
     prepare_reversals(out, FEW, PRETRAINING)
     return out
-
-
-def tiles(path: Path) -> list[bytes]:
-    """The digits on a picture."""
-    pixels = np.asarray(Image.open(path))
-    return [np.ascontiguousarray(pixels[:, left : left + 28]).tobytes() for left in range(0, pixels.shape[1], 28)]
 
 
 def test_no_digit_is_in_two_parts(data: Path) -> None:
