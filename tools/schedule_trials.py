@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -34,6 +34,10 @@ from internvl_megatron.scaling.bubble_time import BubbleWork
 from internvl_megatron.scaling.drawn_rows import draw_rows
 from internvl_megatron.scaling.step_time import Encoders, RowSizes, WindowWork, by_stage
 from tools.image_text_rows import RandomPixels, small_row
+
+if TYPE_CHECKING:
+    from internvl_megatron.train.step import Step
+    from internvl_megatron.train.window_encoder import ChunkPasses
 
 TOKENS_PER_ROW = 16384
 TILES_PER_ROW = 48
@@ -184,69 +188,44 @@ class ThreadTime(Device):
         return time.thread_time()
 
 
-def measure_trials(info: RankInfo, trials: list[Trial], num_steps: int, repeats: int) -> list[list[RankSeconds]]:
-    """Body of a rank: every trial's steps in turn, several times over; the least seconds of every pass. All of one grid.
+class PassTimer:
+    """Seconds of every pass of this process, taken where Megatron Core's schedule and the encoder look their passes up."""
 
-    A machine whose speed changes while this runs slows down all trials of a turn alike.
-    """
-    import torch
-    from megatron.core.pipeline_parallel import schedules
+    def __init__(self) -> None:
+        """From here on every pass is timed."""
+        from megatron.core.pipeline_parallel import schedules
 
-    from internvl_megatron.device import open_device
-    from internvl_megatron.logs import configure_logging
-    from internvl_megatron.model.build import build_model
-    from internvl_megatron.parallel.groups import Groups, make_groups
-    from internvl_megatron.ranks import joined
-    from internvl_megatron.train import windows
-    from internvl_megatron.train.phases import PhaseClock, total_seconds
-    from internvl_megatron.train.step import Step
-    from internvl_megatron.train.window_encoder import ChunkPasses
+        from internvl_megatron.train import windows
+        from internvl_megatron.train.window_encoder import ChunkPasses
 
-    passes: dict[str, list[float]] = {"forward": [], "backward": []}
-    chunks: dict[str, dict[int, float]] = {"encode": {}, "backprop": {}}
-    plans: list[BubblePlan] = []
+        self.rows: dict[str, list[float]] = {"forward": [], "backward": []}
+        self.chunks: dict[str, dict[int, float]] = {"encode": {}, "backprop": {}}
+        self.plans: list[BubblePlan] = []
+        schedules.forward_step = self._timed("forward", schedules.forward_step)
+        schedules.backward_step = self._timed("backward", schedules.backward_step)
+        ChunkPasses.forward = self._timed_chunk("encode", ChunkPasses.forward)
+        ChunkPasses.backward = self._timed_chunk("backprop", ChunkPasses.backward)
+        windows.plan_bubbles = self._kept(windows.plan_bubbles)
 
-    def timed(kind: str, run_pass: Callable[..., Any]) -> Callable[..., Any]:
-        def run(*args: Any, **kwargs: Any) -> Any:
-            start = time.thread_time()
-            result = run_pass(*args, **kwargs)
-            passes[kind].append(time.thread_time() - start)
-            return result
+    def time_step(self, step: "Step", batch: Any, number: int) -> RankSeconds:
+        """Run one step."""
+        from internvl_megatron.train.phases import total_seconds
 
-        return run
-
-    def timed_chunk(phase: str, run_chunk: Callable[..., Any]) -> Callable[..., Any]:
-        def run(passes_of_chunks: ChunkPasses, chunk: int, *args: Any, **kwargs: Any) -> Any:
-            start = time.thread_time()
-            result = run_chunk(passes_of_chunks, chunk, *args, **kwargs)
-            chunks[phase][chunk] = time.thread_time() - start
-            return result
-
-        return run
-
-    def kept(make_plan: Callable[..., BubblePlan]) -> Callable[..., BubblePlan]:
-        def make(*args: Any) -> BubblePlan:
-            plans.append(make_plan(*args))
-            return plans[-1]
-
-        return make
-
-    def run_once(step: Step, batch: Any, number: int) -> RankSeconds:
-        for seconds in (*passes.values(), *chunks.values(), plans):
+        for seconds in (*self.rows.values(), *self.chunks.values(), self.plans):
             seconds.clear()
         start = time.thread_time()
         result = step.run(batch, number)
         whole = time.thread_time() - start
         phases = total_seconds(result.spans)
         del phases["decode"]
-        bubble_plan = plans[0] if plans else None
+        bubble_plan = self.plans[0] if self.plans else None
         num_chunks = bubble_plan.num_chunks if bubble_plan else 0
         return RankSeconds(
-            forward=np.array(passes["forward"]),
-            backward=np.array(passes["backward"]),
+            forward=np.array(self.rows["forward"]),
+            backward=np.array(self.rows["backward"]),
             encoder={
                 phase: np.array([seconds.get(chunk, 0.0) for chunk in range(num_chunks)])
-                for phase, seconds in chunks.items()
+                for phase, seconds in self.chunks.items()
             },
             plan=bubble_plan,
             phases=phases,
@@ -255,16 +234,52 @@ def measure_trials(info: RankInfo, trials: list[Trial], num_steps: int, repeats:
             sent_bytes=result.sent_bytes,
         )
 
+    def _timed(self, kind: str, run_pass: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            start = time.thread_time()
+            result = run_pass(*args, **kwargs)
+            self.rows[kind].append(time.thread_time() - start)
+            return result
+
+        return run
+
+    def _timed_chunk(self, phase: str, run_chunk: Callable[..., Any]) -> Callable[..., Any]:
+        def run(passes_of_chunks: "ChunkPasses", chunk: int, *args: Any, **kwargs: Any) -> Any:
+            start = time.thread_time()
+            result = run_chunk(passes_of_chunks, chunk, *args, **kwargs)
+            self.chunks[phase][chunk] = time.thread_time() - start
+            return result
+
+        return run
+
+    def _kept(self, make_plan: Callable[..., BubblePlan]) -> Callable[..., BubblePlan]:
+        def make(*args: Any) -> BubblePlan:
+            self.plans.append(make_plan(*args))
+            return self.plans[-1]
+
+        return make
+
+
+def measure_trials(info: RankInfo, trials: list[Trial], num_steps: int, repeats: int) -> list[list[RankSeconds]]:
+    """Body of a rank: every trial's steps in turn, several times over; the least seconds of every pass. All of one grid.
+
+    A machine whose speed changes while this runs slows down all trials of a turn alike.
+    """
+    import torch
+
+    from internvl_megatron.device import open_device
+    from internvl_megatron.logs import configure_logging
+    from internvl_megatron.model.build import build_model
+    from internvl_megatron.parallel.groups import Groups, make_groups
+    from internvl_megatron.ranks import joined
+    from internvl_megatron.train.phases import PhaseClock
+    from internvl_megatron.train.step import Step
+
     configure_logging(info.rank)
     torch.set_num_threads(1)
     os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     device = open_device("cpu")
-    # Megatron Core's schedule looks both up in its module each time, and so does whoever plans.
-    schedules.forward_step = timed("forward", schedules.forward_step)
-    schedules.backward_step = timed("backward", schedules.backward_step)
-    ChunkPasses.forward = timed_chunk("encode", ChunkPasses.forward)
-    ChunkPasses.backward = timed_chunk("backprop", ChunkPasses.backward)
-    windows.plan_bubbles = kept(windows.plan_bubbles)
+    timer = PassTimer()
     with joined(info, device, 600):
 
         @cache
@@ -280,12 +295,13 @@ def measure_trials(info: RankInfo, trials: list[Trial], num_steps: int, repeats:
             step.clock = PhaseClock(ThreadTime(device.kind, device.index, device.attention))
             steps = narrow_steps(trial.size, trial.image_share, num_steps)
             batches = [RandomPixels(rows, config.model, info.rank, info.world_size) for rows in steps]
-            run_once(step, batches[0], 0)  # the first step builds what later ones find
+            timer.time_step(step, batches[0], 0)  # the first step builds what later ones find
             return step, batches
 
         all_prepared = [prepared(trial) for trial in trials]
         turns = [
-            [[run_once(step, batch, 0) for batch in batches] for step, batches in all_prepared] for _ in range(repeats)
+            [[timer.time_step(step, batch, 0) for batch in batches] for step, batches in all_prepared]
+            for _ in range(repeats)
         ]
     return [
         [least(list(same_step)) for same_step in zip(*same_trial, strict=True)]

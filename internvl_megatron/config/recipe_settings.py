@@ -46,6 +46,8 @@ COMMON: Settings = {
     "data.max_tiles": Setting(12, RELEASED),
     "data.use_thumbnail": Setting(True, RELEASED),
     "data.packing": Setting("best_fit", "ours: fuller rows; InternVL packs first_fit"),
+    "data.on_bad_sample": Setting("skip", "InternVL's data sets take another sample instead"),
+    "data.max_skipped_share": Setting(0.01, "ours: more than that is no accident"),
     "loss.weighting": Setting("square", f"{PAPER}, sec. 2.2"),
     "loss.normalize": Setting("step", "ours: InternVL gives every micro-step the same share"),
     "optimizer.name": Setting("adamw", BOTH_SCRIPTS),

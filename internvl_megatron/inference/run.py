@@ -34,14 +34,6 @@ from internvl_megatron.ranks import RankInfo, joined
 TIMEOUT_SECONDS = 600
 
 
-def answer_prompts(
-    info: RankInfo, run_folder: Path, prompts: Sequence[Prompt], max_new_tokens: int, device: DeviceName = "auto"
-) -> list[str]:
-    """Answer prompts with a run's newest checkpoint; the body of one rank."""
-    with open_generator(info, run_folder, device) as generator:
-        return generator.answer(prompts, max_new_tokens)
-
-
 def generate_rank(
     info: RankInfo,
     folder: Path,

@@ -14,6 +14,7 @@ from checkpoint_convert.logits import compare_logits, prompt_logits
 from internvl_megatron.data.conversation import Turn, render_prompt
 from internvl_megatron.data.tokenizer import load_tokenizer
 from internvl_megatron.inference.prompt import Prompt
+from internvl_megatron.inference.settings import Generation
 from tests.support.huggingface_folders import chat_config, load_tensors, write_chat
 from tests.support.internlm import internlm2_logits, internlm3_logits
 from tests.support.spec_layouts import internvl_chat_shapes
@@ -88,9 +89,8 @@ def test_greedy_answers_with_an_image(exports, run_ranks, picture, kind):
     assert len(theirs) >= 4, f"the first close call is too early to see anything: {margins}"
     tokenizer = load_tokenizer(root / "ours" / "huggingface")
     prompt = Prompt(QUESTION, (picture,), system="")
-    answer = run_ranks(
-        "internvl_megatron.inference.run:answer_prompts", 1, root / "ours", [prompt], len(theirs), "cpu"
-    )
+    settings = Generation(max_new_tokens=len(theirs))
+    answer = run_ranks("internvl_megatron.inference.run:generate_rank", 1, root / "ours", [prompt], settings, "cpu")
     expected = [token for token in theirs if token != tokenizer.turn_end_id]
     assert answer[0][0] == tokenizer.decode(expected).strip()
 
