@@ -105,7 +105,7 @@ def dry_run(
         layers: torch's as on a CPU, or modelled ones that keep what Transformer Engine's do (`modelled_layers.py`).
     """
     del info
-    with modelled(config) if layers == "transformer_engine" else nullcontext():
+    with modelled() if layers == "transformer_engine" else nullcontext():
         return [_dry_run(config, num_ranks, rank, rows_of, layers) for rank in ranks]
 
 

@@ -8,7 +8,6 @@ computed: all of it is for tensors without memory.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
@@ -95,18 +94,16 @@ def attention(_config: Any, _groups: Any) -> Any:
 class _Rounding:
     """What a linear layer in FP8 keeps in place of its input and its weight."""
 
-    def __init__(self, keeps_weights: bool) -> None:
-        self._keeps_weights = keeps_weights
+    def __init__(self) -> None:
         self._weight: Tensor | None = None
 
     def keep(self, tensor: Tensor) -> Any:
         if not isinstance(tensor, torch.nn.Parameter):
             return SimpleNamespace(shape=tensor.shape, dtype=tensor.dtype, rounded=_rounded(tensor.numel()))
-        rounded = self._weight if self._weight is not None else _rounded(FP8_WEIGHT_BYTES * tensor.numel())
-        if self._keeps_weights:
-            self._weight = rounded
+        if self._weight is None:
+            self._weight = _rounded(FP8_WEIGHT_BYTES * tensor.numel())
         # A view, for what counts bytes sees operations alone.
-        return SimpleNamespace(weight=tensor, rounded=rounded.view(-1))
+        return SimpleNamespace(weight=tensor, rounded=self._weight.view(-1))
 
     def give(self, kept: Any) -> Tensor:
         return kept.weight if hasattr(kept, "weight") else torch.empty(kept.shape, dtype=kept.dtype, device=META)
@@ -119,9 +116,9 @@ def _rounded(count: int) -> Tensor:
 class _InFp8:
     """A linear layer under `_Rounding`."""
 
-    def __init__(self, *args: Any, keeps_weights: bool, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._rounding = _Rounding(keeps_weights)
+        self._rounding = _Rounding()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the layer does."""
@@ -138,15 +135,13 @@ class Fp8Row(_InFp8, RowParallelLinear):
 
 
 @contextmanager
-def modelled(config: RunConfig) -> Iterator[None]:
+def modelled() -> Iterator[None]:
     """In the block, a model that asks for Transformer Engine's layers is made of these; `dry_run.check_layers` has passed the run."""
     from internvl_megatron.model import attention as own_attention
     from internvl_megatron.model import fp8_layers, language, vision
 
     bf16 = Linears(norm=fused_norm)
-    keeps_weights = config.parallel.vision_window_rows is None
-    column, row = (partial(kind, keeps_weights=keeps_weights) for kind in (Fp8Column, Fp8Row))
-    in_fp8 = Linears(column=column, row=row, norm=fused_norm)
+    in_fp8 = Linears(column=Fp8Column, row=Fp8Row, norm=fused_norm)
 
     def linears(run: RunConfig, part: Any, layer: int, kernels: Kernels) -> Linears:
         del kernels

@@ -74,13 +74,13 @@ class _ChunkedLinearLoss(torch.autograd.Function):
             chunk = slice(first, first + chunk_tokens)
             logits = (hidden[chunk] @ weight.t()).float()
             logits[:, num_real_columns:] = LOWEST
-            losses = _cross_entropy(logits, local_targets[chunk], tensor_group)
-            loss += losses @ weights[chunk]
-            torch.mul(losses, weights[chunk], out=terms[chunk])
+            entropy = _CrossEntropy(logits, local_targets[chunk], tensor_group)
+            loss += entropy.losses @ weights[chunk]
+            torch.mul(entropy.losses, weights[chunk], out=terms[chunk])
             if grad_hidden is None and grad_weight is None:
                 continue
-            grad_logits = logits.mul_(weights[chunk, None]).to(hidden.dtype)
-            del logits
+            grad_logits = entropy.gradient(weights[chunk], hidden.dtype)
+            del entropy, logits
             if grad_hidden is not None:
                 torch.mm(grad_logits, weight, out=grad_hidden[chunk])
             if grad_weight is not None:
@@ -109,27 +109,37 @@ class _ChunkedLinearLoss(torch.autograd.Function):
         return grad_hidden, grad_weight, *(None,) * 5
 
 
-def _cross_entropy(logits: Tensor, local_targets: Tensor, tensor_group: dist.ProcessGroup) -> Tensor:
-    """Losses [c] over the whole vocabulary; leaves their gradient in the logits' place.
+class _CrossEntropy:
+    """Of some positions over the whole vocabulary, with as few passes over their logits as there can be."""
 
-    Args:
-        logits: fp32 [c, V'].
-        local_targets: int64 [c], counted from this rank's first column; outside of [0, V') they are on other ranks.
-        tensor_group: group over which the vocabulary is split.
-    """
-    is_here = (local_targets >= 0) & (local_targets < logits.shape[1])
-    columns = local_targets.clamp(0, logits.shape[1] - 1)[:, None]
-    largest = logits.amax(dim=1)
-    target = logits.gather(1, columns)[:, 0] * is_here
-    exponentials = logits.sub_(largest[:, None]).exp_()
-    # One message a chunk: each rank's sums are relative to its own largest logit.
-    parts = gather_parts(torch.stack([largest, exponentials.sum(dim=1), target]), tensor_group)
-    largest_of_all = parts[:, 0].amax(dim=0)
-    total = (parts[:, 1] * (parts[:, 0] - largest_of_all).exp()).sum(dim=0)
-    losses = total.log() - (parts[:, 2].sum(dim=0) - largest_of_all)
-    exponentials.mul_(((largest - largest_of_all).exp() / total)[:, None])
-    exponentials.scatter_add_(1, columns, -is_here.float()[:, None])
-    return losses
+    def __init__(self, logits: Tensor, local_targets: Tensor, tensor_group: dist.ProcessGroup) -> None:
+        """Find the losses; collective over the tensor-parallel ranks.
+
+        Args:
+            logits: fp32 [c, V'], which are overwritten.
+            local_targets: int64 [c], counted from this rank's first column; outside of [0, V') they are on other ranks.
+            tensor_group: group over which the vocabulary is split.
+        """
+        self._is_here = (local_targets >= 0) & (local_targets < logits.shape[1])
+        self._columns = local_targets.clamp(0, logits.shape[1] - 1)[:, None]
+        largest = logits.amax(dim=1)
+        target = logits.gather(1, self._columns)[:, 0] * self._is_here
+        self._exponentials = logits.sub_(largest[:, None]).exp_()
+        # One message a chunk: each rank's sums are relative to its own largest logit.
+        parts = gather_parts(torch.stack([largest, self._exponentials.sum(dim=1), target]), tensor_group)
+        largest_of_all = parts[:, 0].amax(dim=0)
+        total = (parts[:, 1] * (parts[:, 0] - largest_of_all).exp()).sum(dim=0)
+        self._factors = (largest - largest_of_all).exp() / total
+        self.losses = total.log() - (parts[:, 2].sum(dim=0) - largest_of_all)
+        """fp32 [c]."""
+
+    def gradient(self, weights: Tensor, dtype: torch.dtype) -> Tensor:
+        """Of the losses' sum by these weights [c], with regard to the logits: [c, V']; in fp32 it takes the logits' place."""
+        at_target = self._exponentials.gather(1, self._columns)[:, 0] * self._factors - self._is_here.float()
+        in_place = dtype == self._exponentials.dtype
+        gradient = self._exponentials if in_place else torch.empty_like(self._exponentials, dtype=dtype)
+        torch.mul(self._exponentials, (self._factors * weights)[:, None], out=gradient)
+        return gradient.scatter_(1, self._columns, (at_target * weights).to(dtype)[:, None])
 
 
 def gather_parts(part: Tensor, group: dist.ProcessGroup) -> Tensor:

@@ -57,9 +57,8 @@ def language_transformer_config(
         **fp8,
         bias_activation_fusion=kernels.fuse_swiglu,
         apply_rope_fusion=kernels.fuse_rotary,
-        # Transformer Engine rounds weights once for all micro-batches of a step, and lets the first one's gradients replace
-        # what is in the buffer. The schedule tells it so at the start of each window: with several that would be wrong.
-        disable_parameter_transpose_cache=not fp8 or parallel.vision_window_rows is not None,
+        # Transformer Engine rounds weights once for all micro-batches of a step, if it is told which is the first (`Step`).
+        disable_parameter_transpose_cache=not fp8,
         tensor_model_parallel_size=parallel.tensor_size,
         pipeline_model_parallel_size=parallel.pipeline_size,
         context_parallel_size=parallel.context_size,

@@ -192,21 +192,13 @@ def _language_activations(config: RunConfig, plan: RunPlan, stage: int) -> float
     layers, rows = sum(plan.stage_layers[stage::stages]), rows_under_way(config, plan, stage)
     # A layer's backward pass: gradients of gate, up and their product; its input, whole, and the gradient of that.
     one_pass = BF16 * shape.tokens * (3 * feed_forward + 2 * width)
-    rounded = _fp8_weights(config, layers, rows) if in_fp8 else 0.0
+    # Rounded copies of the stage's weights are kept from micro-batch to micro-batch.
+    one_layer = FP8_WEIGHT_BYTES * _layer_parameters(config.model.language, shape.tensor_size)
+    rounded = layers * one_layer if in_fp8 else 0.0
     passing = one_pass + saved * again
     if stage == stages - 1:
         passing = max(passing, _loss_bytes(config, plan))
     return layers * rows * kept + rounded + passing
-
-
-def _fp8_weights(config: RunConfig, layers: int, rows: float) -> float:
-    """Rounded copies of a stage's weights. Transformer Engine keeps them from micro-batch to micro-batch where there is one window;
-    else each has its own until its backward pass."""
-    parallel = config.parallel
-    one_layer = FP8_WEIGHT_BYTES * _layer_parameters(config.model.language, parallel.tensor_size)
-    if parallel.vision_window_rows is None:
-        return layers * one_layer
-    return one_layer if parallel.language_recompute == "full" else layers * rows * one_layer
 
 
 def _loss_bytes(config: RunConfig, plan: RunPlan) -> float:

@@ -328,7 +328,7 @@ class Step:
                 output = language(row.token_ids, row.packed, self._image_tokens(images), row.target_positions, targets)
             return output, row_loss
 
-        with self._reducing_at_the_end(window.is_last):
+        with self._reducing_at_the_end(window.is_last), self._rounding_weights_once(window.is_first):
             kept: list[Tensor] = schedule(
                 forward_step_func=forward_step,
                 data_iterator=[iter(rows) for _ in self.language] if interleaved else iter(rows),
@@ -359,6 +359,22 @@ class Step:
                 for context in no_sync:
                     stack.enter_context(context())
             yield
+
+    @contextlib.contextmanager
+    def _rounding_weights_once(self, is_first_window: bool) -> Iterator[None]:
+        """Let Transformer Engine round weights to FP8 in the first window and keep them; gradients that it computes then replace
+        what is in the buffer, which those of later windows must not."""
+        if is_first_window:
+            yield
+            return
+        for chunk in self.language:
+            # Megatron Core's schedule calls it before its first row, that is, in every window.
+            setattr(chunk, "set_is_first_microbatch", lambda: None)
+        try:
+            yield
+        finally:
+            for chunk in self.language:
+                delattr(chunk, "set_is_first_microbatch")
 
     @staticmethod
     def _image_tokens(images: tuple[Tensor, Tensor] | None) -> ImageTokens | None:

@@ -35,6 +35,11 @@ class Window:
     """None where no replica has an image, and once they have been taken."""
 
     @property
+    def is_first(self) -> bool:
+        """Whether the step begins with it."""
+        return self.rows.start == 0
+
+    @property
     def is_last(self) -> bool:
         """Whether the step ends with it."""
         return self.rows.stop == len(self.agreement.rows)
