@@ -12,7 +12,10 @@ from internvl_megatron.config.recipe_settings import COMMON, LAYOUTS, STAGES
 from internvl_megatron.config.recipes import RECIPES, RELEASED, fewest_ranks, find_recipe, sources
 from internvl_megatron.config.schema import DataConfig, ModelConfig, RunConfig
 from internvl_megatron.recipe_report import DEFAULT, RECIPE, sourced
+from internvl_megatron.scaling.drawn_rows import drawn_workload
+from internvl_megatron.scaling.gpus import find_gpu
 from internvl_megatron.scaling.memory import USED_SHARE, rank_bytes
+from internvl_megatron.scaling.planner import judge
 
 GIVEN = ["data.meta=m.json", "data.tokenizer=t", "checkpoint.load=w"]
 GPU_BYTES = 80e9
@@ -25,10 +28,10 @@ DROP_PATH = {
 
 
 def world_sizes(name: str) -> list[int]:
-    """Powers of two from the fewest ranks to 512, or to where every replica has one row."""
+    """Powers of two from the fewest ranks to 1024, or to where every replica has one row."""
     config, fewest = find_recipe(name), fewest_ranks(name)
-    most = min(512, config.rows_per_step * config.parallel.tensor_size * config.parallel.pipeline_size)
-    return [2**power for power in range(3, 10) if fewest <= 2**power <= most]
+    most = min(1024, config.rows_per_step * config.parallel.tensor_size * config.parallel.pipeline_size)
+    return [2**power for power in range(3, 11) if fewest <= 2**power <= most]
 
 
 def test_there_is_a_recipe_for_every_size_and_stage() -> None:
@@ -46,6 +49,39 @@ def test_every_layout_is_accepted_and_estimated_to_fit(name: str, num_ranks: int
     made = plan(config, num_ranks)
     assert made.layout.world_size == num_ranks
     assert rank_bytes(config, made).total < USED_SHARE * GPU_BYTES
+
+
+PIPELINES = [
+    (name, num_ranks)
+    for name in RELEASED
+    if find_recipe(name).parallel.pipeline_size > 1
+    for num_ranks in world_sizes(name)
+]
+
+
+@pytest.mark.parametrize(("name", "num_ranks"), PIPELINES)
+def test_windows_of_pipelines_are_the_longest_that_fit(name: str, num_ranks: int) -> None:
+    config = apply_overrides(find_recipe(name, num_ranks), GIVEN)
+    window = config.parallel.vision_window_rows
+    assert window is not None and window.bit_count() == 1, "a power of two"
+    longer = apply_overrides(config, [f"parallel.vision_window_rows={2 * window}"])
+    has_all_rows = window >= plan(config, num_ranks).rows_per_replica
+    assert has_all_rows or rank_bytes(longer, plan(longer, num_ranks)).total > USED_SHARE * GPU_BYTES
+    # One window and a replicated encoder could fill pauses, and a window of none says so to the trainer.
+    assert config.parallel.vision_sharding == "sharded"
+
+
+@pytest.mark.parametrize(("name", "num_ranks"), PIPELINES)
+def test_pipelines_pause_little_unless_replicas_have_few_rows(name: str, num_ranks: int) -> None:
+    """As predicted for H100 and half image tokens. A pipeline of P stages and M rows pauses for (P - 1) / (M + P - 1) of its
+    time whatever the window; where that is much, the step itself is too small for so many GPUs."""
+    config = apply_overrides(find_recipe(name, num_ranks), GIVEN)
+    workload = drawn_workload(config.data.tokens_per_row, config.data.tiles_per_row, 0.5)
+    _, time = judge(config, num_ranks, workload, find_gpu("h100-80g"))
+    rows, stages = plan(config, num_ranks).rows_per_replica, config.parallel.pipeline_size
+    own = (stages - 1) / (rows + stages - 1)
+    share = time.pauses / time.total
+    assert share <= (0.15 if rows >= 4 * stages else own), f"{share:.3f} of the step, {own:.3f} with one window"
 
 
 def test_small_sizes_start_from_one_node() -> None:
