@@ -11,11 +11,12 @@ from internvl_megatron.config.plan import plan
 from internvl_megatron.config.recipe_settings import COMMON, LAYOUTS, STAGES
 from internvl_megatron.config.recipes import RECIPES, RELEASED, fewest_ranks, find_recipe, sources
 from internvl_megatron.config.schema import DataConfig, ModelConfig, RunConfig
-from internvl_megatron.recipe_report import DEFAULT, RECIPE, sourced
+from internvl_megatron.recipe_report import DEFAULT, RECIPE, encoder_schedule, sourced
 from internvl_megatron.scaling.drawn_rows import drawn_workload
 from internvl_megatron.scaling.gpus import find_gpu
 from internvl_megatron.scaling.memory import USED_SHARE, rank_bytes
 from internvl_megatron.scaling.planner import judge
+from internvl_megatron.scaling.predicted_step import fills_bubbles
 
 GIVEN = ["data.meta=m.json", "data.tokenizer=t", "checkpoint.load=w"]
 GPU_BYTES = 80e9
@@ -191,6 +192,48 @@ def test_show(capsys: pytest.CaptureFixture[str]) -> None:
     assert re.search(r"^checkpoint\.load=null +# yours to set", text, re.MULTILINE)
     assert main(["recipes", "--show", "demo_digits"]) == 0
     assert re.search(r"^optimizer\.learning_rate=0\.001 +# the recipe", capsys.readouterr().out, re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides", "num_ranks", "line"),
+    [
+        (
+            "internvl3_38b_sft",
+            [],
+            64,
+            "in phases of its own, windows of 16 rows; tiles travel between 2 of 4 replicas; a window's pipeline pauses for 6%, "
+            "not filled because of parallel.vision_sharding=sharded, parallel.vision_window_rows=16",
+        ),
+        ("internvl3_8b_sft", [], 64, "in phases of its own, windows of 4 rows; tiles travel between 8 of 16 replicas"),
+        (
+            "demo_digits",
+            [],
+            4,
+            "in phases of its own, windows of 2 rows; tiles travel between 1 of 1 replicas; a window's pipeline pauses for "
+            "33%, not filled because of no more rows of a replica (2) than stages",
+        ),
+        ("demo_digits", ["rows_per_step=8"], 4, "in the pauses of the pipeline; tiles travel between 1 of 1 replicas"),
+        (
+            "demo_digits",
+            ["rows_per_step=8", "parallel.vision_placement=first_stage"],
+            4,
+            "in the passes of the first stage",
+        ),
+        (
+            "demo_digits",
+            ["rows_per_step=8", "parallel.virtual_size=2", "parallel.pad_rows=false"],
+            4,
+            "in phases of its own, windows of 8 rows; tiles travel between 1 of 1 replicas; a window's pipeline pauses for "
+            "6%, not filled because of parallel.pad_rows=false, parallel.virtual_size=2",
+        ),
+    ],
+)
+def test_the_report_says_whether_pauses_are_filled(name: str, overrides: list[str], num_ranks: int, line: str) -> None:
+    given = GIVEN if name in RELEASED else []
+    config = apply_overrides(find_recipe(name, num_ranks), [*given, *overrides])
+    made = plan(config, num_ranks)
+    assert encoder_schedule(config, made) == f"encoder: {line}"
+    assert fills_bubbles(config, made) == line.startswith("in the pauses")
 
 
 @pytest.mark.parametrize(
