@@ -90,6 +90,8 @@ class Trainer:
             self.plan.padded_vocab_size,
         )
         log.info("%s", encoder_schedule(config, self.plan))
+        if (queues := device.hardware_queues(config.parallel)) is not None:
+            log.info("%s", queues)
         check_wandb(config.wandb_project)
         self.root = _writable(Path(config.folder))
         self.watchdog = Watchdog(info, self.root, config.watchdog)
