@@ -13,6 +13,7 @@ from internvl_megatron.config.overrides import apply_overrides, from_json
 from internvl_megatron.config.plan import plan
 from internvl_megatron.config.recipes import RECIPES, find_recipe, summary
 from internvl_megatron.config.schema import RunConfig
+from internvl_megatron.device import choose_hardware_queues
 from internvl_megatron.errors import UserError
 from internvl_megatron.inference_commands import add_commands
 from internvl_megatron.metrics import RunSummary
@@ -112,6 +113,7 @@ def _train(options: argparse.Namespace) -> int:
     recipe = from_json(Path(options.recipe)) if is_file else find_recipe(options.recipe, num_ranks)
     config = apply_overrides(recipe, options.overrides)
     check_start(config)
+    choose_hardware_queues(config)
     if info is not None:
         if options.nproc is not None:
             raise UserError("--nproc starts ranks itself; under torchrun or srun leave it out")

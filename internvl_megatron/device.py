@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
-    from internvl_megatron.config.schema import RunConfig
+    from internvl_megatron.config.schema import ParallelConfig, RunConfig
 
 AttentionKernel = Literal["transformer_engine", "flash_attn", "torch_varlen", "sdpa"]
 LayerKernel = Literal["transformer_engine", "torch"]
@@ -41,6 +41,9 @@ ATTENTION_PACKAGES: dict[AttentionKernel, str] = {
     "torch_varlen": "torch.nn.attention.varlen",
     "sdpa": "torch",
 }
+
+HARDWARE_QUEUES = "CUDA_DEVICE_MAX_CONNECTIONS"
+"""Environment variable of the driver: queues between a process and its GPU, read when the process first asks for one. Unset: 8."""
 
 # Dense bf16 tensor-core peak in FLOP/s by a part of the device name (vendor data sheets, without sparsity).
 PEAK_BF16_FLOPS = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "B200": 2250e12, "A100": 312e12}
@@ -228,6 +231,14 @@ class Device:
             return torch.cuda.max_memory_allocated()
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
+    def hardware_queues(self, parallel: "ParallelConfig") -> str | None:
+        """The queues that this process has and its run wants, for the log; None on a CPU."""
+        if self.kind == "cpu":
+            return None
+        wanted = wanted_hardware_queues(parallel) or "unset"
+        found = os.environ.get(HARDWARE_QUEUES, "unset")
+        return f"{HARDWARE_QUEUES} is {found}" + ("" if found == wanted else f"; this run wants it {wanted}")
+
     def name(self) -> str:
         """Name of the device, for logs and benchmark records."""
         import torch
@@ -293,6 +304,25 @@ def open_device(preference: DeviceName = "auto", local_rank: int = 0) -> Device:
     torch.cuda.set_device(local_rank)
     is_hopper = torch.cuda.get_device_capability(local_rank) >= (9, 0)
     return Device(kind="cuda", index=local_rank, attention=packed_attention_kernel(), is_hopper=is_hopper)
+
+
+def wanted_hardware_queues(parallel: "ParallelConfig") -> str | None:
+    """What a run wants `HARDWARE_QUEUES` to be; None = unset.
+
+    With one queue a GPU (before Blackwell) begins kernels in the order in which it was given them, so that messages of tensor and
+    context parallelism begin before the product they overlap with. FSDP2 gathers and reduces in streams of its own, which one
+    queue would make wait for each other's kernels. Megatron's own arguments ask for the one and refuse the other.
+    """
+    if parallel.vision_sharding == "sharded":
+        return None
+    return "1" if parallel.tensor_size > 1 or parallel.context_size > 1 else None
+
+
+def choose_hardware_queues(config: "RunConfig") -> None:
+    """Set `HARDWARE_QUEUES` for this process and those it starts, unless somebody has; call before anything asks for a GPU."""
+    wanted = wanted_hardware_queues(config.parallel)
+    if wanted is not None and uses_gpu(config.device):
+        os.environ.setdefault(HARDWARE_QUEUES, wanted)
 
 
 def uses_gpu(preference: DeviceName) -> bool:

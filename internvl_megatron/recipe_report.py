@@ -4,9 +4,10 @@ from dataclasses import replace
 from typing import Any
 
 from internvl_megatron.config.overrides import changed_fields, field_paths
-from internvl_megatron.config.plan import plan
+from internvl_megatron.config.plan import RunPlan, plan
 from internvl_megatron.config.recipes import fewest_ranks, find_recipe, sources, summary
 from internvl_megatron.config.schema import DataConfig, RunConfig
+from internvl_megatron.parallel.bubble_plan import layout_against_filling, settings_against_filling
 from internvl_megatron.scaling.counts import parameter_counts
 from internvl_megatron.scaling.memory import rank_bytes
 
@@ -46,7 +47,25 @@ def layout_and_memory(config: RunConfig, num_ranks: int) -> list[str]:
         "parameters",
         f"fullest rank: weights {weights} GB, gradients {gradients} GB, AdamW {optimizer} GB; with activations (about "
         f"{activations} GB) and the rest about {total} GB (an estimate, not measured)",
+        encoder_schedule(given, made),
     ]
+
+
+def encoder_schedule(config: RunConfig, made: RunPlan) -> str:
+    """When the vision encoder works, between how many replicas tiles travel, and what keeps the pauses of a pipeline empty."""
+    parallel, vision, rows = config.parallel, made.vision_layout, made.rows_per_replica
+    window = min(parallel.vision_window_rows or rows, rows)
+    travel = f"; tiles travel between {vision.exchange_replicas} of {made.layout.data_size} replicas"
+    against = [*settings_against_filling(parallel), *layout_against_filling(vision, rows)]
+    if not against:
+        return f"encoder: in the pauses of the pipeline{travel}"
+    if vision.first_stage_only:
+        return "encoder: in the passes of the first stage"
+    text = f"encoder: in phases of its own, windows of {window} rows{travel}"
+    if made.layout.pipeline_size > 1:
+        share = (made.layout.pipeline_size - 1) / (made.layout.virtual_size * window + made.layout.pipeline_size - 1)
+        text += f"; a window's pipeline pauses for {share:.0%}, not filled because of {', '.join(against)}"
+    return text
 
 
 def sourced(name: str, num_ranks: int | None = None) -> list[tuple[str, str]]:

@@ -29,6 +29,7 @@ from internvl_megatron.parallel.groups import make_groups
 from internvl_megatron.parallel.host import sum_floats
 from internvl_megatron.preference_run import PreferenceRun
 from internvl_megatron.ranks import RankInfo, joined
+from internvl_megatron.recipe_report import encoder_schedule
 from internvl_megatron.run_data import RunData
 from internvl_megatron.run_events import RunEvents
 from internvl_megatron.scaling.counts import parameter_counts
@@ -88,6 +89,9 @@ class Trainer:
             ",".join(map(str, self.plan.stage_layers)),
             self.plan.padded_vocab_size,
         )
+        log.info("%s", encoder_schedule(config, self.plan))
+        if (queues := device.hardware_queues(config.parallel)) is not None:
+            log.info("%s", queues)
         check_wandb(config.wandb_project)
         self.root = _writable(Path(config.folder))
         self.watchdog = Watchdog(info, self.root, config.watchdog)

@@ -3,8 +3,9 @@
 # What is set already stays: a site's own values (NCCL_SOCKET_IFNAME, NCCL_IB_HCA, NCCL_TOPO_FILE, ...) come first.
 
 # --- communication
-# One hardware queue per GPU, so that tensor-parallel communication starts before the product it overlaps with.
-export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}
+# CUDA_DEVICE_MAX_CONNECTIONS is not here: what is right depends on the run, so `train` sets it, however it is started (device.py).
+# 1 with tensor or context parallelism, whose messages must start before the product they overlap with; unset with
+# parallel.vision_sharding=sharded, for FSDP2's gathers would wait behind other kernels. A site's own value stays.
 # A collective that fails on one rank ends the process instead of leaving the others waiting.
 export TORCH_NCCL_ASYNC_ERROR_HANDLING=${TORCH_NCCL_ASYNC_ERROR_HANDLING:-1}
 # The last collectives of every rank are kept, and written when one times out: who was missing, and in what.

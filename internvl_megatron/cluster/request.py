@@ -10,6 +10,7 @@ from typing import Any, Literal
 from internvl_megatron.cluster.node_order import Near
 from internvl_megatron.config.overrides import apply_overrides
 from internvl_megatron.config.plan import RunPlan, plan
+from internvl_megatron.config.recipe_settings import STAGES
 from internvl_megatron.config.recipes import find_recipe
 from internvl_megatron.config.schema import RunConfig
 from internvl_megatron.errors import ConfigError
@@ -21,7 +22,7 @@ from internvl_megatron.scaling.memory import USED_SHARE, rank_bytes
 from internvl_megatron.scaling.planner import judge
 
 Preflight = Literal["on", "bandwidth", "off"]
-TABLES = ("any", "pretrain", "sft", "mpo")
+TABLES = ("any", *STAGES)
 """Of a settings file: for every recipe, or for those of a stage."""
 PREDICTED_IMAGE_SHARE = 0.5
 LONGEST_NOTICE_SECONDS = 24 * 3600

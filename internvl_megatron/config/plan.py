@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass, replace
+from statistics import NormalDist
 
 from internvl_megatron.config.benchmark_rules import benchmark_problems
 from internvl_megatron.config.fp8_rules import fp8_problems, row_multiple
@@ -24,6 +25,9 @@ from internvl_megatron.scaling.counts import forward_flops
 
 ACCEPTED_IMBALANCE = 0.03
 """Of the tiles a rank encodes: how far the busiest exchange group may be above the mean, as predicted."""
+TILES_SPREAD = {"best_fit": 0.21, "first_fit": 0.40}
+"""Of the tiles of rows: standard deviation over mean, by packer, at 16K and half image tokens (docs/packing.md). Rows of 32K have
+less. With fewer image tokens it is larger by about as much as there is less to encode."""
 
 
 @dataclass(frozen=True)
@@ -101,19 +105,26 @@ def cut_multiple(config: RunConfig, layout: Layout) -> int | None:
 def exchange_replicas(config: RunConfig, data_size: int) -> int:
     """The fewest replicas between which tiles must travel for every rank to encode about as many.
 
-    Inside an exchange group ranks differ by a tile; the groups differ by what their rows happen to hold. Predicted for rows
-    with any number of tiles from 0 to the budget, all equally likely (standard deviation over mean: 1 / sqrt(3)), and for
-    the largest of n groups, sqrt(2 ln n) standard deviations above the mean.
+    Inside an exchange group ranks differ by a tile; the groups differ by what their rows of a window happen to hold.
     """
-    rows = config.parallel.vision_window_rows or config.rows_per_step // data_size
+    rows_per_replica = config.rows_per_step // data_size
+    rows = min(config.parallel.vision_window_rows or rows_per_replica, rows_per_replica)
     for replicas in range(1, data_size + 1):
         if data_size % replicas or replicas * _replica_size(config) % _unit_ranks(config):
             continue
-        num_groups = data_size // replicas
-        spread = math.sqrt(2 * math.log(num_groups)) / math.sqrt(3 * replicas * rows)
-        if spread <= ACCEPTED_IMBALANCE:
+        spread = TILES_SPREAD[config.data.packing]
+        if excess_of_busiest(data_size // replicas, replicas * rows, spread) <= ACCEPTED_IMBALANCE:
             return replicas
     return data_size
+
+
+def excess_of_busiest(num_groups: int, rows_of_group: int, spread: float) -> float:
+    """Tiles of the group that has most, over the mean, less 1: expected.
+
+    A group's tiles are taken as normal. The largest of n is on average at the quantile (n - 3/8) / (n + 1/4) (Blom).
+    """
+    deviations = NormalDist().inv_cdf((num_groups - 3 / 8) / (num_groups + 1 / 4))
+    return spread * deviations / math.sqrt(rows_of_group)
 
 
 def _unit_ranks(config: RunConfig) -> int:

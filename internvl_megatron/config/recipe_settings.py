@@ -64,7 +64,6 @@ COMMON: Settings = {
         f"optimizer.{part}.learning_rate_scale": Setting(1.0, "InternVL3's and 3.5's scripts: one rate for all parts")
         for part in ("vision", "projector", "language")
     },
-    "parallel.vision_window_rows": Setting(4, ESTIMATED),
     "checkpoint.save_every_steps": Setting(500, "ours"),
 }
 
@@ -185,10 +184,23 @@ LAYOUTS: dict[str, dict[int, GpuLayout]] = {
 }
 """By size and the fewest GPUs of 80 GB it is for. The first is the fewest that the recipe runs on at all."""
 
+_OF_FULL_ROWS: dict[str, dict[int, int]] = {"38B": {16: 8, 32: 16}, "78B": {32: 16, 256: 32}}
+PIPELINE_WINDOWS: dict[Stage, dict[str, dict[int, int]]] = {
+    "pretrain": _OF_FULL_ROWS,
+    "sft": _OF_FULL_ROWS,
+    "mpo": {"38B": {16: 32, 32: 64}, "78B": {32: 64}},
+    "prm": {"38B": {16: 16, 32: 32}, "78B": {32: 32}},
+}
+"""Rows of a window where there are pipeline stages, by size and the fewest GPUs. Every window fills and empties the pipeline, so
+it is as long as memory allows: the largest power of two that is estimated to fit, or more rows than a replica has."""
+ONE_STAGE_WINDOW = 4
+"""Of the other sizes: without stages a longer window is predicted to gain less than 1 %."""
+LONGEST_WINDOW = "ours: the longest estimated to fit 80 GB, not measured"
+
 
 def recipe_settings(stage: Stage, size: str, num_ranks: int | None = None) -> Settings:
     """All settings of a stage at a released size, on so many GPUs; None = the fewest."""
-    settings = COMMON | STAGES[stage] | _layout(size, num_ranks)
+    settings = COMMON | STAGES[stage] | _layout(size, num_ranks) | _window(stage, size, num_ranks)
     settings["model.vision.drop_path_rate"] = DROP_PATH[stage][size]
     if (stage, size) == ("sft", "78B"):
         settings["optimizer.learning_rate"] = LEARNING_RATE_OF_78B
@@ -199,11 +211,21 @@ def recipe_settings(stage: Stage, size: str, num_ranks: int | None = None) -> Se
     return settings
 
 
-def _layout(size: str, num_ranks: int | None) -> Settings:
-    """Of the table's entries the last that is for so few GPUs."""
-    table = LAYOUTS[size]
+def _entry[Value](table: dict[int, Value], num_ranks: int | None) -> Value:
+    """Of entries by the fewest GPUs they are for the last that is for so few; None = the first."""
     fitting = [fewest for fewest in table if num_ranks is not None and fewest <= num_ranks]
-    chosen = table[max(fitting, default=min(table))]
+    return table[max(fitting, default=min(table))]
+
+
+def _window(stage: Stage, size: str, num_ranks: int | None) -> Settings:
+    windows = PIPELINE_WINDOWS[stage].get(size)
+    if windows is None:
+        return {"parallel.vision_window_rows": Setting(ONE_STAGE_WINDOW, ESTIMATED)}
+    return {"parallel.vision_window_rows": Setting(_entry(windows, num_ranks), LONGEST_WINDOW)}
+
+
+def _layout(size: str, num_ranks: int | None) -> Settings:
+    chosen = _entry(LAYOUTS[size], num_ranks)
     is_large = INTERNVL3[size].vision.hidden_size == INTERNVIT_6B.hidden_size
     values = {
         "tensor_size": chosen.tensor_size,

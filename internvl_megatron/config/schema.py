@@ -122,7 +122,7 @@ class ParallelConfig:
     """Ranks over which `sharded` splits the vision side, copies of it beyond them; None = over all."""
     vision_exchange_replicas: int | None = None
     """Replicas between which tiles travel so that all their ranks encode equally many: 1 = tiles stay in their replica; None =
-    the fewest that are predicted to keep all ranks within 3 % of the mean."""
+    the fewest with which the busiest ranks are predicted to have at most 3 % more than the mean."""
     overlap_gradients: bool = True
     """Begin to sum gradients over the copies of a module while its last backward pass goes on."""
     overlap_parameters: bool = True
@@ -134,7 +134,9 @@ class ParallelConfig:
     """Encode in the pauses of the pipeline, where it has some that can be filled: several stages without virtual ones, more
     rows of a replica in a step than stages, padded rows, one window a step, a replicated vision side."""
     vision_window_rows: int | None = None
-    """Micro-batches whose images are encoded together; None = all micro-batches of a step."""
+    """Micro-batches whose images are encoded together; None = all micro-batches of a step. Fewer hold fewer tiles and embeddings
+    at a time. Each window is a pipeline schedule of its own that fills and empties the stages: with P of them, windows of W
+    micro-batches leave ranks idle for (P - 1) / (W + P - 1) of it."""
     vision_chunk_tiles: int = 16
     """Tiles one rank runs through the vision encoder at a time; bounds activation memory."""
     vision_recompute: Literal["none", "layer", "full"] = "none"

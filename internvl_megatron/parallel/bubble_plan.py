@@ -25,6 +25,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from internvl_megatron.config.schema import ParallelConfig
 from internvl_megatron.parallel.layout import Layout, VisionLayout
 from internvl_megatron.parallel.tile_plan import TilePlan, TileTable, number_among_equals, share_out
 
@@ -60,17 +61,38 @@ class BubblePlan(TilePlan):
         return chunk in (0, self.num_chunks - 1) or len(self.tiles_of(unit, chunk)) > 0
 
 
-def can_fill_bubbles(layout: VisionLayout, num_rows: int) -> bool:
-    """Whether there are pauses that this plan knows how to fill: one pipeline pass per stage and row, more rows than stages,
+def settings_against_filling(parallel: ParallelConfig) -> list[str]:
+    """Settings that keep the encoder's work out of the pauses, as one would write them."""
+    against = {
+        "vision_in_bubbles=false": not parallel.vision_in_bubbles,
+        # Its ranks gather layers together, and pauses of stages come at different times.
+        "vision_sharding=sharded": parallel.vision_sharding == "sharded",
+        # What pauses has all rows of a step under way.
+        f"vision_window_rows={parallel.vision_window_rows}": parallel.vision_window_rows is not None,
+        # Other lengths would be asked for before the gradient.
+        "pad_rows=false": not parallel.pad_rows,
+    }
+    return [f"parallel.{setting}" for setting, holds in against.items() if holds]
+
+
+def layout_against_filling(layout: VisionLayout, num_rows: int) -> list[str]:
+    """Why there are no pauses that this plan knows how to fill: it needs one pipeline pass per stage and row, more rows than stages,
     and units that pause as one."""
     language = layout.language
     ranks = layout.exchange_replicas * language.stage_size
-    return (
-        language.virtual_size == 1
-        and 1 < language.pipeline_size < num_rows
-        and ranks % layout.tensor_size == 0
-        and not layout.first_stage_only
-    )
+    against = {
+        f"parallel.virtual_size={language.virtual_size}": language.virtual_size > 1,
+        "parallel.pipeline_size=1": language.pipeline_size == 1,
+        f"no more rows of a replica ({num_rows}) than stages": 1 < language.pipeline_size >= num_rows,
+        f"parallel.vision_tensor_size={layout.tensor_size}": ranks % layout.tensor_size != 0,
+        "parallel.vision_placement=first_stage": layout.first_stage_only,
+    }
+    return [reason for reason, holds in against.items() if holds]
+
+
+def can_fill_bubbles(layout: VisionLayout, num_rows: int) -> bool:
+    """Whether there are pauses that this plan knows how to fill."""
+    return not layout_against_filling(layout, num_rows)
 
 
 def plan_bubbles(table: TileTable, layout: VisionLayout, chunk_tiles: int, row_tiles: np.ndarray) -> BubblePlan:

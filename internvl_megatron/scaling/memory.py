@@ -171,11 +171,16 @@ def _embedding_bytes(config: RunConfig, tokens: int) -> float:
     return BF16 * tokens * config.model.language.hidden_size / parts * (UNEVEN_IMAGE_TOKENS if parts > 1 else 1.0)
 
 
+def _window_rows(config: RunConfig, plan: RunPlan) -> int:
+    """Of a replica, encoded together; a window may be longer than a step."""
+    return min(plan.rows_per_replica, config.parallel.vision_window_rows or plan.rows_per_replica)
+
+
 def rows_under_way(config: RunConfig, plan: RunPlan, stage: int) -> float:
     """Of which a stage keeps its activations when it keeps most, a chunk of a row as a part of one."""
     layout = plan.layout
     stages, chunks = layout.pipeline_size, layout.virtual_size
-    rows = min(plan.rows_per_replica, config.parallel.vision_window_rows or plan.rows_per_replica)
+    rows = _window_rows(config, plan)
     if chunks == 1:
         return min(rows, stages - stage)
     # Megatron Core's interleaved schedule: passes before the first backward pass, and the one it is the backward pass of.
@@ -214,7 +219,7 @@ def _loss_bytes(config: RunConfig, plan: RunPlan) -> float:
 def _activations(config: RunConfig, plan: RunPlan, stage: int) -> float:
     """Language model and encoder together: they do not have all of theirs at the same time."""
     vision, parallel, data = config.model.vision, config.parallel, config.data
-    window_rows = parallel.vision_window_rows or plan.rows_per_replica
+    window_rows = _window_rows(config, plan)
     replica_ranks = plan.layout.stage_size * plan.layout.pipeline_size
     tiles = -(-window_rows * data.tiles_per_row // replica_ranks)  # of a rank, in a window
     embeddings = 0.0

@@ -11,7 +11,7 @@ from typing import Literal
 
 from internvl_megatron.config.plan import RunPlan
 from internvl_megatron.config.schema import RunConfig
-from internvl_megatron.parallel.bubble_plan import can_fill_bubbles
+from internvl_megatron.parallel.bubble_plan import can_fill_bubbles, settings_against_filling
 from internvl_megatron.scaling.collective_time import Network
 from internvl_megatron.scaling.counts import parameter_counts
 from internvl_megatron.scaling.gpus import GpuKind
@@ -240,10 +240,8 @@ class VisionSeconds:
 
 def fills_bubbles(config: RunConfig, plan: RunPlan) -> bool:
     """As `WindowMaker` decides."""
-    parallel = config.parallel
-    one_window = parallel.vision_window_rows is None
-    whole = parallel.pad_rows and one_window and parallel.vision_sharding == "replicated"
-    return parallel.vision_in_bubbles and whole and can_fill_bubbles(plan.vision_layout, plan.rows_per_replica)
+    against = settings_against_filling(config.parallel)
+    return not against and can_fill_bubbles(plan.vision_layout, plan.rows_per_replica)
 
 
 def _imbalance(config: RunConfig, plan: RunPlan, workload: Workload, run: LanguageRun, kernels: Kernels) -> float:

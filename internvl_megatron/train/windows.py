@@ -13,7 +13,12 @@ import numpy as np
 from internvl_megatron.config.schema import RunConfig
 from internvl_megatron.data.step_rows import StepRows
 from internvl_megatron.device import Device
-from internvl_megatron.parallel.bubble_plan import BubblePlan, can_fill_bubbles, plan_bubbles
+from internvl_megatron.parallel.bubble_plan import (
+    BubblePlan,
+    can_fill_bubbles,
+    plan_bubbles,
+    settings_against_filling,
+)
 from internvl_megatron.parallel.exchange import Exchange, TilesOnTheWay
 from internvl_megatron.parallel.groups import Groups
 from internvl_megatron.parallel.tile_plan import TilePlan, plan_rows, plan_tiles
@@ -68,14 +73,7 @@ class WindowMaker:
         self._groups = groups
         self._device = device
         self._exchange = exchange
-        parallel = config.parallel
-        # What pauses has all rows of a step under way, and other lengths would be asked for before the gradient.
-        self._fills_bubbles = (
-            parallel.vision_in_bubbles
-            and parallel.vision_sharding == "replicated"
-            and parallel.vision_window_rows is None
-            and parallel.pad_rows
-        )
+        self._fills_bubbles = not settings_against_filling(config.parallel)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="window") if config.parallel.prepare_ahead else None
         self._ahead: tuple[StepRows, int, Future[Window]] | None = None
 

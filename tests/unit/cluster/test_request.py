@@ -1,5 +1,6 @@
 """What is asked of a cluster: every committed settings file fits, and what does not fit is refused with its reason."""
 
+import re
 import tomllib
 from dataclasses import replace
 from pathlib import Path
@@ -18,23 +19,26 @@ from internvl_megatron.cluster.request import (
 )
 from internvl_megatron.config.models import INTERNVL3
 from internvl_megatron.config.plan import plan
+from internvl_megatron.config.recipe_settings import STAGES
 from internvl_megatron.errors import ConfigError
 from internvl_megatron.parallel.layout import Layout
+from internvl_megatron.scaling.memory import rank_bytes
 
 SETTINGS = Path(__file__).resolve().parents[3] / "launch" / "settings"
 GIVEN = ["data.meta=m.json", "data.tokenizer=t", "checkpoint.load=w"]
-STAGES = ("pretrain", "sft", "mpo")
 NODE = 8
+MOST_GPUS = {"1b": 128, "2b": 256, "8b": 256, "14b": 512}
+"""Of a stage with 64 rows a step: heads cannot be divided over more context-parallel ranks. The other sizes go up to 1024."""
 
 
 def tables(size: str) -> dict[str, dict[str, object]]:
     return tomllib.loads((SETTINGS / f"internvl3_{size}.toml").read_text())
 
 
-def runs(size: str) -> list[tuple[str, int]]:
-    """(stage, GPUs) of everything that a file is for; MPO of the smaller sizes has too few rows for the largest numbers."""
-    most = {"mpo": {"1b": 128, "2b": 256, "8b": 256, "14b": 512}.get(size, 1024)}
-    return [(stage, int(n)) for n in tables(size)["any"] for stage in STAGES if int(n) <= most.get(stage, 1024)]
+def runs(size: str) -> list[tuple[str, int, bool]]:
+    """(stage, GPUs, whether there is a layout) of everything that a file is for."""
+    most = {stage: MOST_GPUS.get(size, 1024) if stage in ("mpo", "prm") else 1024 for stage in STAGES}
+    return [(stage, int(n), int(n) <= most[stage]) for n in tables(size)["any"] for stage in STAGES]
 
 
 SIZES = [size.lower() for size in INTERNVL3]
@@ -49,12 +53,35 @@ def test_there_is_a_file_for_every_size_up_to_1024_gpus() -> None:
 
 @pytest.mark.parametrize("size", SIZES)
 def test_every_settings_file_fits_the_nodes_and_their_memory(size: str) -> None:
-    for stage, num_ranks in runs(size):
+    path = SETTINGS / f"internvl3_{size}.toml"
+    for stage, num_ranks, has_layout in runs(size):
         recipe = f"internvl3_{size}_{stage}"
-        config = requested_config(recipe, num_ranks, SETTINGS / f"internvl3_{size}.toml", GIVEN)
-        made, counts = check(config, JobRequest(nodes=num_ranks // NODE, gpus_per_node=NODE))
+        config = requested_config(recipe, num_ranks, path, GIVEN)
+        request = JobRequest(nodes=num_ranks // NODE, gpus_per_node=NODE)
+        if not has_layout:
+            with pytest.raises(ConfigError, match="rows_per_step=64 must be a multiple"):
+                check(config, request)
+            assert f"# No MPO or PRM on {num_ranks} GPUs: a step has 64 rows." in path.read_text(), recipe
+            continue
+        made, counts = check(config, request)
         assert made.layout.world_size == num_ranks, recipe
         assert NODE % made.layout.tensor_size == 0 and counts == [num_ranks // NODE]
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_the_memory_that_settings_files_name_is_what_is_estimated(size: str) -> None:
+    path = SETTINGS / f"internvl3_{size}.toml"
+    named = re.findall(r"^\[any\.(\d+)\] # ([^:]*): (.*)$", path.read_text(), re.MULTILINE)
+    assert len(named) == len(tables(size)["any"])
+    for num_ranks, layout, memory in named:
+        expected = []
+        for stage, n, has_layout in runs(size):
+            if n == int(num_ranks) and has_layout:
+                config = requested_config(f"internvl3_{size}_{stage}", n, path, GIVEN)
+                made = plan(config, n)
+                expected.append(f"{stage} {rank_bytes(config, made).total / 1e9:.0f} GB")
+                assert stage != "sft" or str(made.layout) == layout
+        assert memory == ", ".join(expected), num_ranks
 
 
 def test_the_command_line_wins_over_the_file_and_the_file_over_the_recipe(tmp_path: Path) -> None:
@@ -66,6 +93,19 @@ def test_the_command_line_wins_over_the_file_and_the_file_over_the_recipe(tmp_pa
     config = requested_config("internvl3_8b_sft", 16, path, ["seed=9"])
     assert (config.parallel.tensor_size, config.seed) == (8, 9)
     assert requested_config("internvl3_8b_pretrain", 16, path, []).seed == 7
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_stage_may_have_tables(stage: str, tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text(f"[{stage}.128]\nseed = 8\n")
+    assert requested_config(f"internvl3_8b_{stage}", 128, path, []).seed == 8
+
+
+def test_fewer_nodes_keep_a_window_that_fits_them() -> None:
+    config = requested_config("internvl3_78b_pretrain", 512, SETTINGS / "internvl3_78b.toml", GIVEN)
+    _, counts = check(config, JobRequest(nodes=64, gpus_per_node=NODE, min_nodes=32))
+    assert counts == [64, 32]
 
 
 @pytest.mark.parametrize(

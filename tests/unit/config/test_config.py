@@ -289,18 +289,6 @@ def test_plan_refuses_what_cannot_work(overrides: list[str], world_size: int, me
         plan(apply_overrides(demo_digits(), overrides), world_size)
 
 
-def test_the_exchange_group_is_the_smallest_that_is_even() -> None:
-    config = apply_overrides(demo_digits(), ["eval_every_steps=null"])
-    found = {}
-    for rows, data_size in ((2, 1), (64, 8), (4096, 128), (2**17, 128)):
-        made = plan(apply_overrides(config, [f"rows_per_step={rows}"]), 4 * data_size)
-        found[rows, data_size] = made.vision_layout.exchange_replicas
-    # Groups of fewer rows differ more; one group of all replicas is always even.
-    assert found == {(2, 1): 1, (64, 8): 8, (4096, 128): 64, (2**17, 128): 4}
-    made = plan(apply_overrides(config, ["rows_per_step=64", "parallel.vision_exchange_replicas=2"]), 32)
-    assert made.vision_layout.num_groups == 4
-
-
 def test_tiles_of_colocated_encoders_stay_in_their_replica() -> None:
     settings = ["parallel.vision_placement=colocated", "parallel.pipeline_size=1", "rows_per_step=4", "eval_rows=4"]
     made = plan(apply_overrides(demo_digits(), settings), world_size=4)

@@ -11,8 +11,12 @@ from internvl_megatron.config.plan import plan
 from internvl_megatron.config.recipe_settings import COMMON, LAYOUTS, STAGES
 from internvl_megatron.config.recipes import RECIPES, RELEASED, fewest_ranks, find_recipe, sources
 from internvl_megatron.config.schema import DataConfig, ModelConfig, RunConfig
-from internvl_megatron.recipe_report import DEFAULT, RECIPE, sourced
+from internvl_megatron.recipe_report import DEFAULT, RECIPE, encoder_schedule, sourced
+from internvl_megatron.scaling.drawn_rows import drawn_workload
+from internvl_megatron.scaling.gpus import find_gpu
 from internvl_megatron.scaling.memory import USED_SHARE, rank_bytes
+from internvl_megatron.scaling.planner import judge
+from internvl_megatron.scaling.predicted_step import fills_bubbles
 
 GIVEN = ["data.meta=m.json", "data.tokenizer=t", "checkpoint.load=w"]
 GPU_BYTES = 80e9
@@ -25,10 +29,10 @@ DROP_PATH = {
 
 
 def world_sizes(name: str) -> list[int]:
-    """Powers of two from the fewest ranks to 512, or to where every replica has one row."""
+    """Powers of two from the fewest ranks to 1024, or to where every replica has one row."""
     config, fewest = find_recipe(name), fewest_ranks(name)
-    most = min(512, config.rows_per_step * config.parallel.tensor_size * config.parallel.pipeline_size)
-    return [2**power for power in range(3, 10) if fewest <= 2**power <= most]
+    most = min(1024, config.rows_per_step * config.parallel.tensor_size * config.parallel.pipeline_size)
+    return [2**power for power in range(3, 11) if fewest <= 2**power <= most]
 
 
 def test_there_is_a_recipe_for_every_size_and_stage() -> None:
@@ -46,6 +50,39 @@ def test_every_layout_is_accepted_and_estimated_to_fit(name: str, num_ranks: int
     made = plan(config, num_ranks)
     assert made.layout.world_size == num_ranks
     assert rank_bytes(config, made).total < USED_SHARE * GPU_BYTES
+
+
+PIPELINES = [
+    (name, num_ranks)
+    for name in RELEASED
+    if find_recipe(name).parallel.pipeline_size > 1
+    for num_ranks in world_sizes(name)
+]
+
+
+@pytest.mark.parametrize(("name", "num_ranks"), PIPELINES)
+def test_windows_of_pipelines_are_the_longest_that_fit(name: str, num_ranks: int) -> None:
+    config = apply_overrides(find_recipe(name, num_ranks), GIVEN)
+    window = config.parallel.vision_window_rows
+    assert window is not None and window.bit_count() == 1, "a power of two"
+    longer = apply_overrides(config, [f"parallel.vision_window_rows={2 * window}"])
+    has_all_rows = window >= plan(config, num_ranks).rows_per_replica
+    assert has_all_rows or rank_bytes(longer, plan(longer, num_ranks)).total > USED_SHARE * GPU_BYTES
+    # One window and a replicated encoder could fill pauses, and a window of none says so to the trainer.
+    assert config.parallel.vision_sharding == "sharded"
+
+
+@pytest.mark.parametrize(("name", "num_ranks"), PIPELINES)
+def test_pipelines_pause_little_unless_replicas_have_few_rows(name: str, num_ranks: int) -> None:
+    """As predicted for H100 and half image tokens. A pipeline of P stages and M rows pauses for (P - 1) / (M + P - 1) of its
+    time whatever the window; where that is much, the step itself is too small for so many GPUs."""
+    config = apply_overrides(find_recipe(name, num_ranks), GIVEN)
+    workload = drawn_workload(config.data.tokens_per_row, config.data.tiles_per_row, 0.5)
+    _, time = judge(config, num_ranks, workload, find_gpu("h100-80g"))
+    rows, stages = plan(config, num_ranks).rows_per_replica, config.parallel.pipeline_size
+    own = (stages - 1) / (rows + stages - 1)
+    share = time.pauses / time.total
+    assert share <= (0.15 if rows >= 4 * stages else own), f"{share:.3f} of the step, {own:.3f} with one window"
 
 
 def test_small_sizes_start_from_one_node() -> None:
@@ -155,6 +192,48 @@ def test_show(capsys: pytest.CaptureFixture[str]) -> None:
     assert re.search(r"^checkpoint\.load=null +# yours to set", text, re.MULTILINE)
     assert main(["recipes", "--show", "demo_digits"]) == 0
     assert re.search(r"^optimizer\.learning_rate=0\.001 +# the recipe", capsys.readouterr().out, re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides", "num_ranks", "line"),
+    [
+        (
+            "internvl3_38b_sft",
+            [],
+            64,
+            "in phases of its own, windows of 16 rows; tiles travel between 2 of 4 replicas; a window's pipeline pauses for 6%, "
+            "not filled because of parallel.vision_sharding=sharded, parallel.vision_window_rows=16",
+        ),
+        ("internvl3_8b_sft", [], 64, "in phases of its own, windows of 4 rows; tiles travel between 8 of 16 replicas"),
+        (
+            "demo_digits",
+            [],
+            4,
+            "in phases of its own, windows of 2 rows; tiles travel between 1 of 1 replicas; a window's pipeline pauses for "
+            "33%, not filled because of no more rows of a replica (2) than stages",
+        ),
+        ("demo_digits", ["rows_per_step=8"], 4, "in the pauses of the pipeline; tiles travel between 1 of 1 replicas"),
+        (
+            "demo_digits",
+            ["rows_per_step=8", "parallel.vision_placement=first_stage"],
+            4,
+            "in the passes of the first stage",
+        ),
+        (
+            "demo_digits",
+            ["rows_per_step=8", "parallel.virtual_size=2", "parallel.pad_rows=false"],
+            4,
+            "in phases of its own, windows of 8 rows; tiles travel between 1 of 1 replicas; a window's pipeline pauses for "
+            "6%, not filled because of parallel.pad_rows=false, parallel.virtual_size=2",
+        ),
+    ],
+)
+def test_the_report_says_whether_pauses_are_filled(name: str, overrides: list[str], num_ranks: int, line: str) -> None:
+    given = GIVEN if name in RELEASED else []
+    config = apply_overrides(find_recipe(name, num_ranks), [*given, *overrides])
+    made = plan(config, num_ranks)
+    assert encoder_schedule(config, made) == f"encoder: {line}"
+    assert fills_bubbles(config, made) == line.startswith("in the pauses")
 
 
 @pytest.mark.parametrize(
