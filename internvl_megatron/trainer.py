@@ -359,6 +359,8 @@ class Trainer:
         """Fields of `StepMetrics` that are about more than the step."""
         bad_steps, saver, balance = self.trainer_step.bad_steps, self.saver, self.data.loader.balance
         counts: dict[str, Any] = {
+            "total_tokens": self.num_tokens,
+            "total_samples": self.num_samples,
             "num_bad_steps": bad_steps.num_bad,
             "num_rewinds": bad_steps.num_rewinds,
             "num_failed_saves": saver.num_failed,
