@@ -129,7 +129,10 @@ STAGES: dict[Stage, Settings] = {
 }
 
 MPO_OF_LARGE: Settings = {
-    "num_steps": Setting(400, f"{MPO_SCRIPT}: the best checkpoint of 38B and 78B"),
+    "num_steps": Setting(400, f"{MPO_SCRIPT}: the best checkpoint of 38B and 78B, out of one epoch"),
+    "optimizer.schedule_steps": Setting(
+        586, f"{MPO_SCRIPT}: the rate falls over one epoch of MMPR-v1.2's 300,000 pairs, 512 a step"
+    ),
     "rows_per_step": Setting(128, f"ours: about 4 pairs a row make the 512 pairs a step of {MPO_SCRIPT}"),
     "data.tokens_per_row": Setting(16384, f"{MPO_SCRIPT}: 8192 tokens for each answer of a pair"),
     "data.tiles_per_row": Setting(32, "ours: the images of a full row, which are encoded once a pair"),

@@ -348,14 +348,17 @@ class OptimizerConfig:
     learning_rate: float = 2e-5
     min_learning_rate: float = 0.0
     warmup_ratio: float | None = 0.03
-    """Share of the run's steps over which the learning rate rises linearly; or say it in steps."""
+    """Share of the schedule's steps over which the learning rate rises linearly; or say it in steps."""
     warmup_steps: int | None = None
     """Steps over which the learning rate rises linearly, instead of `warmup_ratio`, which is then null."""
     schedule: Literal["cosine", "constant", "wsd"] = "cosine"
-    """After warm-up: `cosine` falls to the minimum over all that is left of the run; `constant` stays; `wsd` (warm-up, stable,
-    decay) stays and falls linearly over the last `final_decay_ratio` of the run."""
+    """After warm-up: `cosine` falls to the minimum over all that is left of the schedule; `constant` stays; `wsd` (warm-up, stable,
+    decay) stays and falls linearly over the last `final_decay_ratio` of the schedule."""
+    schedule_steps: int | None = None
+    """Steps of the schedule, where it is not as long as the run; None = `num_steps`. A run that is shorter ends before its rate is at
+    the minimum; in one that is longer the rate stays there (Megatron: `--lr-decay-iters` beside `--train-iters`)."""
     final_decay_ratio: float = 0.1
-    """Share of the run's steps over which the learning rate falls at the end (wsd)."""
+    """Share of the schedule's steps over which the learning rate falls at the end (wsd)."""
     weight_decay: float = 0.05
     beta1: float = 0.9
     beta2: float = 0.999

@@ -82,6 +82,7 @@ def test_preference_optimization_is_as_published(size: str) -> None:
     assert config.data.tokens_per_row // 2 == (8192 if is_large else 12288), "of each answer"
     assert config.rows_per_step * 4 == (512 if is_large else 256), "pairs, four a row"
     assert config.num_steps == (400 if is_large else round(300_000 / 256))
+    assert config.optimizer.schedule_steps == (round(300_000 / 512) if is_large else None), "the rate falls over an epoch"
     mpo = config.mpo
     factors = (mpo.preference_factor, mpo.quality_factor, mpo.generation_factor)
     assert (factors, mpo.beta, mpo.reference_file) == ((0.8, 0.2, 1.0), 0.1, None)
