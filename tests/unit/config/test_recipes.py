@@ -127,6 +127,17 @@ def test_whatever_differs_from_the_defaults_has_a_source(name: str, num_ranks: i
     assert all(re.match(allowed, source) for source in shown.values())
 
 
+@pytest.mark.parametrize("stage", ["mpo", "prm"])
+def test_what_other_stages_scripts_say_is_no_source_of_this_one(stage: str) -> None:
+    """InternVL3.5 pre-training's and SFT's scripts stand for InternVL3's; MPO has its own, and the judge its proxy."""
+    for line, source in sourced(f"internvl3_8b_{stage}"):
+        assert not re.search(r"InternVL3\.5 (pre-training|SFT)", source), f"{line} # {source}"
+    shown = {line.partition("=")[0]: source for line, source in sourced(f"internvl3_8b_{stage}")}
+    if stage == "mpo":
+        for name in ("beta1", "beta2", "eps", "clip_grad_norm"):
+            assert shown[f"optimizer.{name}"].startswith("InternVL3's MPO scripts: their DeepSpeed settings"), name
+
+
 def test_values_are_those_of_the_table() -> None:
     config = find_recipe("internvl3_8b_sft")
     for path, setting in (COMMON | STAGES["sft"]).items():
