@@ -231,7 +231,7 @@ class DataConfig:
     meta: str = ""
     """InternVL meta JSON: {name: {root, annotation, repeat_time, data_augment, length, [max_dynamic_patch], [group]}}."""
     eval_meta: str | None = None
-    """Meta JSON of held-out data for the evaluation loss during training; None = no evaluation."""
+    """Meta JSON of held-out data for the evaluation loss during training, every `eval_every_steps`; None = no evaluation."""
     index_folder: str | None = None
     """Where indices of annotation files go that cannot be written beside them; None = `index` in the run's folder. All
     ranks should see it."""
@@ -498,5 +498,6 @@ class RunConfig:
     wandb_project: str | None = None
     """Show the run in this project of Weights & Biases too; None = in TensorBoard alone."""
     eval_every_steps: int | None = None
+    """Steps from one evaluation on `data.eval_meta` to the next, and after the last; None = no evaluation."""
     eval_rows: int = 8
     """Packed held-out rows of one evaluation."""
