@@ -5,13 +5,11 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 from internvl_megatron.checkpoint.weights import check_start
 from internvl_megatron.cluster.commands import add_parsers as add_cluster_parsers
-from internvl_megatron.config.overrides import apply_overrides, from_json
 from internvl_megatron.config.plan import plan
-from internvl_megatron.config.recipes import RECIPES, find_recipe, summary
+from internvl_megatron.config.recipes import RECIPES, named_config, summary
 from internvl_megatron.config.schema import RunConfig
 from internvl_megatron.errors import UserError
 from internvl_megatron.inference_commands import add_commands
@@ -108,9 +106,7 @@ def _train(options: argparse.Namespace) -> int:
 
     info = rank_from_environment()
     num_ranks = info.world_size if info is not None else 1 if options.nproc is None else options.nproc
-    is_file = options.recipe.endswith(".json")
-    recipe = from_json(Path(options.recipe)) if is_file else find_recipe(options.recipe, num_ranks)
-    config = apply_overrides(recipe, options.overrides)
+    config = named_config(options.recipe, num_ranks, options.overrides)
     check_start(config)
     if info is not None:
         if options.nproc is not None:
