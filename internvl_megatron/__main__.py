@@ -11,12 +11,12 @@ from internvl_megatron.cluster.commands import add_parsers as add_cluster_parser
 from internvl_megatron.config.plan import plan
 from internvl_megatron.config.recipes import RECIPES, named_config, summary
 from internvl_megatron.config.schema import RunConfig
-from internvl_megatron.errors import UserError
+from internvl_megatron.errors import TrainingError, UserError
 from internvl_megatron.inference_commands import add_commands
 from internvl_megatron.metrics import RunSummary
 from internvl_megatron.ranks import RankInfo
 from internvl_megatron.serving.commands import add_parsers as add_serving_parsers
-from internvl_megatron.stop_signals import EXIT_INTERRUPTED, EXIT_STALLED, exit_code
+from internvl_megatron.stop_signals import EXIT_INTERRUPTED, EXIT_STALLED, EXIT_TRAINING_ERROR, exit_code
 
 TRAIN_RANK = "internvl_megatron.trainer:train_rank"
 EXIT_USER_ERROR = 2
@@ -27,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command.
 
     Returns:
-        Exit code: 0; 1, a rank failed; 2, the user can mend it; 75, the system stopped a run, which has saved: start it again; 124, the run got
+        Exit code: 0; 1, a rank failed; 2, the user can mend it; 3, training met what it may not go on after; 75, the system stopped a run, which has saved: start it again; 124, the run got
         nowhere, and its watchdog has ended it; 130, interrupted with Ctrl-C; 128 and a signal's number, ended at once by a second signal, or before there was anything to save.
     """
     parser = _parser()
@@ -42,12 +42,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return options.run(options)
     except UserError as error:
         print(f"internvl-megatron: {error}", file=sys.stderr)
-        return EXIT_USER_ERROR
+        return _code_of(error)
     except RankFailedError as error:
         first = error.failures[0]
         print(f"internvl-megatron: {first.text if first.is_user_error else error}", file=sys.stderr)
         if first.is_stall:
             return EXIT_STALLED
+        if first.is_training_error:
+            return EXIT_TRAINING_ERROR
         return EXIT_USER_ERROR if first.is_user_error else EXIT_FAILED
     except InterruptedRunError as error:
         print(f"internvl-megatron: {error}", file=sys.stderr)
@@ -140,7 +142,13 @@ def _joined(train_rank: Callable[..., RunSummary], info: RankInfo, config: RunCo
         text = f"{error}\n" if is_user_error else traceback.format_exc()
         sys.stderr.write(f"internvl-megatron: rank {info.rank}: {text}")
         sys.stderr.flush()
-        os._exit(EXIT_USER_ERROR if is_user_error else EXIT_FAILED)
+        os._exit(_code_of(error))
+
+
+def _code_of(error: BaseException) -> int:
+    if isinstance(error, TrainingError):
+        return EXIT_TRAINING_ERROR
+    return EXIT_USER_ERROR if isinstance(error, UserError) else EXIT_FAILED
 
 
 def _doctor(_options: argparse.Namespace) -> int:

@@ -132,10 +132,13 @@ def test_failures_without_a_new_checkpoint_end_a_job(cluster: SlurmCluster, tmp_
     assert "3 attempts in a row ended before a new checkpoint: giving up" in job.log
 
 
-def test_a_wrong_setting_is_not_tried_again(cluster: SlurmCluster, tmp_path: Path) -> None:
-    job = Job(cluster, tmp_path, ["2", "0"])
+@pytest.mark.parametrize(
+    ("code", "why"), [("2", "a setting or a file is wrong"), ("3", "what it may not go on after")]
+)
+def test_what_comes_again_is_not_tried_again(cluster: SlurmCluster, tmp_path: Path, code: str, why: str) -> None:
+    job = Job(cluster, tmp_path, [code, "0"])
     job.wait_for_end("FAILED")
-    assert job.ends == ["2"], job.report()
+    assert job.ends == [code] and why in job.log, job.report()
 
 
 def test_a_hanging_step_is_ended(cluster: SlurmCluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
