@@ -65,7 +65,10 @@ def _parser() -> argparse.ArgumentParser:
 
     recipes = commands.add_parser("recipes", help="list the recipes, or show one with the source of every value")
     recipes.add_argument(
-        "--show", metavar="NAME", help="every setting of this recipe, where it comes from, and memory"
+        "--show", metavar="NAME", help="every setting of this recipe, where it comes from, layout and memory"
+    )
+    recipes.add_argument(
+        "overrides", nargs="*", metavar="section.field=value", help="with --show: settings to change of it"
     )
     recipes.add_argument("--ranks", type=int, help="with --show: for so many GPUs (default: the fewest)")
     recipes.set_defaults(run=_recipes)
@@ -91,6 +94,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def _recipes(options: argparse.Namespace) -> int:
     if options.show is None:
+        if options.overrides or options.ranks is not None:
+            raise UserError("recipes: --ranks and settings are of a recipe; name it (--show NAME)")
         for name in RECIPES:
             print(f"{name:24s} {summary(name)}")
         return 0
@@ -98,7 +103,7 @@ def _recipes(options: argparse.Namespace) -> int:
 
     if options.ranks is not None and options.ranks < 1:
         raise UserError(f"--ranks {options.ranks}: at least one")
-    print(report(options.show, options.ranks))
+    print(report(options.show, options.ranks, options.overrides))
     return 0
 
 
