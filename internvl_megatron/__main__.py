@@ -5,21 +5,19 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 from internvl_megatron.checkpoint.weights import check_start
 from internvl_megatron.cluster.commands import add_parsers as add_cluster_parsers
-from internvl_megatron.config.overrides import apply_overrides, from_json
 from internvl_megatron.config.plan import plan
-from internvl_megatron.config.recipes import RECIPES, find_recipe, summary
+from internvl_megatron.config.recipes import RECIPES, named_config, summary
 from internvl_megatron.config.schema import RunConfig
 from internvl_megatron.device import choose_hardware_queues
-from internvl_megatron.errors import UserError
+from internvl_megatron.errors import TrainingError, UserError
 from internvl_megatron.inference_commands import add_commands
 from internvl_megatron.metrics import RunSummary
 from internvl_megatron.ranks import RankInfo
 from internvl_megatron.serving.commands import add_parsers as add_serving_parsers
-from internvl_megatron.stop_signals import EXIT_INTERRUPTED, EXIT_STALLED, exit_code
+from internvl_megatron.stop_signals import EXIT_INTERRUPTED, EXIT_STALLED, EXIT_TRAINING_ERROR, exit_code
 
 TRAIN_RANK = "internvl_megatron.trainer:train_rank"
 EXIT_USER_ERROR = 2
@@ -30,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command.
 
     Returns:
-        Exit code: 0; 1, a rank failed; 2, the user can mend it; 75, the system stopped a run, which has saved: start it again; 124, the run got
+        Exit code: 0; 1, a rank failed; 2, the user can mend it; 3, training met what it may not go on after; 75, the system stopped a run, which has saved: start it again; 124, the run got
         nowhere, and its watchdog has ended it; 130, interrupted with Ctrl-C; 128 and a signal's number, ended at once by a second signal, or before there was anything to save.
     """
     parser = _parser()
@@ -45,12 +43,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return options.run(options)
     except UserError as error:
         print(f"internvl-megatron: {error}", file=sys.stderr)
-        return EXIT_USER_ERROR
+        return _code_of(error)
     except RankFailedError as error:
         first = error.failures[0]
         print(f"internvl-megatron: {first.text if first.is_user_error else error}", file=sys.stderr)
         if first.is_stall:
             return EXIT_STALLED
+        if first.is_training_error:
+            return EXIT_TRAINING_ERROR
         return EXIT_USER_ERROR if first.is_user_error else EXIT_FAILED
     except InterruptedRunError as error:
         print(f"internvl-megatron: {error}", file=sys.stderr)
@@ -66,7 +66,10 @@ def _parser() -> argparse.ArgumentParser:
 
     recipes = commands.add_parser("recipes", help="list the recipes, or show one with the source of every value")
     recipes.add_argument(
-        "--show", metavar="NAME", help="every setting of this recipe, where it comes from, and memory"
+        "--show", metavar="NAME", help="every setting of this recipe, where it comes from, layout and memory"
+    )
+    recipes.add_argument(
+        "overrides", nargs="*", metavar="section.field=value", help="with --show: settings to change of it"
     )
     recipes.add_argument("--ranks", type=int, help="with --show: for so many GPUs (default: the fewest)")
     recipes.set_defaults(run=_recipes)
@@ -92,6 +95,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def _recipes(options: argparse.Namespace) -> int:
     if options.show is None:
+        if options.overrides or options.ranks is not None:
+            raise UserError("recipes: --ranks and settings are of a recipe; name it (--show NAME)")
         for name in RECIPES:
             print(f"{name:24s} {summary(name)}")
         return 0
@@ -99,7 +104,7 @@ def _recipes(options: argparse.Namespace) -> int:
 
     if options.ranks is not None and options.ranks < 1:
         raise UserError(f"--ranks {options.ranks}: at least one")
-    print(report(options.show, options.ranks))
+    print(report(options.show, options.ranks, options.overrides))
     return 0
 
 
@@ -109,9 +114,7 @@ def _train(options: argparse.Namespace) -> int:
 
     info = rank_from_environment()
     num_ranks = info.world_size if info is not None else 1 if options.nproc is None else options.nproc
-    is_file = options.recipe.endswith(".json")
-    recipe = from_json(Path(options.recipe)) if is_file else find_recipe(options.recipe, num_ranks)
-    config = apply_overrides(recipe, options.overrides)
+    config = named_config(options.recipe, num_ranks, options.overrides)
     check_start(config)
     choose_hardware_queues(config)
     if info is not None:
@@ -146,7 +149,13 @@ def _joined(train_rank: Callable[..., RunSummary], info: RankInfo, config: RunCo
         text = f"{error}\n" if is_user_error else traceback.format_exc()
         sys.stderr.write(f"internvl-megatron: rank {info.rank}: {text}")
         sys.stderr.flush()
-        os._exit(EXIT_USER_ERROR if is_user_error else EXIT_FAILED)
+        os._exit(_code_of(error))
+
+
+def _code_of(error: BaseException) -> int:
+    if isinstance(error, TrainingError):
+        return EXIT_TRAINING_ERROR
+    return EXIT_USER_ERROR if isinstance(error, UserError) else EXIT_FAILED
 
 
 def _doctor(_options: argparse.Namespace) -> int:

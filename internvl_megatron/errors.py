@@ -18,4 +18,5 @@ class CheckpointError(UserError):
 
 
 class TrainingError(UserError):
-    """A run has met what its configuration does not let it go on after."""
+    """A run has met what it may not go on after by itself: its settings and files are in order, and starting it again is for whoever
+    has looked (exit code 3, not 2)."""

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from internvl_megatron.device import DeviceName, uses_gpu
-from internvl_megatron.errors import ConfigError, UserError
+from internvl_megatron.errors import ConfigError, TrainingError, UserError
 from internvl_megatron.ranks import RankInfo
 from internvl_megatron.stop_signals import EXIT_STALLED, STOP_SIGNALS
 
@@ -40,6 +40,8 @@ class Failure:
     when: float
     text: str
     is_user_error: bool = False
+    is_training_error: bool = False
+    """Of user errors those that are a `TrainingError`."""
     is_signal: bool = False
     """The process was killed; nobody knows more."""
     is_stall: bool = False
@@ -219,7 +221,7 @@ def _run_rank(
     except BaseException as error:
         user_error = isinstance(error, UserError)
         text = f"{type(error).__name__}: {error}" if user_error else traceback.format_exc()
-        writer.send(("failure", Failure(info.rank, time.time(), text, user_error)))
+        writer.send(("failure", Failure(info.rank, time.time(), text, user_error, isinstance(error, TrainingError))))
     finally:
         writer.close()
         sys.stdout.flush()

@@ -23,7 +23,7 @@ GROUPS = {
         "grad_norm", "vision_grad_norm", "projector_grad_norm", "language_grad_norm", "learning_rate", "updated",
     ),
     "data": (
-        "num_rows", "num_tiles", "num_samples", "num_supervised_tokens", "num_skipped_samples", "num_failed_images",
+        "num_rows", "num_tiles", "num_tokens", "num_samples", "num_supervised_tokens", "total_tokens", "total_samples", "num_skipped_samples", "num_failed_images",
         "row_fill", "row_cost_imbalance", "row_cost_imbalance_before", "most_tiles_per_rank", "loss_weight_by_dataset",
         "samples_by_dataset", "loss_weight_by_kind", "samples_by_kind",
     ),
@@ -39,7 +39,7 @@ GROUPS = {
         "benchmark_scores",
     ),
 }  # fmt: skip
-"""Fields of `StepMetrics` by the group that boards show them in; `images_by_delta` is a histogram beside them."""
+"""Fields of `StepMetrics` by the group that boards show them in; `images_by_delta` is a histogram beside them, and boards have clocks of their own."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +48,13 @@ class StepMetrics:
 
     step: int
     """Steps taken since the run began, this one counted."""
+    total_tokens: int = 0
+    """Tokens through the language model since the run began, in steps that rewinding has not taken back; the sum of `num_tokens`
+    (at whatever `log_every_steps`), continued from checkpoints."""
+    total_samples: int = 0
+    """The same of samples."""
+    unix_seconds: float = 0.0
+    """When the step was reported, in seconds since 1970."""
     loss: float
     """Weighted mean over the global batch."""
     grad_norm: float
@@ -58,18 +65,22 @@ class StepMetrics:
     language_grad_norm: float | None = None
     learning_rate: float
     tokens_per_second: float
-    """Tokens through the language model, image tokens included."""
+    """`num_tokens` over `step_seconds`."""
     image_tokens_per_second: float
     num_tiles: int
+    num_tokens: int = 0
+    """Tokens through the language model in this step, image tokens included."""
     num_samples: int
     num_supervised_tokens: int
     """Tokens that carry loss."""
     step_seconds: float
     """Wall time of the step."""
     mfu: float
-    """Share, 0 to 1, of the device's peak that went into model FLOPs, the vision encoder's included."""
+    """Share, 0 to 1, of the device's peak that went into model FLOPs: the vision encoder's included, causal attention (half of the
+    pairs), the output layer at supervised tokens, where it is computed; what is frozen without gradients of its weights, and forward
+    alone where gradients do not reach (`scaling/counts.step_flops`)."""
     model_tflops_per_second_per_rank: float
-    """10^12 model FLOPs per second and rank."""
+    """10^12 model FLOPs per second and rank, counted as in `mfu`."""
     peak_memory_bytes: int
     """Highest so far on the reporting rank."""
     num_rows: int = 0

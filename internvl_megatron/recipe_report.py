@@ -1,42 +1,56 @@
 """A recipe in full: every setting with its value and source, and what a GPU has to hold."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 from internvl_megatron.config.overrides import changed_fields, field_paths
 from internvl_megatron.config.plan import RunPlan, plan
-from internvl_megatron.config.recipes import fewest_ranks, find_recipe, sources, summary
+from internvl_megatron.config.recipes import fewest_ranks, named_config, sources, summary
 from internvl_megatron.config.schema import DataConfig, RunConfig
 from internvl_megatron.parallel.bubble_plan import layout_against_filling, settings_against_filling
 from internvl_megatron.scaling.counts import parameter_counts
 from internvl_megatron.scaling.memory import rank_bytes
 
-RECIPE, DEFAULT, YOURS = "the recipe", "default", "yours to set"
+RECIPE, DEFAULT, YOURS, GIVEN = "the recipe", "default", "yours to set", "given"
 """Sources of settings that no table names."""
 YOUR_SETTINGS = ("data.meta", "data.tokenizer", "checkpoint.load")
 
 
-def report(name: str, num_ranks: int | None = None) -> str:
-    """The text of `recipes --show`; None = on the fewest ranks of the recipe.
+def report(name: str, num_ranks: int | None = None, overrides: Sequence[str] = ()) -> str:
+    """The text of `recipes --show`.
+
+    Args:
+        name: of a recipe.
+        num_ranks: that it is to run on; None = the fewest of the recipe as it is changed.
+        overrides: what is changed of it.
 
     Raises:
-        ConfigError: there is no such recipe, or it does not go on so many ranks.
+        ConfigError: there is no such recipe or setting, or it does not go on so many ranks.
     """
-    config = find_recipe(name, num_ranks)
-    settings = sourced(name, num_ranks)
+    config = named_config(name, num_ranks, overrides)
+    settings = sourced(name, num_ranks, overrides)
     width = max(len(setting) for setting, _ in settings)
     lines = [f"{setting:{width}s}  # {source}" for setting, source in settings]
-    num_ranks = fewest_ranks(name) if num_ranks is None else num_ranks
-    return "\n".join([f"{name}: {summary(name)}", *layout_and_memory(config, num_ranks), "", *lines])
+    if num_ranks is None:
+        replica = config.parallel.tensor_size * config.parallel.pipeline_size * config.parallel.context_size
+        num_ranks = -(-fewest_ranks(name) // replica) * replica
+    head = [f"{name}: {summary(name)}", *layout_and_memory(config, num_ranks)]
+    return "\n".join([*head, "", *lines])
+
+
+def _with_paths(config: RunConfig) -> RunConfig:
+    """Whatever a user has to give is there: it has no part in layouts and memory."""
+    data, load = config.data, config.checkpoint.load
+    paths = {"meta": data.meta or "given later", "tokenizer": data.tokenizer or "given later"}
+    return replace(
+        config, data=replace(data, **paths), checkpoint=replace(config.checkpoint, load=load or "given later")
+    )
 
 
 def layout_and_memory(config: RunConfig, num_ranks: int) -> list[str]:
     """Layout, parameters, and the memory of the fullest rank; paths may be missing yet."""
-    given = replace(
-        config,
-        data=replace(config.data, meta="given later", tokenizer="given later"),
-        checkpoint=replace(config.checkpoint, load="given later"),
-    )
+    given = _with_paths(config)
     made = plan(given, num_ranks)
     held, counts = rank_bytes(given, made), parameter_counts(config.model)
     weights, gradients, optimizer, activations, total = (
@@ -68,9 +82,10 @@ def encoder_schedule(config: RunConfig, made: RunPlan) -> str:
     return text
 
 
-def sourced(name: str, num_ranks: int | None = None) -> list[tuple[str, str]]:
-    """("path=value", source) of every setting of a recipe, as an override would write it."""
-    config, known = find_recipe(name, num_ranks), sources(name, num_ranks)
+def sourced(name: str, num_ranks: int | None = None, overrides: Sequence[str] = ()) -> list[tuple[str, str]]:
+    """("path=value", source) of every setting of a recipe, as an override would write it; what is changed of it was given."""
+    config, known = named_config(name, num_ranks, overrides), sources(name, num_ranks)
+    known |= {override.partition("=")[0]: GIVEN for override in overrides}
     plain = RunConfig(name="", model=config.model, data=DataConfig())
     changed = set(changed_fields(plain, config))
     found = []

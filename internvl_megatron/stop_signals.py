@@ -15,6 +15,8 @@ EXIT_INTERRUPTED = 130
 """A person stopped the run, with Ctrl-C."""
 EXIT_STALLED = 124
 """The run got nowhere and its watchdog ended it (the code of timeout(1))."""
+EXIT_TRAINING_ERROR = 3
+"""Training met what it may not go on after (`TrainingError`): no setting or file is wrong, but somebody has to look first."""
 EXIT_REQUEUE = 75
 """The system stopped the run, which has saved: start the same command again (EX_TEMPFAIL of sysexits.h)."""
 

@@ -3,6 +3,7 @@
 import logging
 import os
 import signal
+import socket
 import threading
 import time
 from pathlib import Path
@@ -20,13 +21,13 @@ from internvl_megatron.config.overrides import CONFIG_FILE, changed_fields, from
 from internvl_megatron.config.plan import plan
 from internvl_megatron.config.schema import RunConfig
 from internvl_megatron.device import Device, open_device
-from internvl_megatron.errors import CheckpointError, ConfigError, TrainingError
+from internvl_megatron.errors import ConfigError, TrainingError
 from internvl_megatron.live_benchmarks import LiveBenchmarks
 from internvl_megatron.logs import configure_logging
 from internvl_megatron.metrics import RunSummary
 from internvl_megatron.model.build import build_model, check_copies_agree, torch_dtype
 from internvl_megatron.parallel.groups import make_groups
-from internvl_megatron.parallel.host import sum_floats
+from internvl_megatron.parallel.host import gather_texts, sum_floats
 from internvl_megatron.preference_run import PreferenceRun
 from internvl_megatron.ranks import RankInfo, joined
 from internvl_megatron.recipe_report import encoder_schedule
@@ -229,11 +230,14 @@ class Trainer:
             TrainingError: on all ranks; names those that differ.
         """
         if result.differing_ranks:
-            text = f"step {self.step}: ranks {result.differing_ranks} computed other gradients the second time"
+            hosts = gather_texts(socket.gethostname(), self.groups.host_world)
+            which = ", ".join(f"rank {rank} on {hosts[rank]}" for rank in result.differing_ranks)
+            text = f"step {self.step}: {which} computed other gradients the second time"
             self._note("corruption", text)
             raise TrainingError(
-                f"{text}: look at their machines; the run continues from its newest checkpoint. If they only compute in "
-                "another order each time, as some GPU kernels do, set bad_steps.recheck_every_steps=None"
+                f"{text}: look at the machine, or leave it out (sbatch --exclude={hosts[result.differing_ranks[0]]} JOB); the run "
+                "continues from its newest checkpoint. If ranks only compute in another order each time, as some GPU kernels do, "
+                "set bad_steps.recheck_every_steps=null"
             )
 
     def _react(self, bad: BadStep) -> bool:
@@ -344,7 +348,7 @@ class Trainer:
         """Wait for the run's last checkpoint, and try it once more if it failed.
 
         Raises:
-            CheckpointError: it failed again.
+            TrainingError: it failed again.
         """
         self.watchdog.beat("saving", self.config.checkpoint.max_wait_seconds)
         if self.saver.wait():
@@ -354,7 +358,7 @@ class Trainer:
         is_saved = self.saver.wait()
         self._poll_saver()
         if not is_saved:
-            raise CheckpointError(
+            raise TrainingError(
                 f"{self.saver.root}: step {self.step}, the last, could not be saved, and the reason is above; mend it "
                 "and run the same command again: it continues from the newest checkpoint"
             )
@@ -363,6 +367,8 @@ class Trainer:
         """Fields of `StepMetrics` that are about more than the step."""
         bad_steps, saver, balance = self.trainer_step.bad_steps, self.saver, self.data.loader.balance
         counts: dict[str, Any] = {
+            "total_tokens": self.num_tokens,
+            "total_samples": self.num_samples,
             "num_bad_steps": bad_steps.num_bad,
             "num_rewinds": bad_steps.num_rewinds,
             "num_failed_saves": saver.num_failed,

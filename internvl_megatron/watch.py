@@ -1,5 +1,6 @@
 """Everything that lets people watch a run, on the one rank that reports: figures, log lines, samples."""
 
+import time
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -17,8 +18,9 @@ from internvl_megatron.device import Device
 from internvl_megatron.metrics import MetricsWriter, StepMetrics
 from internvl_megatron.preference_run import preference_metrics
 from internvl_megatron.progress import Progress
-from internvl_megatron.scaling.counts import step_flops
+from internvl_megatron.scaling.counts import TrainedParts, step_flops
 from internvl_megatron.shown_samples import shown_samples
+from internvl_megatron.train.agreement import StepAgreement
 from internvl_megatron.train.loss_parts import LossPart, LossParts
 from internvl_megatron.train.objective import Outcome
 from internvl_megatron.train.phases import total_seconds
@@ -98,22 +100,18 @@ class Watch:
     ) -> StepMetrics:
         config, agreement = self._config, result.agreement
         num_tiles, num_rows = len(agreement.table), agreement.row_costs.size
-        flops = step_flops(
-            config.model,
-            num_tokens=agreement.num_tokens,
-            num_tiles=num_tiles,
-            attention_pairs=agreement.attention_pairs,
-        ).total
-        flops_per_second = flops / seconds
+        flops_per_second = needed_flops(config, agreement) / seconds
         deltas = zip(STRIDES, agreement.stride_counts.tolist(), strict=True)
         return StepMetrics(
             step=step,
+            unix_seconds=time.time(),
             loss=result.loss,
             grad_norm=result.grad_norm,
             learning_rate=result.learning_rate,
             updated=result.updated,
             num_rows=num_rows,
             num_tiles=num_tiles,
+            num_tokens=agreement.num_tokens,
             num_samples=agreement.num_samples,
             num_supervised_tokens=agreement.num_supervised_tokens,
             step_seconds=seconds,
@@ -149,6 +147,18 @@ class Watch:
             found["eval_loss_by_dataset"] = {name: part.loss for name, part in by_dataset.items()}
             found["eval_loss_by_kind"] = {name: part.loss for name, part in by_kind.items()}
         return found
+
+
+def needed_flops(config: RunConfig, agreement: StepAgreement) -> int:
+    """Of a step over all ranks, as `StepMetrics.mfu` counts them."""
+    return step_flops(
+        config.model,
+        num_tokens=agreement.num_tokens,
+        num_tiles=len(agreement.table),
+        attention_pairs=agreement.attention_pairs,
+        num_supervised_tokens=agreement.num_supervised_tokens,
+        trained=TrainedParts.of(config),
+    ).total
 
 
 def _named(parts: LossParts, names: list[str]) -> dict[str, LossPart]:

@@ -142,6 +142,7 @@ def run_steps(info: RankInfo, config: RunConfig, num_steps: int, tiles_per_image
             num_tokens=agreement.num_tokens,
             num_tiles=len(agreement.table),
             attention_pairs=agreement.attention_pairs,
+            num_supervised_tokens=agreement.num_supervised_tokens,
         ).total
         step_seconds = statistics.median(seconds[3:] or seconds)
         return {

@@ -109,6 +109,7 @@ def meaning(code: int) -> str:
     known = {
         1: "failed",
         2: "a setting or a file is wrong",
+        3: "training met what it may not go on after",
         75: "the system stopped it, it has saved",
         124: "the run got nowhere",
         130: "a person stopped it",

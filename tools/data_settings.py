@@ -8,7 +8,7 @@ from pathlib import Path
 from internvl_megatron.config.overrides import CONFIG_FILE, apply_overrides, from_json
 from internvl_megatron.config.plan import plan
 from internvl_megatron.config.recipes import find_recipe
-from internvl_megatron.config.schema import ParallelConfig, RunConfig
+from internvl_megatron.config.schema import BenchmarkConfig, ParallelConfig, RunConfig
 from internvl_megatron.data.dataset import Dataset, load_datasets, prepare_records
 from internvl_megatron.data.files import write_whole
 from internvl_megatron.data.meta import read_meta
@@ -49,7 +49,9 @@ def read_config(options: argparse.Namespace) -> RunConfig:
             "--tokenizer is missing: give the folder of the run's tokenizer (lengths depend on it); "
             "`python -m tools.build_qwen_tokenizer FOLDER` writes that of the released models"
         )
-    config = replace(config, parallel=ParallelConfig(), eval_every_steps=None)
+    # What the tools look at is `data.meta` on one rank.
+    config = replace(config, parallel=ParallelConfig(), eval_every_steps=None, benchmarks=BenchmarkConfig())
+    config = replace(config, data=replace(config.data, eval_meta=None))
     plan(config, 1)
     return config
 

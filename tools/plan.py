@@ -19,7 +19,7 @@ from internvl_megatron.config.recipes import find_recipe
 from internvl_megatron.config.schema import RunConfig
 from internvl_megatron.data.files import write_whole
 from internvl_megatron.errors import ConfigError, UserError
-from internvl_megatron.scaling.counts import step_flops
+from internvl_megatron.scaling.counts import TrainedParts, step_flops
 from internvl_megatron.scaling.drawn_rows import drawn_workload
 from internvl_megatron.scaling.gpus import GPUS, GPUS_PER_MACHINE, GpuKind, find_gpu
 from internvl_megatron.scaling.memory import USED_SHARE
@@ -86,7 +86,12 @@ def figures(time: StepTime, config: RunConfig, workload: Workload, num_gpus: int
     rows = config.rows_per_step
     tokens = rows * workload.tokens_per_row
     work = step_flops(
-        config.model, round(tokens), round(rows * workload.tiles_per_row), round(rows * workload.pairs_per_row)
+        config.model,
+        num_tokens=round(tokens),
+        num_tiles=round(rows * workload.tiles_per_row),
+        attention_pairs=round(rows * workload.pairs_per_row),
+        num_supervised_tokens=round(rows * workload.supervised_per_row),
+        trained=TrainedParts.of(config),
     )
     days = TOKENS_OF_RUN / tokens * time.total / 86400
     return {
@@ -134,8 +139,8 @@ def report(found: Search, config: RunConfig, workload: Workload, num_gpus: int, 
         "",
         f"best: {best.layout}, {_layers(best)}, {way_of(best)}",
         f"  predicted step {best.time.total:.2f} s: {_parts(best.time)}",
-        f"  {speed['tokens_per_second_and_gpu']:.0f} tokens/s and GPU, MFU {speed['mfu']:.1%} (causal, encoder counted, all positions in the "
-        f"output layer); 200 B tokens in {speed['days_of_200b_tokens']:.1f} days, {speed['gpu_hours_of_200b_tokens']:,.0f} GPU-hours",
+        f"  {speed['tokens_per_second_and_gpu']:.0f} tokens/s and GPU, MFU {speed['mfu']:.1%} (as metrics count it: causal attention, the encoder, "
+        f"supervised positions in the output layer); 200 B tokens in {speed['days_of_200b_tokens']:.1f} days, {speed['gpu_hours_of_200b_tokens']:,.0f} GPU-hours",
         f"  estimated memory of the fullest rank {best.memory.total / 1e9:.0f} of {gpu.memory_bytes / 1e9:.0f} GB",
         "",
         "others:",

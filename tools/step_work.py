@@ -16,7 +16,6 @@ from internvl_megatron.config.schema import ModelConfig
 from internvl_megatron.data.packing import Row
 from internvl_megatron.scaling.counts import (
     BACKWARD_AND_FORWARD,
-    layer_flops,
     output_layer_flops,
     parameter_counts,
     step_flops,
@@ -52,15 +51,10 @@ class StepWork:
         )
 
     def flops(self, model: ModelConfig, attention: Attention = "causal", head: Head = "supervised") -> int:
-        """FLOPs of forward and backward."""
-        language = model.language
-        total = step_flops(model, self.num_tokens, self.num_tiles, self.attention_pairs).total
-        if attention == "full":
-            total += BACKWARD_AND_FORWARD * language.num_layers * layer_flops(language, 0, self.attention_pairs)
-        if head == "supervised":
-            without_loss = self.num_tokens - self.num_supervised_tokens
-            total -= BACKWARD_AND_FORWARD * output_layer_flops(language, without_loss)
-        return total
+        """FLOPs of forward and backward of a model that is trained as a whole; by default what the trainer's metrics count."""
+        pairs = 2 * self.attention_pairs if attention == "full" else self.attention_pairs  # counted are half of them
+        predictions = self.num_supervised_tokens if head == "supervised" else self.num_tokens
+        return step_flops(model, self.num_tokens, self.num_tiles, pairs, predictions).total
 
 
 def speed(work: StepWork, model: ModelConfig, seconds: float, peak_flops: float) -> dict[str, Any]:
@@ -91,7 +85,7 @@ def speed(work: StepWork, model: ModelConfig, seconds: float, peak_flops: float)
 def shares(work: StepWork, model: ModelConfig) -> Mapping[str, Any]:
     """What a step consists of: sizes, and parts of its FLOPs (causal attention, head on supervised positions) and parameters."""
     flops, parameters = work.flops(model), parameter_counts(model)
-    by_part = step_flops(model, work.num_tokens, work.num_tiles, work.attention_pairs)
+    by_part = step_flops(model, work.num_tokens, work.num_tiles, work.attention_pairs, work.num_supervised_tokens)
     head = BACKWARD_AND_FORWARD * output_layer_flops(model.language, work.num_supervised_tokens)
     tables = 2 * model.language.vocab_size * model.language.hidden_size
     return {

@@ -21,6 +21,7 @@ from internvl_megatron.scaling.gpus import GPUS, find_gpu
 ENDS = {
     "0": "finished",
     "2": "a setting or a file is wrong",
+    "3": "ended by a bad step, gradients that differ, or a failed last save (logs and events.jsonl say which); not started again",
     "75": "stopped by the system, saved",
     "130": "stopped by a person",
 }

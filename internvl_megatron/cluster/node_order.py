@@ -1,8 +1,9 @@
 """Which node gets which ranks, so that ranks that talk most have the fewest switches between them.
 
-    python -m internvl_megatron.cluster.node_order CONFIG ADDRESSES NEAR GPUS_PER_NODE     # hosts in the order of their ranks, a line each
+    python -m internvl_megatron.cluster.node_order RECIPE ADDRESSES NEAR GPUS_PER_NODE [section.field=value ...]
 
-ADDRESSES has a line for every node: its name, and where it is in the network as SLURM says it (SLURM_TOPOLOGY_ADDR, outermost switch first:
+writes hosts in the order of their ranks, a line each. RECIPE, a config.json too, and the settings are what `train` gets. ADDRESSES has a
+line for every node: its name, and where it is in the network as SLURM says it (SLURM_TOPOLOGY_ADDR, outermost switch first:
 `core.leaf3.n17`; without a topology plug-in the node's name). Tensor-parallel ranks share a node either way.
 """
 
@@ -11,8 +12,8 @@ import sys
 from pathlib import Path
 from typing import Literal
 
-from internvl_megatron.config.overrides import from_json
 from internvl_megatron.config.plan import plan
+from internvl_megatron.config.recipes import named_config
 from internvl_megatron.errors import ConfigError, UserError
 from internvl_megatron.parallel.layout import Layout
 
@@ -44,12 +45,13 @@ def _natural(address: str) -> list[tuple[int, int | str]]:
 
 def main(arguments: list[str]) -> int:
     """Run the command; the exit code is 0 or 2 (the user can mend it)."""
-    config_path, addresses_path, near, gpus_per_node = arguments
+    recipe, addresses_path, near, gpus_per_node, *overrides = arguments
     try:
         addresses = dict(line.split() for line in Path(addresses_path).read_text().splitlines())
         if near not in ("data", "pipeline"):
-            raise ConfigError(f"--node-order {near}: data or pipeline")
-        layout = plan(from_json(Path(config_path)), len(addresses) * int(gpus_per_node)).layout
+            raise ConfigError(f"NODE_ORDER={near} (--node-order): data or pipeline")
+        num_ranks = len(addresses) * int(gpus_per_node)
+        layout = plan(named_config(recipe, num_ranks, overrides), num_ranks).layout
         sys.stdout.write("\n".join(node_order(addresses, layout, int(gpus_per_node), near)) + "\n")
     except UserError as error:
         sys.stderr.write(f"node_order: {error}\n")

@@ -1,12 +1,19 @@
 """What benchmarks during training ask of a run's settings."""
 
-from internvl_megatron.config.schema import RunConfig
+from internvl_megatron.config.overrides import changed_fields
+from internvl_megatron.config.schema import BenchmarkConfig, RunConfig
 
 
 def benchmark_problems(config: RunConfig) -> list[str]:
     """What is wrong with them. Their names are checked where they are read."""
     benchmarks, parallel, problems = config.benchmarks, config.parallel, []
     if benchmarks.every_steps is None:
+        unused = [f"benchmarks.{name}" for name in changed_fields(BenchmarkConfig(), benchmarks)]
+        if unused:
+            problems.append(
+                f"{', '.join(unused)}: set, but benchmarks.every_steps is not, so nothing would be scored: say after how many steps "
+                "(benchmarks.every_steps=N), or leave it out"
+            )
         return problems
     if not benchmarks.names or benchmarks.data is None:
         problems.append(

@@ -30,6 +30,10 @@ SFT_SCRIPT = "proxy: InternVL3.5 SFT script"
 MPO_SCRIPT = "InternVL3's MPO scripts"
 PRM_SCRIPT = "proxy: InternVL2.5-8B on VisualPRM400K, script of others (JinYuanLi0012/Balanced-Info-MPRM)"
 BOTH_SCRIPTS = "proxy: InternVL3.5 pre-training and SFT scripts"
+MPO_DEEPSPEED = "InternVL3's MPO scripts: their DeepSpeed settings"
+HUGGING_FACE = "Hugging Face's default, which they do not change"
+PRM_SILENT = "ours: as in InternVL's own scripts; that of the proxy leaves it to files that were not seen, or to Hugging Face's default"
+NO_PACKING = "ours: InternVL packs nothing here"
 RELEASED = "InternVL3 config.json and 2nd-finetune scripts"
 ONE_LIST = "InternVL's DeepSpeed settings: AdamW sees one list of all parameters (read from the code, not run)"
 MODEL_SOURCE = "InternVL3 paper, Tab. 1; InternVL2.5 paper, Tab. 1; config.json of released and base models"
@@ -106,6 +110,14 @@ STAGES: dict[Stage, Settings] = {
         "optimizer.warmup_ratio": Setting(0.03, MPO_SCRIPT),
         "optimizer.weight_decay": Setting(0.05, MPO_SCRIPT),
         "optimizer.schedule": Setting("cosine", MPO_SCRIPT),
+        "optimizer.min_learning_rate": Setting(0.0, f"{MPO_SCRIPT}: {HUGGING_FACE}"),
+        "optimizer.name": Setting("adamw", MPO_DEEPSPEED),
+        "optimizer.beta1": Setting(0.9, MPO_DEEPSPEED),
+        "optimizer.beta2": Setting(0.999, MPO_DEEPSPEED),
+        "optimizer.eps": Setting(1e-8, MPO_DEEPSPEED),
+        "optimizer.clip_grad_norm": Setting(1.0, f'{MPO_DEEPSPEED} ("auto": {HUGGING_FACE})'),
+        "seed": Setting(42, f"{MPO_SCRIPT}: {HUGGING_FACE}"),
+        "data.packing": Setting("best_fit", NO_PACKING),
         **{f"optimizer.{part}.trainable": Setting(True, MPO_SCRIPT) for part in ("vision", "projector", "language")},
         "checkpoint.save_every_steps": Setting(100, "ours"),
     },
@@ -121,6 +133,14 @@ STAGES: dict[Stage, Settings] = {
         "optimizer.warmup_ratio": Setting(0.05, PRM_SCRIPT),
         "optimizer.weight_decay": Setting(0.05, PRM_SCRIPT),
         "optimizer.schedule": Setting("cosine", PRM_SCRIPT),
+        "optimizer.min_learning_rate": Setting(0.0, PRM_SILENT),
+        "optimizer.name": Setting("adamw", PRM_SILENT),
+        "optimizer.beta1": Setting(0.9, PRM_SILENT),
+        "optimizer.beta2": Setting(0.999, PRM_SILENT),
+        "optimizer.eps": Setting(1e-8, PRM_SILENT),
+        "optimizer.clip_grad_norm": Setting(1.0, PRM_SILENT),
+        "seed": Setting(42, PRM_SILENT),
+        "data.packing": Setting("best_fit", NO_PACKING),
         **{
             f"optimizer.{part}.trainable": Setting(True, "ours: as in SFT; the proxy freezes the encoder")
             for part in ("vision", "projector", "language")
@@ -130,7 +150,10 @@ STAGES: dict[Stage, Settings] = {
 }
 
 MPO_OF_LARGE: Settings = {
-    "num_steps": Setting(400, f"{MPO_SCRIPT}: the best checkpoint of 38B and 78B"),
+    "num_steps": Setting(400, f"{MPO_SCRIPT}: the best checkpoint of 38B and 78B, out of one epoch"),
+    "optimizer.schedule_steps": Setting(
+        586, f"{MPO_SCRIPT}: the rate falls over one epoch of MMPR-v1.2's 300,000 pairs, 512 a step"
+    ),
     "rows_per_step": Setting(128, f"ours: about 4 pairs a row make the 512 pairs a step of {MPO_SCRIPT}"),
     "data.tokens_per_row": Setting(16384, f"{MPO_SCRIPT}: 8192 tokens for each answer of a pair"),
     "data.tiles_per_row": Setting(32, "ours: the images of a full row, which are encoded once a pair"),

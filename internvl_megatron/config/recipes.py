@@ -1,11 +1,12 @@
 """A run is a function: it returns a complete configuration, which overrides may change field by field."""
 
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 
 from internvl_megatron.config.models import INTERNVL3
-from internvl_megatron.config.overrides import field_paths, with_values
+from internvl_megatron.config.overrides import apply_overrides, field_paths, from_json, with_values
 from internvl_megatron.config.recipe_settings import LAYOUTS, MODEL_SOURCE, STAGES, Stage, recipe_settings
 from internvl_megatron.config.schema import (
     CheckpointConfig,
@@ -125,3 +126,13 @@ def find_recipe(name: str, num_ranks: int | None = None) -> RunConfig:
         near = difflib.get_close_matches(name, RECIPES, n=1, cutoff=0.0)[0]
         raise ConfigError(f"there is no recipe {name!r}; did you mean {near!r}? `recipes` lists all")
     return RECIPES[name]()
+
+
+def named_config(name: str, num_ranks: int | None = None, overrides: Sequence[str] = ()) -> RunConfig:
+    """The configuration that a command line names: a recipe, or a run's config.json, and what is changed of it.
+
+    Raises:
+        ConfigError: there is no such recipe, file or setting.
+    """
+    config = from_json(Path(name)) if name.endswith(".json") else find_recipe(name, num_ranks)
+    return apply_overrides(config, overrides)

@@ -233,7 +233,7 @@ class DataConfig:
     meta: str = ""
     """InternVL meta JSON: {name: {root, annotation, repeat_time, data_augment, length, [max_dynamic_patch], [group]}}."""
     eval_meta: str | None = None
-    """Meta JSON of held-out data for the evaluation loss during training; None = no evaluation."""
+    """Meta JSON of held-out data for the evaluation loss during training, every `eval_every_steps`; None = no evaluation."""
     index_folder: str | None = None
     """Where indices of annotation files go that cannot be written beside them; None = `index` in the run's folder. All
     ranks should see it."""
@@ -350,14 +350,17 @@ class OptimizerConfig:
     learning_rate: float = 2e-5
     min_learning_rate: float = 0.0
     warmup_ratio: float | None = 0.03
-    """Share of the run's steps over which the learning rate rises linearly; or say it in steps."""
+    """Share of the schedule's steps over which the learning rate rises linearly; or say it in steps."""
     warmup_steps: int | None = None
     """Steps over which the learning rate rises linearly, instead of `warmup_ratio`, which is then null."""
     schedule: Literal["cosine", "constant", "wsd"] = "cosine"
-    """After warm-up: `cosine` falls to the minimum over all that is left of the run; `constant` stays; `wsd` (warm-up, stable,
-    decay) stays and falls linearly over the last `final_decay_ratio` of the run."""
+    """After warm-up: `cosine` falls to the minimum over all that is left of the schedule; `constant` stays; `wsd` (warm-up, stable,
+    decay) stays and falls linearly over the last `final_decay_ratio` of the schedule."""
+    schedule_steps: int | None = None
+    """Steps of the schedule, where it is not as long as the run; None = `num_steps`. A run that is shorter ends before its rate is at
+    the minimum; in one that is longer the rate stays there (Megatron: `--lr-decay-iters` beside `--train-iters`)."""
     final_decay_ratio: float = 0.1
-    """Share of the run's steps over which the learning rate falls at the end (wsd)."""
+    """Share of the schedule's steps over which the learning rate falls at the end (wsd)."""
     weight_decay: float = 0.05
     beta1: float = 0.9
     beta2: float = 0.999
@@ -497,5 +500,6 @@ class RunConfig:
     wandb_project: str | None = None
     """Show the run in this project of Weights & Biases too; None = in TensorBoard alone."""
     eval_every_steps: int | None = None
+    """Steps from one evaluation on `data.eval_meta` to the next, and after the last; None = no evaluation."""
     eval_rows: int = 8
     """Packed held-out rows of one evaluation."""

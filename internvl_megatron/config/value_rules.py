@@ -147,4 +147,9 @@ def data_problems(config: RunConfig) -> list[str]:
             problems.append(str(error))
     if config.eval_every_steps and not data.eval_meta:
         problems.append("eval_every_steps is set but data.eval_meta is not: give held-out data, or set it to null")
+    if data.eval_meta and config.eval_every_steps is None:
+        problems.append(
+            f"data.eval_meta={data.eval_meta} is set but eval_every_steps is not, so nothing would be evaluated: say after how many "
+            "steps (eval_every_steps=N), or set data.eval_meta to null"
+        )
     return problems

@@ -93,7 +93,7 @@ class Limits:
     cache_tokens: int = 131_072
     """Tokens whose keys and values are kept: sequences times the longest of them."""
     max_positions: int = 32_768
-    """The context: positions from here on are refused. InternVL3 was trained up to 32K (paper, sec. 2.3)."""
+    """The context: positions from here on are refused. InternVL3 was trained up to 32K (paper, sec. 2.5)."""
 
     def __post_init__(self) -> None:
         """Check the values. Raises `ConfigError`."""

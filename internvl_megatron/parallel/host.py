@@ -20,6 +20,12 @@ def gather_integers(values: np.ndarray, group: dist.ProcessGroup) -> list[np.nda
     return [row[:length] for row, length in zip(gathered.numpy().reshape(size, -1), lengths.tolist(), strict=True)]
 
 
+def gather_texts(text: str, group: dist.ProcessGroup) -> list[str]:
+    """All ranks' texts, in the order of their ranks."""
+    gathered = gather_integers(np.frombuffer(text.encode(), dtype=np.uint8), group)
+    return [values.astype(np.uint8).tobytes().decode() for values in gathered]
+
+
 def broadcast_bytes(payload: bytes | None, source: int, group: dist.ProcessGroup) -> bytes:
     """The source rank's bytes on every rank of the group; the others pass None."""
     size = torch.tensor([0 if payload is None else len(payload)])

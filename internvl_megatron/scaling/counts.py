@@ -5,10 +5,14 @@ Letters follow the spec: H, F, L of the vision encoder (width, feed-forward widt
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
-from internvl_megatron.config.schema import LanguageConfig, ModelConfig, VisionConfig, padded_vocab_size
+from internvl_megatron.config.schema import LanguageConfig, ModelConfig, RunConfig, VisionConfig, padded_vocab_size
+
+Trained = Literal["weights", "adapters", "nothing"]
+"""What a step trains of a part of the model."""
 
 BACKWARD_AND_FORWARD = 3
 """A training step's matrix products over those of its forward pass: one more for inputs, one more for weights."""
@@ -57,8 +61,55 @@ def parameter_counts(model: ModelConfig, padded_vocab: bool = False) -> PartCoun
     )
 
 
+@dataclass(frozen=True)
+class TrainedParts:
+    """What a step trains, and so how much of a backward pass each part of the model needs."""
+
+    vision: Trained = "weights"
+    projector: Trained = "weights"
+    language: Trained = "weights"
+
+    @classmethod
+    def of(cls, config: RunConfig) -> "TrainedParts":
+        """As a run has it: of a part with adapters they are alone."""
+        parts, lora = config.optimizer, config.lora
+        return cls(
+            vision=_trained(parts.vision.trainable, lora.vision_rank),
+            projector=_trained(parts.projector.trainable, None),
+            language=_trained(parts.language.trainable, lora.language_rank),
+        )
+
+
+def _trained(trainable: bool, adapter_rank: int | None) -> Trained:
+    if not trainable:
+        return "nothing"
+    return "weights" if adapter_rank is None else "adapters"
+
+
+ALL_PARTS = TrainedParts()
+
+
+@dataclass(frozen=True)
+class _Products:
+    """FLOPs of matrix products in a forward pass: with weights, and of activations with each other."""
+
+    weights: int
+    attention: int
+
+    def step(self, trained: Trained, is_above_trained: bool) -> int:
+        """FLOPs of forward and backward passes, in a part with or without trained parts below it.
+
+        Backward, a product with weights is one product for the gradient of its input and one for that of its weights; in attention
+        both factors are activations. What is frozen has no gradients of weights, and with nothing trained below it no backward pass.
+        """
+        if trained == "nothing" and not is_above_trained:
+            return self.weights + self.attention
+        weights = BACKWARD_AND_FORWARD if trained == "weights" else BACKWARD_AND_FORWARD - 1
+        return weights * self.weights + BACKWARD_AND_FORWARD * self.attention
+
+
 def forward_flops(model: ModelConfig, num_tokens: int, num_tiles: int, attention_pairs: int) -> PartCounts:
-    """FLOPs of the matrix products of one forward pass, 2 per multiply-add.
+    """FLOPs of the matrix products of one forward pass, 2 per multiply-add, with the output layer at every token.
 
     Counted: linear layers, the patch embedding, attention scores and weighted sums. Attention in the language model is
     causal and counted as half of all pairs; in the vision encoder every token of a tile sees every other, class token
@@ -99,17 +150,43 @@ def output_layer_flops[Number: (int, np.ndarray)](language: LanguageConfig, num_
     return 2 * num_tokens * language.hidden_size * language.vocab_size
 
 
-def step_flops(model: ModelConfig, num_tokens: int, num_tiles: int, attention_pairs: int) -> PartCounts:
-    """FLOPs of one training step over all ranks: forward and backward, 3 times `forward_flops`.
+def step_flops(
+    model: ModelConfig,
+    num_tokens: int,
+    num_tiles: int,
+    attention_pairs: int,
+    num_supervised_tokens: int,
+    trained: TrainedParts = ALL_PARTS,
+) -> PartCounts:
+    """FLOPs of one training step over all ranks, forward and backward.
 
-    This is the work the model needs ("model FLOPs"), with the vision encoder counted: what is computed a second time
-    to save memory, padding and dummy tiles are not in it. Arguments as there; all numbers of the global batch.
+    This is the work that the model and what is trained of it need ("model FLOPs"), with the vision encoder counted: three times
+    the forward pass of a part that is trained, twice that of a frozen one with something trained below it (attention three times,
+    which has no weights), and once that of what gradients do not reach. The output layer is counted where the trainer computes
+    it, at the tokens that carry loss. Not in it: what is computed a second time to save memory, passes of MPO's reference,
+    padding, dummy tiles, and the products of adapters, which are small.
+
+    Args:
+        model: sizes.
+        num_tokens: as the two below, see `forward_flops`; all numbers are of the global batch.
+        num_tiles: of all images.
+        attention_pairs: of all samples.
+        num_supervised_tokens: tokens that carry loss, or where else the output layer is to be counted.
+        trained: what is trained.
     """
-    forward = forward_flops(model, num_tokens, num_tiles, attention_pairs)
+    language, vision = model.language, model.vision
+    encoder = _Products(num_tiles * _encoder_weight_flops(vision), num_tiles * _encoder_attention_flops(vision))
+    layers = language.num_layers * layer_flops(language, num_tokens, 0)
+    decoder = _Products(
+        weights=layers + output_layer_flops(language, num_supervised_tokens),
+        attention=language.num_layers * layer_flops(language, 0, attention_pairs),
+    )
+    trains_vision = trained.vision != "nothing"
+    trains_images = num_tiles > 0 and (trains_vision or trained.projector != "nothing")
     return PartCounts(
-        vision=BACKWARD_AND_FORWARD * forward.vision,
-        projector=BACKWARD_AND_FORWARD * forward.projector,
-        language=BACKWARD_AND_FORWARD * forward.language,
+        vision=encoder.step(trained.vision, is_above_trained=False),
+        projector=_Products(num_tiles * _projector_flops(model), 0).step(trained.projector, trains_vision),
+        language=decoder.step(trained.language, trains_images),
     )
 
 
@@ -154,11 +231,20 @@ def _vision_parameters(vision: VisionConfig) -> int:
 
 def _encoder_flops(vision: VisionConfig) -> int:
     """Forward FLOPs of one tile through the vision encoder."""
+    return _encoder_weight_flops(vision) + _encoder_attention_flops(vision)
+
+
+def _encoder_weight_flops(vision: VisionConfig) -> int:
+    """Of these, those with weights: the patch embedding, and the linear layers on patches and class token."""
     patches = vision.patches_per_side**2
-    tokens = patches + 1
-    attention = 4 * tokens**2 * vision.hidden_size  # scores and weighted sum
-    layer = 2 * tokens * _vision_layer_weights(vision) + attention
+    layer = 2 * (patches + 1) * _vision_layer_weights(vision)
     return 2 * patches * _patch_values(vision) * vision.hidden_size + vision.num_layers * layer
+
+
+def _encoder_attention_flops(vision: VisionConfig) -> int:
+    """The others: scores and weighted sums."""
+    tokens = vision.patches_per_side**2 + 1
+    return vision.num_layers * 4 * tokens**2 * vision.hidden_size
 
 
 def _projector_weights(model: ModelConfig) -> int:

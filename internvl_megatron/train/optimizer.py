@@ -18,7 +18,7 @@ from megatron.core.optimizer.optimizer_config import ParamKey, ParamWithNamePred
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import MegatronModule
 
-from internvl_megatron.config.optimizer_rules import num_decay_steps, num_warmup_steps
+from internvl_megatron.config.optimizer_rules import num_decay_steps, num_schedule_steps, num_warmup_steps
 from internvl_megatron.config.schema import OptimizerConfig, PartConfig, RunConfig
 from internvl_megatron.model.build import torch_dtype
 from internvl_megatron.train.sharded_optimizer import ShardedOptimizer
@@ -28,17 +28,18 @@ def learning_rate(config: OptimizerConfig, step: int, num_steps: int) -> float:
     """Learning rate of a step counted from 0: linear warm-up, then as `schedule` says.
 
     `wsd` is "warm-up, stable, decay" (MiniCPM, arXiv 2404.06395) with a linear decay. Warm-up begins at the first step's share,
-    not at 0, so that no step is lost. Steps count the same whatever number of rows they have.
+    not at 0, so that no step is lost. Steps count the same whatever number of rows they have. Behind its schedule's end a run stays at
+    the minimum; one that ends before does not get there.
     """
-    warmup_steps = num_warmup_steps(config, num_steps)
+    warmup_steps, horizon = num_warmup_steps(config, num_steps), num_schedule_steps(config, num_steps)
     if step < warmup_steps:
         return config.learning_rate * (step + 1) / warmup_steps
     if config.schedule == "constant":
         return config.learning_rate
     if config.schedule == "wsd":
-        share = min(1.0, (num_steps - step) / num_decay_steps(config, num_steps))
+        share = min(1.0, max(0, horizon - step) / num_decay_steps(config, num_steps))
     else:
-        progress = (step - warmup_steps) / max(1, num_steps - warmup_steps)
+        progress = (step - warmup_steps) / max(1, horizon - warmup_steps)
         share = 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))
     return config.min_learning_rate + share * (config.learning_rate - config.min_learning_rate)
 

@@ -156,7 +156,8 @@ start_again() {
     say "goes on as job ${new%%;*} ${exclude[*]:-}"
 }
 
-# order_nodes CONFIG: the next steps have their ranks on the nodes in the order of NODE_ORDER.
+# order_nodes RECIPE_OR_CONFIG [section.field=value ...]: the next steps have their ranks on the nodes in the order of NODE_ORDER, for
+# the layout of a run that gets these arguments.
 order_nodes() {
     local addresses=$LOG_FOLDER/addresses hosts
     # shellcheck disable=SC2016 # the nodes know where they are
@@ -164,7 +165,7 @@ order_nodes() {
         bash -c 'echo "$SLURMD_NODENAME ${SLURM_TOPOLOGY_ADDR:-$SLURMD_NODENAME}"' >"$addresses"
     hosts=$(srun --job-name=order --nodes=1 --ntasks=1 ${step_options[@]+"${step_options[@]}"} \
         ${in_container[@]+"${in_container[@]}"} "$PYTHON" -m internvl_megatron.cluster.node_order \
-        "$1" "$addresses" "$NODE_ORDER" "$SLURM_NTASKS_PER_NODE")
+        "$1" "$addresses" "$NODE_ORDER" "$SLURM_NTASKS_PER_NODE" "${@:2}")
     export SLURM_HOSTFILE=$LOG_FOLDER/hosts MASTER_ADDR=${MASTER_ADDR:-${hosts%%$'\n'*}}
     while read -r host; do
         for ((task = 0; task < SLURM_NTASKS_PER_NODE; task++)); do echo "$host"; done

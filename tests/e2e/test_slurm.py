@@ -26,6 +26,7 @@ SETTINGS = [
     f"checkpoint.save_every_steps={SAVE_EVERY}",
     "rows_per_step=8",
     "eval_every_steps=null",
+    "data.eval_meta=null",
     "data.tokens_per_row=1024",
     "data.tiles_per_row=64",
 ]

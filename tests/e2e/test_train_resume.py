@@ -1,5 +1,6 @@
 """The command line on real files: train, interrupt, kill, continue, answer. Four ranks, TP2 x PP2."""
 
+import itertools
 import json
 import os
 import re
@@ -115,6 +116,13 @@ def test_metrics_are_complete(whole: Path) -> None:
     assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
     assert all(row["loss"] > 0 and row["grad_norm"] > 0 and row["mfu"] > 0 for row in rows)
     assert sum(row["num_tiles"] for row in rows) > 0
+    for what in ("tokens", "samples"):
+        counted = itertools.accumulate(row[f"num_{what}"] for row in rows)
+        assert [row[f"total_{what}"] for row in rows] == list(counted)
+    newest = folders.read_info(folders.finished(whole / "checkpoints")[-1])
+    assert (newest.num_tokens, newest.num_samples) == (rows[-1]["total_tokens"], rows[-1]["total_samples"])
+    times = [row["unix_seconds"] for row in rows]
+    assert times == sorted(times) and 0 <= time.time() - times[-1] < 3600
     assert all(0 < row["num_supervised_tokens"] < 2 * 512 for row in rows)
     assert [row["step"] for row in rows if row["eval_loss"] is not None] == [3, 6]
     for row in rows:

@@ -12,7 +12,7 @@ from typing import Any
 import psutil
 import pytest
 
-from internvl_megatron.errors import ConfigError
+from internvl_megatron.errors import ConfigError, TrainingError
 from internvl_megatron.launcher import InterruptedRunError, RankFailedError, launch
 from internvl_megatron.ranks import RankInfo
 
@@ -89,6 +89,11 @@ def wrong_setting(info: RankInfo, folder: Path) -> None:
     raise ConfigError("parallel.tensor_size: 3 ranks cannot be split in twos; use --nproc 4")
 
 
+def bad_step(info: RankInfo, folder: Path) -> None:
+    note_pid(info, folder)
+    raise TrainingError("step 3 is bad and ends the run")
+
+
 def unsendable_result(info: RankInfo) -> object:
     return lambda: info
 
@@ -145,6 +150,13 @@ def test_a_users_error_shows_no_traceback(run_ranks: Run, tmp_path: Path) -> Non
     assert "Traceback" not in str(caught.value)
     assert all(failure.is_user_error for failure in caught.value.failures)
     expect_gone(tmp_path, 2)
+
+
+def test_an_end_that_is_nobodys_wrong_setting_is_told_apart(run_ranks: Run, tmp_path: Path) -> None:
+    with pytest.raises(RankFailedError, match="step 3 is bad") as caught:
+        run_ranks(bad_step, 2, tmp_path)
+    assert "Traceback" not in str(caught.value)
+    assert all(failure.is_user_error and failure.is_training_error for failure in caught.value.failures)
 
 
 def test_a_result_that_cannot_be_sent_is_a_failure(run_ranks: Run) -> None:

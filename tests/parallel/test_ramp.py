@@ -115,8 +115,10 @@ def test_two_replicas_give_the_same_losses_and_go_on_in_the_middle(
     """Interrupted while the batch grows, before the first step that begins in the middle of the streams."""
     run_ranks(_train, 2, [_config(data, tmp_path, "DP2", end) for end in (3, len(ROWS))])
     for one, two in zip(_metrics(whole), _metrics(tmp_path), strict=True):
-        for name in ("num_rows", "num_samples", "num_tiles", "num_supervised_tokens"):
+        for name in ("num_rows", "num_samples", "num_tiles", "num_tokens", "num_supervised_tokens"):
             assert one[name] == two[name]
+        for name in ("total_tokens", "total_samples"):
+            assert one[name] == two[name], "over the interruption"
         assert two["loss"] == pytest.approx(one["loss"], rel=1e-5)
         assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-4)
 

@@ -56,7 +56,7 @@ def test_a_dry_baseline(tmp_path: Path) -> None:
 @pytest.mark.parallel
 def test_a_profile_on_the_cpu(tmp_path: Path) -> None:
     settings = ["parallel.tensor_size=1", "parallel.pipeline_size=1", "eval_every_steps=null", "rows_per_step=1"]
-    settings += ["data.tokens_per_row=64", "data.tiles_per_row=16"]
+    settings += ["data.eval_meta=null", "data.tokens_per_row=64", "data.tiles_per_row=16"]
     arguments = ["--drawn-rows", "demo_digits", *settings, "--warmup", "1", "--steps", "1", "--output", str(tmp_path)]
     assert profile(arguments) == 0
     record = json.loads((tmp_path / "profile.json").read_text())

@@ -149,7 +149,9 @@ def test_tensorboard_shows_each_step_once(tmp_path):
 
 def test_every_field_is_shown_in_one_group():
     shown = [name for names in GROUPS.values() for name in names]
-    assert sorted([*shown, "step", "images_by_delta"]) == sorted(field.name for field in fields(StepMetrics))
+    assert sorted([*shown, "step", "unix_seconds", "images_by_delta"]) == sorted(
+        field.name for field in fields(StepMetrics)
+    )
 
 
 def test_deltas_show_as_a_histogram(tmp_path):

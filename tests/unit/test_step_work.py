@@ -14,13 +14,13 @@ WORK = StepWork(
 
 def test_conventions_differ_by_attention_and_head_alone() -> None:
     language = MODEL.language
-    counted_by_trainer = step_flops(MODEL, 1500, 3, 1_250_000).total
-    assert WORK.flops(MODEL, "causal", "all") == counted_by_trainer
+    counted_by_trainer = step_flops(MODEL, 1500, 3, 1_250_000, num_supervised_tokens=100).total
+    assert WORK.flops(MODEL) == WORK.flops(MODEL, "causal", "supervised") == counted_by_trainer
     # scores and weighted sum, 2 each per value of a head, for the other half of the pairs; forward and twice backward
     other_half = 3 * language.num_layers * 2 * 1_250_000 * language.num_heads * language.head_size
-    assert WORK.flops(MODEL, "full", "all") - counted_by_trainer == other_half
+    assert WORK.flops(MODEL, "full", "supervised") - counted_by_trainer == other_half
     head = 2 * language.hidden_size * language.vocab_size
-    assert counted_by_trainer - WORK.flops(MODEL, "causal", "supervised") == 3 * 1400 * head
+    assert WORK.flops(MODEL, "causal", "all") - counted_by_trainer == 3 * 1400 * head
 
 
 def test_a_dense_model_is_six_flops_per_weight_and_token() -> None:

@@ -213,6 +213,13 @@ def test_vocabulary_padding_does_not_depend_on_the_layout() -> None:
         (["data.tiles_per_row=3"], 4, "set it to at least 7"),
         (["data.v2pe=fixed", "data.v2pe_numerator=3"], 4, "v2pe_numerator=3 must be one of"),
         (["data.eval_meta=null"], 4, "eval_every_steps is set but data.eval_meta is not"),
+        (["eval_every_steps=null"], 4, "data.eval_meta=.* is set but eval_every_steps is not, .*eval_every_steps=N"),
+        (["benchmarks.names=mmstar"], 4, "benchmarks.names: set, but benchmarks.every_steps is not"),
+        (
+            ["benchmarks.data=d", "benchmarks.limit_samples=5"],
+            4,
+            r"benchmarks.data, benchmarks.limit_samples: set, .*\(benchmarks.every_steps=N\)",
+        ),
         (["model.vision.num_heads=0"], 4, "model.vision.num_heads=0 must be greater than 0"),
         (["optimizer.learning_rate=nan"], 4, "learning_rate=nan must be a finite number"),
         (["optimizer.beta2=1"], 4, "beta2=1.0 must be below 1"),
@@ -320,7 +327,8 @@ def test_plan_names_all_problems_at_once() -> None:
 
 
 def test_plan_asks_for_rows_of_evaluation_only_where_there_is_one() -> None:
-    assert plan(apply_overrides(demo_digits(), ["rows_per_step=16", "eval_every_steps=null", "eval_rows=3"]), 64)
+    settings = ["rows_per_step=16", "eval_every_steps=null", "data.eval_meta=null", "eval_rows=3"]
+    assert plan(apply_overrides(demo_digits(), settings), 64)
 
 
 def test_group_weights(tmp_path: Path) -> None:

@@ -119,6 +119,9 @@ def test_preference_optimization_is_as_published(size: str) -> None:
     assert config.data.tokens_per_row // 2 == (8192 if is_large else 12288), "of each answer"
     assert config.rows_per_step * 4 == (512 if is_large else 256), "pairs, four a row"
     assert config.num_steps == (400 if is_large else round(300_000 / 256))
+    assert config.optimizer.schedule_steps == (round(300_000 / 512) if is_large else None), (
+        "the rate falls over an epoch"
+    )
     mpo = config.mpo
     factors = (mpo.preference_factor, mpo.quality_factor, mpo.generation_factor)
     assert (factors, mpo.beta, mpo.reference_file) == ((0.8, 0.2, 1.0), 0.1, None)
@@ -163,6 +166,17 @@ def test_whatever_differs_from_the_defaults_has_a_source(name: str, num_ranks: i
     assert all(re.match(allowed, source) for source in shown.values())
 
 
+@pytest.mark.parametrize("stage", ["mpo", "prm"])
+def test_what_other_stages_scripts_say_is_no_source_of_this_one(stage: str) -> None:
+    """InternVL3.5 pre-training's and SFT's scripts stand for InternVL3's; MPO has its own, and the judge its proxy."""
+    for line, source in sourced(f"internvl3_8b_{stage}"):
+        assert not re.search(r"InternVL3\.5 (pre-training|SFT)", source), f"{line} # {source}"
+    shown = {line.partition("=")[0]: source for line, source in sourced(f"internvl3_8b_{stage}")}
+    if stage == "mpo":
+        for name in ("beta1", "beta2", "eps", "clip_grad_norm"):
+            assert shown[f"optimizer.{name}"].startswith("InternVL3's MPO scripts: their DeepSpeed settings"), name
+
+
 def test_values_are_those_of_the_table() -> None:
     config = find_recipe("internvl3_8b_sft")
     for path, setting in (COMMON | STAGES["sft"]).items():
@@ -192,6 +206,30 @@ def test_show(capsys: pytest.CaptureFixture[str]) -> None:
     assert re.search(r"^checkpoint\.load=null +# yours to set", text, re.MULTILINE)
     assert main(["recipes", "--show", "demo_digits"]) == 0
     assert re.search(r"^optimizer\.learning_rate=0\.001 +# the recipe", capsys.readouterr().out, re.MULTILINE)
+
+
+def shown(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    assert main(["recipes", "--show", *arguments]) == 0
+    return capsys.readouterr().out
+
+
+def test_show_a_configuration_of_one_s_own(capsys: pytest.CaptureFixture[str]) -> None:
+    """Layout, memory and sources are of what was given, on either side of the options."""
+    plain = shown(capsys, "internvl3_8b_sft", "--ranks", "16")
+    given = ["parallel.pipeline_size=4", "parallel.vision_window_rows=null", "data.meta=m.json"]
+    changed = shown(capsys, "internvl3_8b_sft", *given[:2], "--ranks", "16", *given[2:])
+    assert "TP4 x PP1 x DP4" in plain and "TP4 x PP4 x DP1" in changed
+    memory = [re.search(r"fullest rank: weights ([\d.]+) GB", text) for text in (plain, changed)]
+    assert memory[0] and memory[1] and float(memory[1][1]) < float(memory[0][1]) / 2
+    assert re.search(r"^parallel\.pipeline_size=4 +# given$", changed, re.MULTILINE)
+    assert re.search(r"^parallel\.vision_window_rows=null +# given$", changed, re.MULTILINE)
+    assert re.search(r"^data\.meta=m\.json +# given$", changed, re.MULTILINE)
+    assert re.search(r"^data\.meta= +# yours to set$", plain, re.MULTILINE)
+    assert re.search(r"^parallel\.tensor_size=4 +# ours: estimated", changed, re.MULTILINE), "what was not given"
+    assert "\nencoder: in phases of its own" in plain and "\nencoder: in the pauses of the pipeline" in changed
+    without_ranks = shown(capsys, "internvl3_8b_sft", "parallel.pipeline_size=4", "parallel.stage_layers=7,7,7,7")
+    assert "on 16 ranks: TP4 x PP4 x DP1" in without_ranks, "the fewest that it goes on"
+    assert "not filled because of parallel.vision_window_rows=4" in without_ranks
 
 
 @pytest.mark.parametrize(
@@ -239,6 +277,9 @@ def test_the_report_says_whether_pauses_are_filled(name: str, overrides: list[st
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["internvl3_8b_sft", "parallel.tensr_size=2"], "did you mean 'parallel.tensor_size'"),
+        (["internvl3_8b_sft", "parallel.tensor_size=3"], "parallel.tensor_size=3 must divide"),
+        (["internvl3_8b_sft", "parallel.tensor_size=3", "--ranks", "8"], "which does not divide the 8 ranks"),
         (["internvl3_38b_pretain"], "did you mean 'internvl3_38b_pretrain'"),
         (["internvl3_78b_sft", "--ranks", "8"], "= 32 ranks a replica, which does not divide the 8 ranks"),
         (["internvl3_8b_sft", "--ranks", "0"], "--ranks 0: at least one"),
@@ -247,6 +288,12 @@ def test_the_report_says_whether_pauses_are_filled(name: str, overrides: list[st
 def test_show_refuses(capsys: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:
     assert main(["recipes", "--show", *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [["--ranks", "8"], ["num_steps=1"]])
+def test_settings_without_a_recipe_are_refused(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> None:
+    assert main(["recipes", *arguments]) == 2
+    assert "--show NAME" in capsys.readouterr().err
 
 
 def test_all_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
