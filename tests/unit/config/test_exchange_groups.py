@@ -83,7 +83,7 @@ def test_groups_of_large_recipes_are_a_part_of_the_run() -> None:
 
 
 def test_more_rows_make_smaller_groups_and_a_setting_wins() -> None:
-    config = apply_overrides(demo_digits(), ["eval_every_steps=null"])
+    config = apply_overrides(demo_digits(), ["eval_every_steps=null", "data.eval_meta=null"])
     found = {}
     for rows, data_size in ((2, 1), (64, 8), (4096, 128), (2**17, 128)):
         made = plan(apply_overrides(config, [f"rows_per_step={rows}"]), 4 * data_size)
