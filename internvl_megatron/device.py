@@ -188,6 +188,14 @@ class Device:
 
             tensor.record_stream(torch.cuda.current_stream(self.index))
 
+    def use_in_this_thread(self) -> None:
+        """Make this the calling thread's device. A new thread's is the machine's first GPU, whichever its process uses: a stream
+        entered or memory got there would make a context on that GPU, some hundred MB of it, for every rank of the machine."""
+        if self.kind == "cuda":
+            import torch
+
+            torch.cuda.set_device(self.index)
+
     def side_stream(self) -> "AbstractContextManager[object]":
         """What is given to the device in the block does not wait for what it was given before, nor the other way round."""
         if self.kind == "cpu":

@@ -71,7 +71,11 @@ class WindowMaker:
             and parallel.vision_window_rows is None
             and parallel.pad_rows
         )
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="window") if config.parallel.prepare_ahead else None
+        self._thread = (
+            ThreadPoolExecutor(1, thread_name_prefix="window", initializer=device.use_in_this_thread)
+            if config.parallel.prepare_ahead
+            else None
+        )
         self._ahead: tuple[StepRows, int, Future[Window]] | None = None
 
     def first(self, batch: StepRows) -> Window:
