@@ -121,6 +121,8 @@ class Device:
                 for part, (recipe, kernel) in parts.items()
                 if recipe != "none" and kernel == "torch"
             ]
+        if self.kind == "cuda":
+            problems += _not_repeatable(config, attention)
         if problems:
             raise ConfigError("\n".join(f"config: {problem}" for problem in problems))
         fuses = self.kind == "cuda" if kernels.fuse_swiglu == "auto" else kernels.fuse_swiglu == "on"
@@ -428,6 +430,28 @@ def ring_stream() -> "torch.cuda.Stream":
 
 
 NOT_INSTALLED = "install it: pip install 'internvl_megatron[gpu]'"
+REPEATABLE_ALGORITHMS = "NVTE_ALLOW_NONDETERMINISTIC_ALGO"
+"""Environment variable of Transformer Engine; 0 = the same bits every time."""
+
+
+def _not_repeatable(config: "RunConfig", attention: AttentionKernel) -> list[str]:
+    """Why a step computed twice would differ on machines that are well: gradients of queries are added up as they come. In fp32
+    attention is torch's."""
+    every = config.bad_steps.recheck_every_steps
+    if every is None or config.dtype != "bf16":
+        return []
+    asked = f"bad_steps.recheck_every_steps={every}: the backward pass of attention (kernels.attention={attention})"
+    if attention == "transformer_engine" and os.environ.get(REPEATABLE_ALGORITHMS, "1") != "0":
+        return [
+            f"{asked} need not give the same bits twice, which would end a healthy run: set {REPEATABLE_ALGORITHMS}=0 in the "
+            "environment, which costs some speed, or bad_steps.recheck_every_steps=null"
+        ]
+    if attention == "flash_attn":
+        return [
+            f"{asked} does not give the same bits twice, which would end a healthy run: set kernels.attention="
+            f"transformer_engine and {REPEATABLE_ALGORITHMS}=0 in the environment, or bad_steps.recheck_every_steps=null"
+        ]
+    return []
 
 
 def _not_here(setting: str, package: str, device: Device) -> str:
