@@ -75,11 +75,13 @@ def _parts_of(size: str, tokens_per_row: int) -> list[Part]:
     name = f"{size.lower()}-{tokens_per_row // 1024}k"
     rows = ("--sizes", size, "--rows", str(tokens_per_row))
     speed = ("-m", "tools.benchmark", "gpu", "step", *rows)
-    huggingface = ("-m", "tools.benchmark", "gpu", "hf", *rows)
-    return [
+    # Up to seven processes, each of which loads a model.
+    huggingface = ("-m", "tools.benchmark", "gpu", "hf", *rows, "--steps", "3", "--warmup", "2")
+    parts = [
         Part(f"speed-{name}", 240, speed, (*_QUICK, "--precisions", "bf16", "fp8_current")),
         Part(f"hf-{name}", 300, huggingface, _QUICK),
     ]
+    return parts
 
 
 def _profile(name: str, *overrides: str) -> Part:
