@@ -3,6 +3,7 @@
     python -m tools.benchmark gpu vision  [--encoders 300M 6B] [--precisions bf16 fp8_current]
     python -m tools.benchmark gpu step    [--sizes 1B 2B 8B] [--precisions bf16 fp8_current fp8_blockwise] [--rows 4096 16384]
     python -m tools.benchmark gpu hf      [--sizes 1B 2B 8B] [--rows 4096 16384]
+        step and hf: [--way bf16-none-16]
         all: [--dry] [--steps N] [--set section.field=value ...] [--output FILE]
 
 `--dry` does the same on a CPU with tiny models. Every case runs in a process of its own, and so does every setting of the baseline;
@@ -25,6 +26,7 @@ from tools.gpu_cases import (
     PRECISIONS,
     ROW_LENGTHS,
     SIZES,
+    WAYS,
     Case,
     Precision,
     Setting,
@@ -33,6 +35,7 @@ from tools.gpu_cases import (
     baseline_settings,
     best_way,
     choose,
+    layers_that_fit,
     model_of,
 )
 from tools.gpu_training import train_rank
@@ -54,8 +57,15 @@ def cut_case(size: Size, precision: Precision, tokens_per_row: int, options: arg
     """A case with as many layers as should fit."""
     model = model_of(size, options.dry)
     gpu, num_layers, way = query_gpu(), model.language.num_layers, Way()
+    if options.way is not None:
+        way = next(way for way in WAYS if way.name == options.way)
+        way = replace(way, moments="fp32") if options.dry else way  # a CPU has no others
     if gpu is not None and not options.dry:
-        way, num_layers = best_way(model, tokens_per_row, gpu["memory_bytes"])
+        memory = gpu["memory_bytes"]
+        if options.way is None:
+            way, num_layers = best_way(model, tokens_per_row, memory)
+        else:
+            num_layers = layers_that_fit(model, tokens_per_row, memory, way)
     if options.layers is not None:
         num_layers = min(options.layers, model.language.num_layers)
     return Case(size, precision, tokens_per_row, num_layers, tuple(options.set), options.dry, way)
@@ -201,7 +211,7 @@ def results(options: argparse.Namespace, skipped: dict[str, str]) -> Iterator[It
     if options.what == "vision":
         for encoder in options.encoders:
             for precision in precisions:
-                if precision != "fp8_blockwise":  # its encoder is that of `fp8_current`
+                if precision in ("bf16", "fp8_current"):  # the others' encoder is that of `fp8_current`
                     yield once(vision_result, encoder, precision, options)
         return
     wanted: list[Precision] = precisions if options.what == "step" else ["bf16"]
@@ -335,6 +345,11 @@ def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     parser.add_argument("--precisions", nargs="+", choices=tuple(PRECISIONS), default=tuple(PRECISIONS))
     parser.add_argument("--rows", nargs="+", type=int, choices=ROW_LENGTHS, default=ROW_LENGTHS, help="tokens per row")
     parser.add_argument("--layers", type=int, help="of the language model; default: as many as fit")
+    parser.add_argument(
+        "--way",
+        choices=[way.name for way in WAYS],
+        help="moments of AdamW, what of the encoder is run again, tiles side by side; default: the first that the model fits with",
+    )
     parser.add_argument("--steps", type=int, default=DEFAULT_STEPS, help="measured; their median counts")
     parser.add_argument("--warmup", type=int, default=DEFAULT_WARMUP, help="steps before them")
     parser.add_argument(

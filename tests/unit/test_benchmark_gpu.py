@@ -12,7 +12,7 @@ from internvl_megatron.launcher import Failure, RankFailedError
 from tools import benchmark_gpu
 from tools.benchmark import main
 from tools.benchmark_gpu import left_out, run_until_it_fits
-from tools.gpu_cases import Case, Setting
+from tools.gpu_cases import KEPT_TILES, Case, Setting
 from tools.profile_step import main as profile
 
 QUICK = ["--dry", "--steps", "1", "--warmup", "1"]
@@ -102,9 +102,12 @@ def test_fp8_without_transformer_engine_is_left_out(monkeypatch: pytest.MonkeyPa
 
 def test_layers_follow_the_memory_of_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(benchmark_gpu, "query_gpu", lambda: {"memory_bytes": 80 * 2**30})
-    options = Namespace(dry=False, layers=None, set=[])
+    options = Namespace(dry=False, layers=None, set=[], way=None)
     case = benchmark_gpu.cut_case("8B", "bf16", 16384, options)
     assert 4 <= case.num_layers < 28
+    wanted = benchmark_gpu.cut_case("8B", "bf16", 4096, Namespace(dry=False, layers=None, set=[], way="bf16-none-16"))
+    assert wanted.way == KEPT_TILES
+    assert wanted.num_layers == 9
 
 
 def test_a_baseline_that_is_cut_short_leaves_what_it_has_measured(
