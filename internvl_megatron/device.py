@@ -124,6 +124,8 @@ class Device:
                 for part, (recipe, kernel) in parts.items()
                 if recipe != "none" and kernel == "torch"
             ]
+        if self.kind == "cuda":
+            problems += _not_repeatable(config, attention)
         if problems:
             raise ConfigError("\n".join(f"config: {problem}" for problem in problems))
         fuses = self.kind == "cuda" if kernels.fuse_swiglu == "auto" else kernels.fuse_swiglu == "on"
@@ -171,6 +173,10 @@ class Device:
         copy = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=self.kind == "cuda")
         return copy.copy_(tensor, non_blocking=True)
 
+    def copy_all_to_host(self, tensors: "Sequence[torch.Tensor]") -> "list[torch.Tensor]":
+        """Copies in host memory that are kept for long, complete when this returns; without `copy_to_host`'s rounding up of each."""
+        return copy_to_host(tensors, [None] * len(tensors))
+
     def fill(self, memory: "torch.Tensor", arrays: "Sequence[np.ndarray]") -> None:
         """Copy host arrays to the device, one after the other into [n, ...], without waiting for the copies."""
         import numpy as np
@@ -190,6 +196,14 @@ class Device:
             import torch
 
             tensor.record_stream(torch.cuda.current_stream(self.index))
+
+    def use_in_this_thread(self) -> None:
+        """Make this the calling thread's device. A new thread's is the machine's first GPU, whichever its process uses: a stream
+        entered or memory got there would make a context on that GPU, some hundred MB of it, for every rank of the machine."""
+        if self.kind == "cuda":
+            import torch
+
+            torch.cuda.set_device(self.index)
 
     def side_stream(self) -> "AbstractContextManager[object]":
         """What is given to the device in the block does not wait for what it was given before, nor the other way round."""
@@ -262,14 +276,59 @@ def copy_to_host(tensors: "Sequence[torch.Tensor]", targets: "Sequence[torch.Ten
     """Copies in host memory, complete when this returns; into the n-th target where it fits the n-th tensor."""
     import torch
 
-    copies = []
-    for tensor, target in zip(tensors, targets, strict=True):
-        if target is None or target.shape != tensor.shape or target.dtype != tensor.dtype:
-            target = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=tensor.is_cuda)
-        copies.append(target.copy_(tensor, non_blocking=True))
+    copies = [
+        target if target is not None and (target.shape, target.dtype) == (tensor.shape, tensor.dtype) else None
+        for tensor, target in zip(tensors, targets, strict=True)
+    ]
+    missing = [number for number, target in enumerate(copies) if target is None]
+    for number, memory in zip(missing, _host_memory([tensors[number] for number in missing]), strict=True):
+        copies[number] = memory
+    found = [target for target in copies if target is not None]
+    for tensor, target in zip(tensors, found, strict=True):
+        target.copy_(tensor, non_blocking=True)
     if any(tensor.is_cuda for tensor in tensors):
         torch.cuda.current_stream().synchronize()
-    return copies
+    return found
+
+
+HOST_BLOCK_BYTES = 1 << 30
+HOST_ALIGNMENT_BYTES = 512
+
+
+def _host_memory(tensors: "Sequence[torch.Tensor]") -> "list[torch.Tensor]":
+    """Memory for a host copy of each; what is on a GPU gets page-locked memory, in blocks that many share."""
+    import torch
+
+    memory = [None if tensor.is_cuda else torch.empty(tensor.shape, dtype=tensor.dtype) for tensor in tensors]
+    locked = iter(_in_blocks([tensor for tensor in tensors if tensor.is_cuda], HOST_BLOCK_BYTES, pin_memory=True))
+    return [next(locked) if own is None else own for own in memory]
+
+
+def _in_blocks(tensors: "Sequence[torch.Tensor]", block_bytes: int, pin_memory: bool) -> "list[torch.Tensor]":
+    """Host memory of these shapes, in order out of common blocks; a block is freed with the last tensor in it.
+
+    torch rounds page-locked memory up to a power of two (`CachingHostAllocator`): tensor by tensor that is 1.85 times the bytes of
+    an 8B, in blocks 1.17 times. What one tensor leaves of its block others get, and the last ones get smaller blocks.
+    """
+    import torch
+
+    sizes = [-(-tensor.nbytes // HOST_ALIGNMENT_BYTES) * HOST_ALIGNMENT_BYTES for tensor in tensors]
+    blocks: list[torch.Tensor] = []
+    used: list[int] = []
+    memory, left = [], sum(sizes)
+    for tensor, size in zip(tensors, sizes, strict=True):
+        number = next((n for n, block in enumerate(blocks) if len(block) - used[n] >= size), len(blocks))
+        if number == len(blocks):
+            own_bytes = 1 << (max(size, 1) - 1).bit_length()
+            wanted_bytes = 1 << (max(min(left, block_bytes), 1).bit_length() - 1)
+            capacity = max(own_bytes, wanted_bytes)
+            blocks.append(torch.empty(capacity, dtype=torch.uint8, device="cpu", pin_memory=pin_memory))
+            used.append(0)
+        own = blocks[number][used[number] : used[number] + tensor.nbytes]
+        memory.append(own.view(tensor.dtype).view(tensor.shape))
+        used[number] += size
+        left -= size
+    return memory
 
 
 @cache
@@ -392,6 +451,12 @@ def add_product(total: "torch.Tensor", left: "torch.Tensor", right: "torch.Tenso
             total[rows] += left[rows] @ right
 
 
+def likes_whole_widths(weight: "torch.Tensor") -> bool:
+    """Whether a product with all rows of a weight is faster than with an odd number of them: on a GPU, where rows of results that are
+    not 16 bytes apart keep cuBLAS from its tensor core kernels."""
+    return weight.is_cuda
+
+
 @cache
 def ring_stream() -> "torch.cuda.Stream":
     """The stream on which ring attention works on every other block of keys, one for all layers."""
@@ -401,6 +466,28 @@ def ring_stream() -> "torch.cuda.Stream":
 
 
 NOT_INSTALLED = "install it: pip install 'internvl_megatron[gpu]'"
+REPEATABLE_ALGORITHMS = "NVTE_ALLOW_NONDETERMINISTIC_ALGO"
+"""Environment variable of Transformer Engine; 0 = the same bits every time."""
+
+
+def _not_repeatable(config: "RunConfig", attention: AttentionKernel) -> list[str]:
+    """Why a step computed twice would differ on machines that are well: gradients of queries are added up as they come. In fp32
+    attention is torch's."""
+    every = config.bad_steps.recheck_every_steps
+    if every is None or config.dtype != "bf16":
+        return []
+    asked = f"bad_steps.recheck_every_steps={every}: the backward pass of attention (kernels.attention={attention})"
+    if attention == "transformer_engine" and os.environ.get(REPEATABLE_ALGORITHMS, "1") != "0":
+        return [
+            f"{asked} need not give the same bits twice, which would end a healthy run: set {REPEATABLE_ALGORITHMS}=0 in the "
+            "environment, which costs some speed, or bad_steps.recheck_every_steps=null"
+        ]
+    if attention == "flash_attn":
+        return [
+            f"{asked} does not give the same bits twice, which would end a healthy run: set kernels.attention="
+            f"transformer_engine and {REPEATABLE_ALGORITHMS}=0 in the environment, or bad_steps.recheck_every_steps=null"
+        ]
+    return []
 
 
 def _not_here(setting: str, package: str, device: Device) -> str:

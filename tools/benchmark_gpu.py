@@ -3,10 +3,11 @@
     python -m tools.benchmark gpu vision  [--encoders 300M 6B] [--precisions bf16 fp8_current]
     python -m tools.benchmark gpu step    [--sizes 1B 2B 8B] [--precisions bf16 fp8_current fp8_blockwise] [--rows 4096 16384]
     python -m tools.benchmark gpu hf      [--sizes 1B 2B 8B] [--rows 4096 16384]
+        step and hf: [--way bf16-none-16]
         all: [--dry] [--steps N] [--set section.field=value ...] [--output FILE]
 
-`--dry` does the same on a CPU with tiny models. Every case runs in a process of its own; the record is written anew after each,
-so what was measured stays when time runs out. `step_work` says what MFU counts, `gpu_cases` what the rows are, and how many
+`--dry` does the same on a CPU with tiny models. Every case runs in a process of its own, and so does every setting of the baseline;
+the record is written anew after each, so what was measured stays when time runs out. `step_work` says what MFU counts, `gpu_cases` what the rows are, and how many
 layers of a size that does not fit are run.
 """
 
@@ -25,13 +26,16 @@ from tools.gpu_cases import (
     PRECISIONS,
     ROW_LENGTHS,
     SIZES,
+    WAYS,
     Case,
     Precision,
+    Setting,
     Size,
     Way,
     baseline_settings,
     best_way,
     choose,
+    layers_that_fit,
     model_of,
 )
 from tools.gpu_training import train_rank
@@ -53,8 +57,15 @@ def cut_case(size: Size, precision: Precision, tokens_per_row: int, options: arg
     """A case with as many layers as should fit."""
     model = model_of(size, options.dry)
     gpu, num_layers, way = query_gpu(), model.language.num_layers, Way()
+    if options.way is not None:
+        way = next(way for way in WAYS if way.name == options.way)
+        way = replace(way, moments="fp32") if options.dry else way  # a CPU has no others
     if gpu is not None and not options.dry:
-        way, num_layers = best_way(model, tokens_per_row, gpu["memory_bytes"])
+        memory = gpu["memory_bytes"]
+        if options.way is None:
+            way, num_layers = best_way(model, tokens_per_row, memory)
+        else:
+            num_layers = layers_that_fit(model, tokens_per_row, memory, way)
     if options.layers is not None:
         num_layers = min(options.layers, model.language.num_layers)
     return Case(size, precision, tokens_per_row, num_layers, tuple(options.set), options.dry, way)
@@ -94,37 +105,50 @@ def launch_one(body: Callable[..., Any], case: Case, device: DeviceName, *number
     return launch(body, 1, case.config(device), case.rows, *numbers, device=device)[0]
 
 
-def huggingface_result(case: Case, options: argparse.Namespace) -> Result:
-    """Ours in bf16 and every setting of the baseline, with the same layers on the same rows; the best counts."""
+def huggingface_results(case: Case, options: argparse.Namespace) -> Iterator[Result]:
+    """Ours in bf16 and every setting of the baseline, with the same layers on the same rows; the best counts. All that is known, each
+    time there is more."""
     ours = step_result(case, options)
     if "failure" in ours:
-        return ours
+        yield ours
+        return
     case = replace(case, num_layers=ours["layers"])
-    device, rows = _device(options), case.rows
-    work, config, tried = StepWork.of_rows(rows), case.config(device), []
-    for setting in baseline_settings():
+    settings, tried = baseline_settings(), list[Result]()
+    yield compared(ours, tried, settings)
+    for number, setting in enumerate(settings):
         for attempt in (setting, replace(setting, recomputes=True)):
-            try:
-                found = launch(BASELINE_RANK, 1, config, rows, attempt, options.warmup, options.steps, device=device)[
-                    0
-                ]
-                found |= speed(work, case.model, found["step_seconds"], ours["peak_flops_per_second"])
-            except RankFailedError as error:
-                found = failure(error)
-                tried.append({"setting": attempt.name, **found})
-                if out_of_memory(error):
-                    continue
-                break
+            found, has_memory = baseline_result(case, attempt, ours["peak_flops_per_second"], options)
             tried.append({"setting": attempt.name, **found})
-            break
-    best = max((found.get("samples_per_second", 0.0) for found in tried), default=0.0)
+            yield compared(ours, tried, settings[number + 1 :])
+            if has_memory:
+                break
+
+
+def baseline_result(
+    case: Case, setting: Setting, peak_flops: float, options: argparse.Namespace
+) -> tuple[Result, bool]:
+    """Measure a setting of the baseline; also whether the memory was enough."""
+    device, rows = _device(options), case.rows
+    config = case.config(device)
+    try:
+        found = launch(BASELINE_RANK, 1, config, rows, setting, options.warmup, options.steps, device=device)[0]
+    except RankFailedError as error:
+        return failure(error), not out_of_memory(error)
+    return found | speed(StepWork.of_rows(rows), case.model, found["step_seconds"], peak_flops), True
+
+
+def compared(ours: Result, tried: Sequence[Result], left: Sequence[Setting]) -> Result:
+    """Ours beside what has been tried of the baseline."""
+    measured = [found for found in tried if "samples_per_second" in found]
+    best = max(measured, key=lambda found: found["samples_per_second"], default=None)
     return {
         **ours,
-        "baselines": tried,
-        "best_baseline": next((found["setting"] for found in tried if found.get("samples_per_second") == best), None)
-        if best
-        else None,
-        "samples_per_second_over_best_baseline": ours["samples_per_second"] / best if best else None,
+        "baselines": list(tried),
+        "baselines_not_run": [setting.name for setting in left],
+        "best_baseline": None if best is None else best["setting"],
+        "samples_per_second_over_best_baseline": None
+        if best is None
+        else ours["samples_per_second"] / best["samples_per_second"],
         "left_out": [] if is_installed("flash_attn") else ["packed, flash_attention_2: flash-attn is not installed"],
     }
 
@@ -181,19 +205,24 @@ def left_out(precisions: Sequence[Precision], is_dry: bool) -> dict[str, str]:
     return {name: "Transformer Engine is not installed" for name in precisions if name != "bf16"}
 
 
-def results(options: argparse.Namespace, skipped: dict[str, str]) -> Iterator[Result]:
-    """One after the other."""
+def results(options: argparse.Namespace, skipped: dict[str, str]) -> Iterator[Iterator[Result]]:
+    """Of one case after the other: all that is known of it, once or each time there is more."""
     precisions: list[Precision] = [name for name in options.precisions if name not in skipped]
     if options.what == "vision":
         for encoder in options.encoders:
             for precision in precisions:
-                if precision != "fp8_blockwise":  # its encoder is that of `fp8_current`
-                    yield vision_result(encoder, precision, options)
+                if precision in ("bf16", "fp8_current"):  # the others' encoder is that of `fp8_current`
+                    yield once(vision_result, encoder, precision, options)
         return
-    measure = step_result if options.what == "step" else huggingface_result
     wanted: list[Precision] = precisions if options.what == "step" else ["bf16"]
     for size, precision, length in choose(options.sizes, wanted, options.rows):
-        yield measure(cut_case(size, precision, length, options), options)
+        case = cut_case(size, precision, length, options)
+        yield once(step_result, case, options) if options.what == "step" else huggingface_results(case, options)
+
+
+def once[**P](measure: Callable[P, Result], *args: P.args, **kwargs: P.kwargs) -> Iterator[Result]:
+    """What is known of a case at one time."""
+    yield measure(*args, **kwargs)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -203,12 +232,14 @@ def run(options: argparse.Namespace) -> int:
         print(f"left out: {name}: {reason}", flush=True)
     record: Result = {"name": f"gpu_{options.what}", **machine_record(), "is_dry": options.dry, "left_out": skipped}
     record |= {"steps": options.steps, "warmup_steps": options.warmup, "results": []}
-    for result in results(options, skipped):
-        record["results"].append(result)
-        if options.output is not None:
-            options.output.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(options.output, json.dumps(record, indent=1) + "\n")
-        print(table({**record, "results": [result]}), flush=True)
+    for growing in results(options, skipped):
+        before: list[Result] = record["results"]
+        for result in growing:
+            record["results"] = [*before, result]
+            if options.output is not None:
+                options.output.parent.mkdir(parents=True, exist_ok=True)
+                write_whole(options.output, json.dumps(record, indent=1) + "\n")
+        print(table({**record, "results": record["results"][-1:]}), flush=True)
     return int(any("failure" in result for result in record["results"]))
 
 
@@ -314,6 +345,11 @@ def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     parser.add_argument("--precisions", nargs="+", choices=tuple(PRECISIONS), default=tuple(PRECISIONS))
     parser.add_argument("--rows", nargs="+", type=int, choices=ROW_LENGTHS, default=ROW_LENGTHS, help="tokens per row")
     parser.add_argument("--layers", type=int, help="of the language model; default: as many as fit")
+    parser.add_argument(
+        "--way",
+        choices=[way.name for way in WAYS],
+        help="moments of AdamW, what of the encoder is run again, tiles side by side; default: the first that the model fits with",
+    )
     parser.add_argument("--steps", type=int, default=DEFAULT_STEPS, help="measured; their median counts")
     parser.add_argument("--warmup", type=int, default=DEFAULT_WARMUP, help="steps before them")
     parser.add_argument(

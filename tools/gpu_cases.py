@@ -38,12 +38,13 @@ from tools.image_text_rows import small_row
 Size = Literal["1B", "2B", "8B"]
 SIZES: tuple[Size, ...] = ("1B", "2B", "8B")
 
-Precision = Literal["bf16", "fp8_current", "fp8_blockwise"]
+Precision = Literal["bf16", "fp8_current", "fp8_blockwise", "fp8_delayed"]
 PRECISIONS: dict[Precision, Fp8Config] = {
     "bf16": Fp8Config(),
     # The language model alone: rounding costs InternViT-300M, 1024 wide, more than products in FP8 save it (`benchmark gpu vision`).
     "fp8_current": Fp8Config(language="current"),
     "fp8_blockwise": Fp8Config(language="blockwise"),
+    "fp8_delayed": Fp8Config(language="delayed"),
 }
 
 IMAGE_TOKEN = 151667
@@ -68,12 +69,25 @@ class Way:
     """Tiles side by side in the encoder: more keep a GPU busier."""
 
     @property
+    def name(self) -> str:
+        """For the command line."""
+        return f"{self.moments}-{self.vision_recompute}-{self.chunk_tiles}"
+
+    @property
     def state_bytes(self) -> int:
         """Of a parameter: bf16 weight, and in fp32 gradient, weight and, maybe, two moments of Adam."""
         return 18 if self.moments == "fp32" else 14
 
 
-WAYS = (Way("fp32", "none", 32), Way("fp32", "full", 32), Way("fp32", "full", 24), Way("bf16", "full", 24))
+KEPT_TILES = Way("bf16", "none", 16)
+"""Rows of 4K one by one, and their tiles' activations kept: the encoder is not run again, which is 4 % of the 8B's FLOPs."""
+WAYS = (
+    Way("fp32", "none", 32),
+    Way("fp32", "full", 32),
+    Way("fp32", "full", 24),
+    KEPT_TILES,
+    Way("bf16", "full", 24),
+)
 """The first that the whole model fits with is taken, else the last."""
 
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Everything worth knowing on a machine with one GPU, without network, in parts that each take less than 9 minutes:
-#   environment tests curves checkpoint speed-vision {speed,hf}-{1b,2b,8b}-{4k,16k} profile-{bf16,fp8}
+#   environment tests curves checkpoint speed-vision {speed,hf}-{1b,2b,8b}-{4k,16k} kept-8b-4k profile-{bf16,fp8}
 # Results go to $OUT, or to benchmarks/results/; tools/gpu_check.py says what the parts are. A folder .gpu/ beside the checkout
 # may hold what the machine lacks: wheels, and *.tar.xz archives of site-packages folders (torch must be there already).
 #   usage: tools/gpu_check.sh [PART ...] [--dry] [--limit SECONDS] [--merge FILE ...]     (--dry: tiny models on the CPU)

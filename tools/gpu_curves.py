@@ -5,15 +5,16 @@
 The data can be learned but not to the end: counting sequences with some words replaced by random ones, and grey pictures whose
 brightness is the first word of a counting sequence. The random words leave a loss of about one nat, so relative differences mean
 something. All curves see the same rows in the same order, and new ones in each step. `--dry`: tiny models on the CPU, FP8
-emulated. Exit status 1 if a curve strays from its reference, or did not learn.
+emulated. A curve is in the record when it ends; one that fails is named there, and those after it are trained all the same. Exit
+status 1 if a curve failed, strays from its reference, or did not learn.
 """
 
 import argparse
 import json
 import sys
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal
 
@@ -210,8 +211,68 @@ def counting(rng: np.random.Generator, length: int, first: int, step: int) -> np
     return np.where(is_random, rng.integers(0, NUM_WORDS, length), words).astype(np.int32)
 
 
-def curves_rank(info: RankInfo, configs: Sequence[RunConfig]) -> list[list[float]]:
-    """Body of the rank: the loss of every step of each run. One process for several: to start one takes longer than a curve."""
+class Record:
+    """What is known, in a file from the beginning on: several processes add to it, one after the other."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    @classmethod
+    def begin(cls, path: Path, is_dry: bool, left_out: dict[str, str]) -> "Record":
+        """With nothing in it."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        record = cls(path)
+        head = {"name": "gpu_curves", **machine_record(), "is_dry": is_dry, "left_out": left_out}
+        record._write({**head, "failures": {}, "verdicts": [], "losses": {}})
+        return record
+
+    def read(self) -> dict[str, Any]:
+        """All of it."""
+        return json.loads(self._path.read_text())
+
+    @property
+    def losses(self) -> dict[str, list[float]]:
+        """Of every step, by curve."""
+        return self.read()["losses"]
+
+    def add_losses(self, name: str, losses: list[float]) -> None:
+        """A curve has ended: judge all there are."""
+        record = self.read()
+        record["losses"][name] = losses
+        is_dry = record["is_dry"]
+        verdicts = judge(record["losses"], curves_here(is_dry)[0], DRY_LEARNED_SHARE if is_dry else LEARNED_SHARE)
+        self._write({**record, "verdicts": [vars(verdict) for verdict in verdicts]})
+
+    def add_failure(self, name: str, reason: str) -> None:
+        """A curve came to nothing."""
+        record = self.read()
+        record["failures"][name] = reason
+        self._write(record)
+
+    def _write(self, record: dict[str, Any]) -> None:
+        write_whole(self._path, json.dumps(record, indent=1) + "\n")
+
+
+def train_curves(configs: Sequence[RunConfig], record: Record, device: DeviceName) -> None:
+    """Train one after the other, as many as possible in a process: to start one takes longer than a curve. After one that fails, which
+    may have spoiled its process, the others get a new one."""
+    left = list(configs)
+    while left:
+        try:
+            launch(curves_rank, 1, left, record, device=device)
+            return
+        except RankFailedError as error:
+            done = record.losses
+            left = [config for config in left if config.name not in done]
+            if not left:
+                raise
+            failed = left.pop(0)
+            record.add_failure(failed.name, str(error)[-MAX_REASON_CHARACTERS:])
+            print(f"FAILED: {failed.name}: {error}", flush=True)
+
+
+def curves_rank(info: RankInfo, configs: Sequence[RunConfig], record: Record) -> None:
+    """Body of the rank: put the loss of every step of each run into the record."""
     from internvl_megatron.config.plan import plan
     from internvl_megatron.device import open_device
     from internvl_megatron.logs import configure_logging
@@ -222,15 +283,15 @@ def curves_rank(info: RankInfo, configs: Sequence[RunConfig]) -> list[list[float
 
     configure_logging(info.rank)
     use_own_cores()
-    device, found = open_device(configs[0].device, info.local_rank), []
+    device = open_device(configs[0].device, info.local_rank)
     with joined(info, device, TIMEOUT_SECONDS):
         for config in configs:
             groups = make_groups(plan(config, info.world_size).layout, device, TIMEOUT_SECONDS)
             step = Step(config, build_model(config, groups, device), groups, device)
             batches: list[Any] = [LearnableStep(config, number) for number in range(config.num_steps)]
-            found.append([step.run(batch, number).loss for number, batch in enumerate(batches)])
-            print(f"{config.name}: {found[-1][0]:.4f} to {found[-1][-1]:.4f} in {config.num_steps} steps", flush=True)
-    return found
+            losses = [step.run(batch, number).loss for number, batch in enumerate(batches)]
+            record.add_losses(config.name, losses)
+            print(f"{config.name}: {losses[0]:.4f} to {losses[-1]:.4f} in {config.num_steps} steps", flush=True)
 
 
 @dataclass(frozen=True)
@@ -277,34 +338,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     curves, left_out = curves_here(options.dry)
     for name, reason in left_out.items():
         print(f"left out: {name}: {reason}", flush=True)
-    losses: dict[str, list[float]] = {}
-    failures: dict[str, str] = {}
-    verdicts: list[Verdict] = []
-    # What one kind of layers breaks should not take the others along.
-    for _, group in groupby(curves, key=lambda curve: curve.layers):
-        together = list(group)
-        configs = [curve_config(curve, num_steps, device, options.dry) for curve in together]
-        names = [curve.name for curve in together]
-        try:
-            losses |= dict(zip(names, launch(curves_rank, 1, configs, device=device)[0], strict=True))
-            verdicts = judge(losses, curves, DRY_LEARNED_SHARE if options.dry else LEARNED_SHARE)
-        except RankFailedError as error:
-            failures |= dict.fromkeys(names, str(error)[-MAX_REASON_CHARACTERS:])
-            print(f"FAILED: {', '.join(names)}: {failures[names[0]]}", flush=True)
-        record = {
-            "name": "gpu_curves",
-            **machine_record(),
-            "is_dry": options.dry,
-            "left_out": left_out,
-            "failures": failures,
-            "verdicts": [vars(verdict) for verdict in verdicts],
-            "losses": losses,
-        }
-        if options.output is not None:
-            options.output.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(options.output, json.dumps(record, indent=1) + "\n")
+    with tempfile.TemporaryDirectory(prefix="curves-") as folder:
+        record = Record.begin(options.output or Path(folder) / "record.json", options.dry, left_out)
+        train_curves([curve_config(curve, num_steps, device, options.dry) for curve in curves], record, device)
+        found = record.read()
+    verdicts = [Verdict(**verdict) for verdict in found["verdicts"]]
     print(table(verdicts))
-    return int(bool(failures) or not all(verdict.passed for verdict in verdicts))
+    return int(bool(found["failures"]) or not all(verdict.passed for verdict in verdicts))
 
 
 def table(verdicts: Sequence[Verdict]) -> str:

@@ -22,6 +22,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from torch.distributed.checkpoint.api import CheckpointException
 
 from internvl_megatron.checkpoint import adapter_base, folders, fp8_state, vision_state, weights
+from internvl_megatron.checkpoint.adam_state import read_in_place
 from internvl_megatron.checkpoint.adapter_base import Base
 from internvl_megatron.checkpoint.intact import newest_intact
 from internvl_megatron.checkpoint.metadata_guard import check_metadata, plain_data_only
@@ -241,7 +242,8 @@ def _optimizer_state(
         if isinstance(side, ShardedOptimizer):
             state[name] = vision_state.optimizer_state(side, module, is_loading)
         else:
-            state[name] = side.sharded_state_dict(module, is_loading, metadata=settings)
+            with read_in_place(_inner_optimizers(side)):
+                state[name] = side.sharded_state_dict(module, is_loading, metadata=settings)
         add_prefix_for_sharding(state[name], f"{name}.")
     return state
 
@@ -296,11 +298,12 @@ def _apply_optimizer(optimizer: MegatronOptimizer | ShardedOptimizer, loaded: di
     if isinstance(optimizer, ShardedOptimizer):
         vision_state.apply_optimizer_state(optimizer, loaded)
         return
-    # Of the parameter groups only the step count is taken over: their settings are this run's, and groups of a sharded vision
-    # side have nothing else.
-    step, own = vision_state.num_updates(loaded), cast(dict[str, Any], optimizer.state_dict())
-    groups = [{**group, "step": type(group.get("step", 0))(step)} for group in own["optimizer"]["param_groups"]]
-    optimizer.load_state_dict({**loaded, "optimizer": {**loaded["optimizer"], "param_groups": groups}})
+    with read_in_place(_inner_optimizers(optimizer)):
+        # Of the parameter groups only the step count is taken over: their settings are this run's, and groups of a sharded vision
+        # side have nothing else.
+        step, own = vision_state.num_updates(loaded), cast(dict[str, Any], optimizer.state_dict())
+        groups = [{**group, "step": type(group.get("step", 0))(step)} for group in own["optimizer"]["param_groups"]]
+        optimizer.load_state_dict({**loaded, "optimizer": {**loaded["optimizer"], "param_groups": groups}})
     _own_step_counts(optimizer)
 
 
@@ -344,6 +347,11 @@ def _own_step_counts(optimizer: MegatronOptimizer) -> None:
 
 def _distributed_parts(optimizer: MegatronOptimizer) -> list[Any]:
     return list(getattr(optimizer, "chained_optimizers", [optimizer]))
+
+
+def _inner_optimizers(optimizer: MegatronOptimizer) -> list[torch.optim.Optimizer]:
+    """What Megatron Core's optimizers have their updates done by."""
+    return [part.optimizer for part in _distributed_parts(optimizer)]
 
 
 def _loader_state(folder: Path) -> dict[str, Any]:

@@ -101,6 +101,7 @@ def _backend(config: RunConfig) -> list[str]:
             for part in ("vision", "projector")
             if getattr(fp8, part) != "none"
         ]
+    problems += _offload(config)
     if fp8.language == "delayed" and (fp8.first_bf16_layers or fp8.last_bf16_layers):
         problems.append(
             "fp8.language=delayed: Megatron Core cannot leave out layers (fp8.first_bf16_layers="
@@ -108,6 +109,26 @@ def _backend(config: RunConfig) -> list[str]:
             "reduction belongs to the whole model; set fp8.language=current, or set both to 0"
         )
     return problems
+
+
+def _offload(config: RunConfig) -> list[str]:
+    """What autograd saves of Transformer Engine's layers in FP8 is, besides their inputs, the rounded weights as plain buffers
+    (`prepare_for_saving` in its `linear.py`), which nothing tells from activations: every pass would send them to the host and back."""
+    fp8, parallel = config.fp8, config.parallel
+    # The part, whether its side's activations move, and whether none of the weights' are among them: layers that are run again
+    # save their inputs alone (but the vision side runs again as a whole under `full`, with everything saved).
+    cases = (
+        ("vision", "vision", parallel.vision_offload, parallel.vision_recompute == "layer"),
+        ("projector", "vision", parallel.vision_offload, False),
+        ("language", "language", parallel.language_offload, parallel.language_recompute == "full"),
+    )
+    ways_out = {"vision": "parallel.vision_recompute=layer, ", "language": "parallel.language_recompute=full, "}
+    return [
+        f"parallel.{side}_offload=true: with fp8.{part}={getattr(fp8, part)} the weights in FP8 would go to host memory and back with "
+        f"the activations of every pass; set {ways_out.get(part, '')}parallel.{side}_offload=false, or fp8.{part}=none"
+        for part, side, offloads, is_harmless in cases
+        if offloads and getattr(fp8, part) != "none" and not is_harmless
+    ]
 
 
 def may_use_transformer_engine(config: RunConfig) -> bool:

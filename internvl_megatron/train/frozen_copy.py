@@ -32,7 +32,7 @@ class FrozenCopy:
         gather_parameters()
         trained = [parameter for _, parameter in model.named_parameters() if parameter.requires_grad]
         self._parameters = [local_shard(parameter.detach()) for parameter in trained]
-        self._kept = [device.copy_to_host(parameter) for parameter in self._parameters]
+        self._kept = device.copy_all_to_host(self._parameters)
 
     @contextmanager
     def in_place(self) -> Iterator[None]:

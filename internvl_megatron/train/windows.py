@@ -74,7 +74,11 @@ class WindowMaker:
         self._device = device
         self._exchange = exchange
         self._fills_bubbles = not settings_against_filling(config.parallel)
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="window") if config.parallel.prepare_ahead else None
+        self._thread = (
+            ThreadPoolExecutor(1, thread_name_prefix="window", initializer=device.use_in_this_thread)
+            if config.parallel.prepare_ahead
+            else None
+        )
         self._ahead: tuple[StepRows, int, Future[Window]] | None = None
 
     def first(self, batch: StepRows) -> Window:

@@ -187,6 +187,47 @@ def test_frozen_output_layer_passes_gradients_on(run_ranks: Callable[..., list[A
             np.testing.assert_array_equal(one.hidden, trained[rank][chunk_tokens].hidden)
 
 
+def logits_on_rank(info: RankInfo) -> list[tuple[np.ndarray, list[int]]]:
+    """What answers are chosen from, without gradients, and the rows of the weights it was multiplied with: as on a CPU, and as on a
+    GPU."""
+    from internvl_megatron.device import open_device
+    from internvl_megatron.model import output_layer
+    from internvl_megatron.ranks import joined
+
+    device, given, found = open_device("cpu"), inputs(), list[tuple[np.ndarray, list[int]]]()
+    multiply = F.linear
+    with joined(info, device, 60):
+        layer = output_layers(info, device, False, torch.float32, (HIDDEN_SIZE, VOCAB_SIZE))(None)
+        rows = F.pad(given.weight, (0, 0, 0, PADDED_SIZE - VOCAB_SIZE), value=9.0)
+        for whole in (False, True):
+            widths: list[int] = []
+            output_layer.likes_whole_widths = lambda _, whole=whole: whole
+            F.linear = lambda x, weight, *rest, widths=widths: (
+                widths.append(len(weight)),
+                multiply(x, weight, *rest),
+            )[1]
+            with torch.no_grad():
+                layer.weight.copy_(rows.chunk(info.world_size)[info.rank])
+                found.append((layer(given.hidden[:, None])[:, 0].numpy(), widths))
+    return found
+
+
+@pytest.mark.parametrize("num_ranks", [1, 4])
+def test_logits_without_gradients_are_the_same_with_and_without_padding(
+    run_ranks: Callable[..., list[Any]], num_ranks: int
+) -> None:
+    given, by_rank = inputs(), run_ranks(logits_on_rank, num_ranks)
+    wanted = (given.hidden @ given.weight.t()).numpy()
+    part = PADDED_SIZE // num_ranks
+    for way in range(2):
+        logits = np.concatenate([found[way][0] for found in by_rank], axis=1)
+        np.testing.assert_allclose(logits[:, :VOCAB_SIZE], wanted, rtol=1e-5, atol=1e-5)
+        assert logits.shape == (NUM_TOKENS, PADDED_SIZE)
+        assert np.isneginf(logits[:, VOCAB_SIZE:]).all()
+        real = [min(max(0, VOCAB_SIZE - rank * part), part) for rank in range(num_ranks)]
+        assert [found[way][1] for found in by_rank] == [[part if way else width] for width in real]
+
+
 def assert_near(found: np.ndarray, wanted: torch.Tensor) -> None:
     """1e-6 of the tensor's norm."""
     assert np.linalg.norm(found - wanted.numpy()) <= 1e-6 * float(wanted.norm())

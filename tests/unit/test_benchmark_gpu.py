@@ -4,6 +4,7 @@ import gzip
 import json
 from argparse import Namespace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -11,7 +12,7 @@ from internvl_megatron.launcher import Failure, RankFailedError
 from tools import benchmark_gpu
 from tools.benchmark import main
 from tools.benchmark_gpu import left_out, run_until_it_fits
-from tools.gpu_cases import Case
+from tools.gpu_cases import KEPT_TILES, Case, Setting
 from tools.profile_step import main as profile
 
 QUICK = ["--dry", "--steps", "1", "--warmup", "1"]
@@ -101,6 +102,42 @@ def test_fp8_without_transformer_engine_is_left_out(monkeypatch: pytest.MonkeyPa
 
 def test_layers_follow_the_memory_of_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(benchmark_gpu, "query_gpu", lambda: {"memory_bytes": 80 * 2**30})
-    options = Namespace(dry=False, layers=None, set=[])
+    options = Namespace(dry=False, layers=None, set=[], way=None)
     case = benchmark_gpu.cut_case("8B", "bf16", 16384, options)
     assert 4 <= case.num_layers < 28
+    wanted = benchmark_gpu.cut_case("8B", "bf16", 4096, Namespace(dry=False, layers=None, set=[], way="bf16-none-16"))
+    assert wanted.way == KEPT_TILES
+    assert wanted.num_layers == 9
+
+
+def test_a_baseline_that_is_cut_short_leaves_what_it_has_measured(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Ours, then one setting that needs its activations computed again, then the end of the part's time."""
+    output, seen = tmp_path / "record.json", list[dict[str, Any]]()
+    rate = {"peak_flops_per_second": 1e12}
+    ours = {"name": "case", "layers": 2, "full_layers": 2, "samples_per_second": 8.0, **rate}
+    monkeypatch.setattr(benchmark_gpu, "step_result", lambda *_: ours)
+    monkeypatch.setattr(benchmark_gpu, "speed", lambda *_: {"samples_per_second": 4.0})
+    settings = [Setting("packed", "torch_varlen"), Setting("padded", "sdpa")]
+    monkeypatch.setattr(benchmark_gpu, "baseline_settings", lambda: settings)
+
+    def launch(_body: str, _ranks: int, _config: Any, _rows: Any, setting: Setting, *_: Any, **__: Any) -> list[Any]:
+        seen.extend(json.loads(output.read_text())["results"])
+        if setting == settings[0]:
+            raise RankFailedError([Failure(0, 0.0, "torch.OutOfMemoryError: CUDA out of memory")])
+        if setting == settings[1]:
+            raise KeyboardInterrupt
+        return [{"step_seconds": 1.0}]
+
+    monkeypatch.setattr(benchmark_gpu, "launch", launch)
+    with pytest.raises(KeyboardInterrupt):
+        main(["gpu", "hf", *QUICK, "--sizes", "1B", "--rows", "4096", "--output", str(output)])
+    assert [len(result["baselines"]) for result in seen] == [0, 1, 2]
+    assert seen[0]["baselines_not_run"] == ["packed, torch_varlen", "padded, sdpa"]
+    assert seen[0]["samples_per_second_over_best_baseline"] is None
+    (last,) = json.loads(output.read_text())["results"]
+    assert "out of memory" in last["baselines"][0]["failure"]
+    assert last["baselines_not_run"] == ["padded, sdpa"]
+    assert last["best_baseline"] == "packed, torch_varlen, recomputed"
+    assert last["samples_per_second_over_best_baseline"] == 2.0

@@ -5,10 +5,14 @@ import pytest
 
 from internvl_megatron.config.plan import plan
 from tools.gpu_cases import (
+    KEPT_TILES,
     PRECISIONS,
     SIZES,
+    WAYS,
     Case,
+    Way,
     benchmark_rows,
+    best_way,
     image_token,
     layers_that_fit,
     model_of,
@@ -60,6 +64,23 @@ def test_cases_are_runs_that_plan_accepts(size, precision) -> None:
         layers = model_of(size, is_dry).language.num_layers
         for tokens_per_row in (4096, 16384):
             plan(Case(size, precision, tokens_per_row, layers, is_dry=is_dry).config("cpu" if is_dry else "cuda"), 1)
+
+
+def test_a_whole_model_keeps_its_tiles_before_it_runs_its_encoder_again() -> None:
+    model = model_of("8B", is_dry=False)
+    assert best_way(model, 4096, 180 * GIB) == (KEPT_TILES, 28)
+    assert best_way(model, 4096, 141 * GIB) == (WAYS[-1], 25), (
+        "neither fits, and without the encoder's second pass even less"
+    )
+    for tokens_per_row in (4096, 16384):
+        parallel = Case("8B", "bf16", tokens_per_row, 8, way=KEPT_TILES).config("cuda").parallel
+        assert (parallel.vision_recompute, parallel.vision_window_rows, parallel.vision_chunk_tiles) == ("none", 1, 16)
+
+
+@pytest.mark.parametrize("way", WAYS, ids=lambda way: way.name)
+@pytest.mark.parametrize("tokens_per_row", [4096, 16384])
+def test_all_ways_are_runs_that_plan_accepts(way: Way, tokens_per_row: int) -> None:
+    plan(Case("8B", "fp8_delayed", tokens_per_row, 8, way=way).config("cuda"), 1)
 
 
 def test_overrides_change_a_case() -> None:

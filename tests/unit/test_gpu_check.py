@@ -1,12 +1,13 @@
 """`gpu_check`: parts, their time limits, the report."""
 
+import argparse
 import json
 import sys
 from pathlib import Path
 
 import pytest
 
-from tools import gpu_check
+from tools import benchmark_gpu, gpu_check
 from tools.gpu_check import PARTS, Part, chosen, main, markdown, run_part
 from tools.machine_record import parse_gpu
 
@@ -29,6 +30,21 @@ def test_parts_are_chosen_by_how_they_begin() -> None:
 def test_every_part_fits_nine_minutes() -> None:
     assert all(part.limit_seconds < 540 for part in PARTS)
     assert len({part.name for part in PARTS}) == len(PARTS)
+
+
+def test_what_a_dry_part_overrides_comes_last() -> None:
+    """And what a part has without it is what the tool takes."""
+    parser = argparse.ArgumentParser()
+    benchmark_gpu.add_command(parser.add_subparsers())
+    for part in PARTS:
+        if part.command[:3] == ("-m", "tools.benchmark", "gpu"):
+            parser.parse_args(part.command[2:])
+            dry = parser.parse_args([*part.command[2:], *part.dry])
+            assert (dry.dry, dry.steps, dry.warmup) == (True, 1, 1)
+    (kept,) = chosen(["kept"])
+    assert parser.parse_args(kept.command[2:]).way == "bf16-none-16"
+    (short, long) = (parser.parse_args(chosen([f"speed-8b-{rows}"])[0].command[2:]) for rows in ("4k", "16k"))
+    assert set(short.precisions) - set(long.precisions) == {"fp8_delayed"}
 
 
 def test_ends_of_a_part(tmp_path: Path) -> None:

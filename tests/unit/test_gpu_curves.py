@@ -1,18 +1,26 @@
 """Curves: what is judged, and that the data are what the trainer takes."""
 
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pytest
 
+from internvl_megatron.config.schema import RunConfig
+from internvl_megatron.launcher import Failure, RankFailedError
+from tools import gpu_curves
 from tools.gpu_curves import (
     CURVES,
     NUM_WORDS,
     Curve,
     LearnableStep,
+    Record,
     counting,
     curve_config,
     curves_here,
     judge,
     table,
+    train_curves,
 )
 
 FALLING = [5.0, 4.0, 3.0, 2.0, 1.0]
@@ -32,6 +40,31 @@ def test_a_curve_must_stay_near_its_reference_and_learn() -> None:
 def test_what_is_not_a_number_or_has_no_reference_fails() -> None:
     assert passed(fp32=FALLING, bf16=[*FALLING[:-1], float("nan")]) == {"fp32": True, "bf16": False}
     assert passed(fp32=FALLING, fp8=FALLING) == {"fp32": True, "fp8": False}
+
+
+def test_a_curve_that_fails_takes_no_other_along(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The third ends its process; those after it get another. All that has ended is in the record, and is judged."""
+    record, processes = Record.begin(tmp_path / "record.json", True, {}), list[list[str]]()
+
+    def launch(_body: Any, _ranks: int, configs: list[RunConfig], record: Record, **_: Any) -> None:
+        processes.append([config.name for config in configs])
+        for config in configs:
+            if config.name == "fp8_delayed":
+                raise RankFailedError([Failure(0, 0.0, "ValueError: no histories")])
+            record.add_losses(config.name, FALLING)
+
+    monkeypatch.setattr(gpu_curves, "launch", launch)
+    curves = curves_here(is_dry=True)[0]
+    train_curves([curve_config(curve, 5, "cpu", True) for curve in curves], record, "cpu")
+    names = ["fp32", "bf16", "fp8_delayed", "fp8_current", "fp8_blockwise"]
+    assert processes == [names, names[3:]]
+    found = record.read()
+    assert list(found["losses"]) == [name for name in names if name != "fp8_delayed"]
+    assert list(found["failures"]) == ["fp8_delayed"]
+    assert "no histories" in found["failures"]["fp8_delayed"]
+    assert {verdict["name"]: verdict["passed"] for verdict in found["verdicts"]} == dict.fromkeys(
+        found["losses"], True
+    )
 
 
 def test_the_table_says_how_each_ended() -> None:

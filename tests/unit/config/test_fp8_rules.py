@@ -144,6 +144,19 @@ def test_tiles_are_filled_up_where_their_tokens_are_odd() -> None:
         (["fp8.vision=current", "parallel.vision_sharding=sharded"], "parallel.vision_sharding=replicated"),
         (["fp8.language=delayed", "fp8.last_bf16_layers=1"], "set fp8.language=current, or set both to 0"),
         (["fp8.first_bf16_layers=20", "fp8.last_bf16_layers=8"], "lower them to 27 together"),
+        (
+            ["parallel.language_offload=true"],
+            "set parallel.language_recompute=full, parallel.language_offload=false, or fp8",
+        ),
+        (["parallel.language_offload=true", "parallel.language_recompute=selective"], "or fp8.language=none"),
+        (
+            ["parallel.vision_offload=true", "fp8.vision=current"],
+            "set parallel.vision_recompute=layer, parallel.vision_offl",
+        ),
+        (
+            ["parallel.vision_offload=true", "fp8.projector=current"],
+            "set parallel.vision_offload=false, or fp8.projector",
+        ),
         (["fp8.first_bf16_layers=1", "fp8.language=none"], "needs fp8.language"),
         (["fp8.first_bf16_layers=1", "fp8.language=none", "fp8.vision=current"], "needs fp8.language"),
     ],
@@ -161,6 +174,10 @@ def test_rules_about_other_settings(changes: list[str], expected: str) -> None:
         ["fp8.backend=emulated", "fp8.language=delayed", "fp8.first_bf16_layers=2", "fp8.last_bf16_layers=1"],
         ["device=cpu", "dtype=fp32", "fp8.language=delayed", "fp8.history_steps=1"],
         ["fp8.first_bf16_layers=14", "fp8.last_bf16_layers=13"],
+        ["parallel.language_offload=true", "parallel.language_recompute=full"],
+        ["parallel.language_offload=true", "fp8.backend=emulated"],
+        ["parallel.vision_offload=true", "fp8.vision=current", "parallel.vision_recompute=layer"],
+        ["parallel.vision_offload=true"],
     ],
 )
 def test_what_goes_together(changes: list[str]) -> None:

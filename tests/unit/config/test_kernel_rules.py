@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from internvl_megatron.config.kernel_rules import kernel_problems
-from internvl_megatron.config.schema import Fp8Config, KernelConfig, ParallelConfig, RunConfig
-from internvl_megatron.device import Device, Kernels
+from internvl_megatron.config.schema import BadStepConfig, Fp8Config, KernelConfig, ParallelConfig, RunConfig
+from internvl_megatron.device import REPEATABLE_ALGORITHMS, Device, Kernels
 from internvl_megatron.errors import ConfigError
 from tests.support.layouts import run_config
 from tests.support.models import small_model
@@ -96,6 +96,28 @@ def test_with_transformer_engine_a_gpu_uses_it(monkeypatch: pytest.MonkeyPatch) 
     assert replace(gpu, is_hopper=True).kernels(config(dtype="fp32")).vision_attention == "sdpa"
     with pytest.raises(ConfigError, match=r"fp8.vision=current: needs Transformer Engine's layers"):
         gpu.kernels(config(fp8={"vision": "current"}, parallel=SHARDED))
+
+
+def test_steps_are_computed_twice_where_attention_gives_the_same_bits_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    twice = BadStepConfig(recheck_every_steps=10)
+    gpu = device_with(monkeypatch, "transformer_engine", "flash_attn")
+    for value in (None, "1"):
+        if value is not None:
+            monkeypatch.setenv(REPEATABLE_ALGORITHMS, value)
+        else:
+            monkeypatch.delenv(REPEATABLE_ALGORITHMS, raising=False)
+        with pytest.raises(
+            ConfigError, match=r"recheck_every_steps=10: .*set NVTE_ALLOW_NONDETERMINISTIC_ALGO=0 in the"
+        ):
+            gpu.kernels(config(bad_steps=twice))
+    gpu.kernels(config())
+    gpu.kernels(config(dtype="fp32", bad_steps=twice))
+    monkeypatch.setenv(REPEATABLE_ALGORITHMS, "0")
+    gpu.kernels(config(bad_steps=twice))
+    with pytest.raises(ConfigError, match=r"kernels.attention=flash_attn.*set kernels.attention=transformer_engine"):
+        gpu.kernels(config({"attention": "flash_attn"}, bad_steps=twice))
+    monkeypatch.delenv(REPEATABLE_ALGORITHMS)
+    Device(kind="cpu", index=0, attention="sdpa").kernels(config(bad_steps=twice))
 
 
 def test_without_transformer_engine_a_gpu_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
