@@ -41,7 +41,7 @@ def test_steps_measured_on_one_gpu(name: str, record: dict, workload: Workload, 
 
 def test_windows_each_fill_and_empty_the_pipeline() -> None:
     """256 ranks have eight replicas of 64 rows: 16 windows of four rows."""
-    assert predicted().pauses == pytest.approx(16 * predicted(*ONE_WINDOW).pauses)
+    assert predicted("parallel.vision_window_rows=4").pauses == pytest.approx(16 * predicted(*ONE_WINDOW).pauses)
 
 
 def test_encoding_in_pauses_hides_it() -> None:
