@@ -419,7 +419,7 @@ class BadStepConfig:
     """A run that has to rewind once more ends."""
     recheck_every_steps: int | None = None
     """Compute the gradients of every so many steps twice and compare all bits; a difference ends the run and names the ranks. None =
-    never. For ranks that compute the same from the same: on GPUs some kernels do not."""
+    never. For ranks that compute the same from the same: on GPUs some kernels do not, and some only if asked (docs/checkpoints.md)."""
 
 
 @dataclass(frozen=True, kw_only=True)
