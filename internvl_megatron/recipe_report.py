@@ -69,13 +69,15 @@ def encoder_schedule(config: RunConfig, made: RunPlan) -> str:
     """When the vision encoder works, between how many replicas tiles travel, and what keeps the pauses of a pipeline empty."""
     parallel, vision, rows = config.parallel, made.vision_layout, made.rows_per_replica
     window = min(parallel.vision_window_rows or rows, rows)
-    travel = f"; tiles travel between {vision.exchange_replicas} of {made.layout.data_size} replicas"
+    travel = f"tiles travel between {vision.exchange_replicas} of {made.layout.data_size} replicas"
+    if vision.exchange_replicas == 1:
+        travel = "tiles stay in their replica"
     against = [*settings_against_filling(parallel), *layout_against_filling(vision, rows)]
     if not against:
-        return f"encoder: in the pauses of the pipeline{travel}"
+        return f"encoder: in the pauses of the pipeline; {travel}"
     if vision.first_stage_only:
         return "encoder: in the passes of the first stage"
-    text = f"encoder: in phases of its own, windows of {window} rows{travel}"
+    text = f"encoder: in phases of its own, windows of {window} rows; {travel}"
     if made.layout.pipeline_size > 1:
         share = (made.layout.pipeline_size - 1) / (made.layout.virtual_size * window + made.layout.pipeline_size - 1)
         text += f"; a window's pipeline pauses for {share:.0%}, not filled because of {', '.join(against)}"

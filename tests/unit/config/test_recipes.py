@@ -247,10 +247,10 @@ def test_show_a_configuration_of_one_s_own(capsys: pytest.CaptureFixture[str]) -
             "demo_digits",
             [],
             4,
-            "in phases of its own, windows of 2 rows; tiles travel between 1 of 1 replicas; a window's pipeline pauses for "
+            "in phases of its own, windows of 2 rows; tiles stay in their replica; a window's pipeline pauses for "
             "33%, not filled because of no more rows of a replica (2) than stages",
         ),
-        ("demo_digits", ["rows_per_step=8"], 4, "in the pauses of the pipeline; tiles travel between 1 of 1 replicas"),
+        ("demo_digits", ["rows_per_step=8"], 4, "in the pauses of the pipeline; tiles stay in their replica"),
         (
             "demo_digits",
             ["rows_per_step=8", "parallel.vision_placement=first_stage"],
@@ -261,7 +261,7 @@ def test_show_a_configuration_of_one_s_own(capsys: pytest.CaptureFixture[str]) -
             "demo_digits",
             ["rows_per_step=8", "parallel.virtual_size=2", "parallel.pad_rows=false"],
             4,
-            "in phases of its own, windows of 8 rows; tiles travel between 1 of 1 replicas; a window's pipeline pauses for "
+            "in phases of its own, windows of 8 rows; tiles stay in their replica; a window's pipeline pauses for "
             "6%, not filled because of parallel.pad_rows=false, parallel.virtual_size=2",
         ),
     ],
