@@ -13,11 +13,11 @@ from internvl_megatron.config.recipes import RECIPES, named_config, summary
 from internvl_megatron.config.schema import RunConfig
 from internvl_megatron.device import choose_hardware_queues
 from internvl_megatron.errors import TrainingError, UserError
+from internvl_megatron.faults.stop_signals import EXIT_INTERRUPTED, EXIT_STALLED, EXIT_TRAINING_ERROR, exit_code
 from internvl_megatron.inference_commands import add_commands
-from internvl_megatron.metrics import RunSummary
 from internvl_megatron.ranks import RankInfo
 from internvl_megatron.serving.commands import add_parsers as add_serving_parsers
-from internvl_megatron.stop_signals import EXIT_INTERRUPTED, EXIT_STALLED, EXIT_TRAINING_ERROR, exit_code
+from internvl_megatron.watching.metrics import RunSummary
 
 TRAIN_RANK = "internvl_megatron.trainer:train_rank"
 EXIT_USER_ERROR = 2

@@ -153,8 +153,8 @@ def _best_of_n(options: argparse.Namespace) -> int:
     if options.questions is None:
         prompts = _prompts(options, None, "")
     else:
+        from internvl_megatron.evaluate.best_of_n_report import check_can_plot
         from internvl_megatron.evaluate.questions import read_questions
-        from internvl_megatron.evaluate.scaling_report import check_can_plot
 
         _refuse_question(options, "--questions")
         check_can_plot()
@@ -163,7 +163,7 @@ def _best_of_n(options: argparse.Namespace) -> int:
     models = (options.model, options.critic)
     found = _launch(BEST_OF_N, options, prompts, options.num_answers, _generation(options), models=models, **extra)
     if options.questions is not None:
-        from internvl_megatron.evaluate.scaling_report import report_best_of_n
+        from internvl_megatron.evaluate.best_of_n_report import report_best_of_n
 
         print(report_best_of_n(options.questions, options.output, found))
         return 0

@@ -24,8 +24,8 @@ from typing import Any
 
 from internvl_megatron.device import DeviceName, uses_gpu
 from internvl_megatron.errors import ConfigError, TrainingError, UserError
+from internvl_megatron.faults.stop_signals import EXIT_STALLED, STOP_SIGNALS
 from internvl_megatron.ranks import RankInfo
-from internvl_megatron.stop_signals import EXIT_STALLED, STOP_SIGNALS
 
 PR_SET_PDEATHSIG = 1
 SECONDS_FOR_REPORTS = 2.0

@@ -18,11 +18,11 @@ from internvl_megatron.config.plan import plan
 from internvl_megatron.config.schema import RunConfig
 from internvl_megatron.data.dataset import Dataset, load_datasets
 from internvl_megatron.data.evaluation_rows import Item, eval_datasets, rows_once
-from internvl_megatron.data.packing import Row, build_row
 from internvl_megatron.data.preference import Pair
 from internvl_megatron.data.records import SampleSettings
 from internvl_megatron.data.reference_file import ReferencePair, write_reference_file
 from internvl_megatron.data.row_bytes import row_to_bytes, rows_from_bytes
+from internvl_megatron.data.rows import Row, build_row
 from internvl_megatron.data.step_rows import StepRows
 from internvl_megatron.data.stream import check_stores
 from internvl_megatron.data.tokenizer import Tokenizer, load_tokenizer

@@ -13,7 +13,6 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from internvl_megatron.boards import check_wandb
 from internvl_megatron.checkpoint import adapter_base, folders, save_load, weights
 from internvl_megatron.checkpoint.optimizer_layout import optimizer_layout
 from internvl_megatron.checkpoint.saver import Saver
@@ -22,9 +21,10 @@ from internvl_megatron.config.plan import plan
 from internvl_megatron.config.schema import RunConfig
 from internvl_megatron.device import Device, open_device
 from internvl_megatron.errors import ConfigError, TrainingError
+from internvl_megatron.faults.stop_signals import StopSignals
+from internvl_megatron.faults.watchdog import Watchdog
 from internvl_megatron.live_benchmarks import LiveBenchmarks
 from internvl_megatron.logs import configure_logging
-from internvl_megatron.metrics import RunSummary
 from internvl_megatron.model.build import build_model, check_copies_agree, torch_dtype
 from internvl_megatron.parallel.groups import make_groups
 from internvl_megatron.parallel.host import gather_texts, sum_floats
@@ -32,15 +32,15 @@ from internvl_megatron.preference_run import PreferenceRun
 from internvl_megatron.ranks import RankInfo, joined
 from internvl_megatron.recipe_report import encoder_schedule
 from internvl_megatron.run_data import RunData
-from internvl_megatron.run_events import RunEvents
 from internvl_megatron.scaling.counts import parameter_counts
-from internvl_megatron.stop_signals import StopSignals
 from internvl_megatron.train.bad_steps import BadStep
 from internvl_megatron.train.objective import Outcome
 from internvl_megatron.train.step import Step, StepResult
 from internvl_megatron.train.stragglers import find_stragglers, gather_work
-from internvl_megatron.watch import Watch
-from internvl_megatron.watchdog import Watchdog
+from internvl_megatron.watching.boards import check_wandb
+from internvl_megatron.watching.metrics import RunSummary
+from internvl_megatron.watching.reporting import Reporting
+from internvl_megatron.watching.run_events import RunEvents
 
 log = logging.getLogger(__name__)
 
@@ -121,7 +121,7 @@ class Trainer:
         check_copies_agree(self.model, self.groups)
         self._write_config()
         peak_flops = self._peak_flops()
-        self.watch = Watch(config, self.plan, device, peak_flops, self.step) if self.is_main else None
+        self.reporting = Reporting(config, self.plan, device, peak_flops, self.step) if self.is_main else None
         self.signals = StopSignals()
 
     def run(self) -> RunSummary:
@@ -147,10 +147,10 @@ class Trainer:
             held_out = self._evaluate() if self._due(config.eval_every_steps) else None
             scores = self._score_benchmarks() if self._due(config.benchmarks.every_steps) else {}
             slow = self._stragglers(result, seconds) if self._is_shown(held_out) else {}
-            if self.watch is not None:
+            if self.reporting is not None:
                 counts = self._counts() | {"stragglers": slow, "benchmark_scores": scores}
-                self.watch.report(self.step, result, seconds, held_out, counts)
-                self.watch.show_samples(self.step, batch, self.data.settings, self.data.tokenizer)
+                self.reporting.report(self.step, result, seconds, held_out, counts)
+                self.reporting.show_samples(self.step, batch, self.data.settings, self.data.tokenizer)
             self._check_gradients(result)
             if result.bad is not None and self._react(result.bad):
                 continue
@@ -171,8 +171,8 @@ class Trainer:
         self.saver.close()
         if waits:
             self.data.loader.close()
-        if self.watch is not None:
-            self.watch.close()
+        if self.reporting is not None:
+            self.reporting.close()
         self.watchdog.close()
 
     def _progress(self, phase: str) -> None:
@@ -269,8 +269,8 @@ class Trainer:
         self.num_rewound_steps += self.step - info.step
         self._note("rewound", f"to {newest.name}; data of {self.step - info.step} steps are passed over")
         self._continue_from(info)
-        if self.watch is not None:
-            self.watch.go_back(self.step)
+        if self.reporting is not None:
+            self.reporting.go_back(self.step)
         return True
 
     def _note(self, event: str, text: str) -> None:

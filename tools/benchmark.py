@@ -32,7 +32,7 @@ from internvl_megatron.config.models import INTERNVL3
 from internvl_megatron.config.recipes import demo_digits
 from internvl_megatron.config.schema import DataConfig, ModelConfig, OptimizerConfig, ParallelConfig, RunConfig
 from internvl_megatron.data.images import ImageRef
-from internvl_megatron.data.packing import Row, SampleSource
+from internvl_megatron.data.rows import Row, SampleSource
 from internvl_megatron.data.step_rows import DecodedTiles
 from internvl_megatron.launcher import launch
 from internvl_megatron.ranks import RankInfo

@@ -34,10 +34,10 @@ from internvl_megatron.checkpoint.file_sums import find_damage
 from internvl_megatron.config.overrides import apply_overrides
 from internvl_megatron.config.recipes import demo_digits
 from internvl_megatron.config.schema import RunConfig
+from internvl_megatron.faults.rank_notes import HEARTBEATS, RankNote, read_note, state_of
 from internvl_megatron.launcher import InterruptedRunError, RankFailedError, launch
-from internvl_megatron.metrics import METRICS_FILE, read_metrics
-from internvl_megatron.rank_notes import HEARTBEATS, RankNote, read_note, state_of
-from internvl_megatron.run_events import EVENTS_FILE
+from internvl_megatron.watching.metrics import METRICS_FILE, read_metrics
+from internvl_megatron.watching.run_events import EVENTS_FILE
 from tools.machine_record import machine_record
 from tools.prepare_demo import Amounts, prepare
 

@@ -34,7 +34,7 @@ from internvl_megatron.config.schema import (
     VisionConfig,
 )
 from internvl_megatron.data.files import write_whole
-from internvl_megatron.data.packing import Row
+from internvl_megatron.data.rows import Row
 from internvl_megatron.errors import UserError
 from internvl_megatron.launcher import launch
 from internvl_megatron.ranks import RankInfo

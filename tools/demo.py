@@ -20,7 +20,7 @@ from internvl_megatron.config.schema import RunConfig
 from internvl_megatron.errors import UserError
 from internvl_megatron.evaluate.questions import format_table
 from internvl_megatron.launcher import InterruptedRunError, RankFailedError, launch
-from internvl_megatron.metrics import METRICS_FILE
+from internvl_megatron.watching.metrics import METRICS_FILE
 from tools.demo_report import contact_sheet, loss_curve
 from tools.prepare_demo import prepare
 

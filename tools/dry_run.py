@@ -24,7 +24,7 @@ from internvl_megatron.config.plan import RunPlan, plan
 from internvl_megatron.config.recipes import find_recipe
 from internvl_megatron.config.schema import ParallelConfig, RunConfig
 from internvl_megatron.data.files import write_whole
-from internvl_megatron.data.packing import Row
+from internvl_megatron.data.rows import Row
 from internvl_megatron.data.step_rows import DecodedTiles, assign_images
 from internvl_megatron.errors import UserError
 from internvl_megatron.launcher import launch

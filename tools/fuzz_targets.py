@@ -413,7 +413,7 @@ def _write_metrics(folder: Path) -> None:
 
 
 def _read_metrics(folder: Path) -> None:
-    from internvl_megatron.metrics import read_metrics
+    from internvl_megatron.watching.metrics import read_metrics
 
     read_metrics(folder / "metrics.jsonl")
 
@@ -436,8 +436,8 @@ def _write_note(folder: Path) -> None:
 
 
 def _read_note(folder: Path) -> None:
-    from internvl_megatron.rank_notes import read_note, read_stacks
-    from internvl_megatron.stall_report import StuckRank, stall_report
+    from internvl_megatron.faults.rank_notes import read_note, read_stacks
+    from internvl_megatron.faults.stall_report import StuckRank, stall_report
 
     note = read_note(folder, 0)
     if note is not None:

@@ -26,8 +26,8 @@ from internvl_megatron.config.schema import (
     RunConfig,
     VisionConfig,
 )
-from internvl_megatron.data.packing import Row
 from internvl_megatron.data.positions import STRIDES, UNITS_PER_POSITION, v2pe_numerators
+from internvl_megatron.data.rows import Row
 from internvl_megatron.device import DeviceName
 from internvl_megatron.scaling.counts import parameter_counts
 from internvl_megatron.scaling.drawn_rows import TILE_TOKENS, PackedRow, draw_rows

@@ -34,7 +34,7 @@ from internvl_megatron.config.schema import (
 )
 from internvl_megatron.data.files import write_whole
 from internvl_megatron.data.images import ImageRef
-from internvl_megatron.data.packing import Row, SampleSource
+from internvl_megatron.data.rows import Row, SampleSource
 from internvl_megatron.data.step_rows import DecodedTiles
 from internvl_megatron.device import DeviceName
 from internvl_megatron.launcher import RankFailedError, launch

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from internvl_megatron.config.schema import RunConfig
-from internvl_megatron.data.packing import Row
+from internvl_megatron.data.rows import Row
 from internvl_megatron.device import Device
 from internvl_megatron.ranks import RankInfo
 from tools.image_text_rows import RandomPixels

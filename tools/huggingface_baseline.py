@@ -22,8 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from internvl_megatron.config.schema import ModelConfig, RunConfig
-from internvl_megatron.data.packing import Row
 from internvl_megatron.data.positions import UNITS_PER_POSITION
+from internvl_megatron.data.rows import Row
 from internvl_megatron.device import Device, open_device
 from internvl_megatron.model.build import torch_dtype
 from internvl_megatron.model.vision import normalize_pixels

@@ -30,7 +30,7 @@ from internvl_megatron.data.records import SampleSettings
 from internvl_megatron.data.step_rows import StepRows
 from internvl_megatron.data.stream import SampleStream
 from internvl_megatron.data.tokenizer import load_tokenizer
-from internvl_megatron.metrics import METRICS_FILE, read_metrics
+from internvl_megatron.watching.metrics import METRICS_FILE, read_metrics
 from tools.huggingface_baseline import MicroBatch, packed_batches, transformers_config, weighted_loss_sum
 from tools.machine_record import is_installed, machine_record
 from tools.prepare_demo import Amounts, prepare

@@ -7,7 +7,7 @@ import numpy as np
 
 from internvl_megatron.config.schema import ModelConfig
 from internvl_megatron.data.images import ImageRef
-from internvl_megatron.data.packing import Row, SampleSource
+from internvl_megatron.data.rows import Row, SampleSource
 from internvl_megatron.data.step_rows import DecodedTiles, assign_images
 from internvl_megatron.scaling.drawn_rows import TILE_TOKENS, PackedRow
 

@@ -13,10 +13,10 @@ from internvl_megatron.data.conversation import IGNORED_LABEL
 from internvl_megatron.data.dataset import Dataset
 from internvl_megatron.data.images import ImageRef
 from internvl_megatron.data.mixture import dataset_groups
-from internvl_megatron.data.packing import Row, SampleSource
 from internvl_megatron.data.positions import UNITS_PER_POSITION
 from internvl_megatron.data.preference import Pair
 from internvl_megatron.data.records import Sample, SampleError, SampleSettings
+from internvl_megatron.data.rows import Row, SampleSource
 from internvl_megatron.data.stream import SampleStream
 from internvl_megatron.data.tokenizer import Tokenizer
 from tools.check_records import Kind

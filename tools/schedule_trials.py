@@ -26,7 +26,7 @@ from internvl_megatron.config.schema import (
     RunConfig,
     VisionConfig,
 )
-from internvl_megatron.data.packing import Row
+from internvl_megatron.data.rows import Row
 from internvl_megatron.device import Device, Mark
 from internvl_megatron.parallel.bubble_plan import BubblePlan
 from internvl_megatron.ranks import RankInfo

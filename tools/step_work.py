@@ -13,7 +13,7 @@ from typing import Any, Literal
 import numpy as np
 
 from internvl_megatron.config.schema import ModelConfig
-from internvl_megatron.data.packing import Row
+from internvl_megatron.data.rows import Row
 from internvl_megatron.scaling.counts import (
     BACKWARD_AND_FORWARD,
     output_layer_flops,

@@ -25,11 +25,11 @@ from internvl_megatron.checkpoint.shared_job import SharedJob, reason_of
 from internvl_megatron.config.overrides import CONFIG_FILE
 from internvl_megatron.config.schema import CheckpointConfig
 from internvl_megatron.errors import CheckpointError, UserError
-from internvl_megatron.metrics import METRICS_FILE
 from internvl_megatron.object_store import file_sizes, get_file, put_file, remove
 from internvl_megatron.parallel.groups import Groups
 from internvl_megatron.parallel.host import broadcast_bytes, exchange_bytes, sum_floats
-from internvl_megatron.run_events import EVENTS_FILE
+from internvl_megatron.watching.metrics import METRICS_FILE
+from internvl_megatron.watching.run_events import EVENTS_FILE
 
 log = logging.getLogger(__name__)
 

@@ -15,8 +15,8 @@ from internvl_megatron.cluster.node_order import Near
 from internvl_megatron.cluster.request import JobRequest, Preflight, check, describe, requested_config
 from internvl_megatron.config.overrides import CONFIG_FILE, from_json
 from internvl_megatron.errors import UserError
-from internvl_megatron.metrics import METRICS_FILE
 from internvl_megatron.scaling.gpus import GPUS, find_gpu
+from internvl_megatron.watching.metrics import METRICS_FILE
 
 ENDS = {
     "0": "finished",

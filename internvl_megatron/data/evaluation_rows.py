@@ -7,12 +7,12 @@ from pathlib import Path
 
 from internvl_megatron.data.dataset import Dataset, load_datasets
 from internvl_megatron.data.packer import Packer
-from internvl_megatron.data.packing import Row, SampleSource, build_row, padded_length
 from internvl_megatron.data.positions import UNITS_PER_POSITION
 from internvl_megatron.data.preference import Pair
 from internvl_megatron.data.records import Sample, SampleError, SampleSettings
 from internvl_megatron.data.reference_file import ReferenceFile
 from internvl_megatron.data.row_packer import make_packer
+from internvl_megatron.data.rows import Row, SampleSource, build_row, padded_length
 from internvl_megatron.data.seeds import Purpose, generator
 from internvl_megatron.data.stream import apply_policy, check_stores, make_source, stored_row, with_reference
 from internvl_megatron.data.tokenizer import Tokenizer

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from internvl_megatron.data.images import ImageRef
-from internvl_megatron.data.packing import Row, SampleSource
+from internvl_megatron.data.rows import Row, SampleSource
 
 _ARRAYS = {
     "token_ids": "<i4",

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from internvl_megatron.config.schema import LanguageConfig
-from internvl_megatron.data.packing import Row
+from internvl_megatron.data.rows import Row
 from internvl_megatron.scaling.counts import language_flops
 
 

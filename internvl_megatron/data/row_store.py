@@ -25,8 +25,8 @@ import numpy as np
 
 from internvl_megatron.data.files import FileError, locate
 from internvl_megatron.data.images import ImageRef
-from internvl_megatron.data.packing import Row, SampleSource
 from internvl_megatron.data.records import SampleSettings
+from internvl_megatron.data.rows import Row, SampleSource
 from internvl_megatron.data.tokenizer import Tokenizer
 from internvl_megatron.errors import DataError
 from internvl_megatron.object_store import is_url

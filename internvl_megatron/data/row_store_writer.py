@@ -22,7 +22,6 @@ from internvl_megatron.config.schema import DataConfig
 from internvl_megatron.data.dataset import Dataset
 from internvl_megatron.data.files import write_whole
 from internvl_megatron.data.jsonl_file import JsonlFile
-from internvl_megatron.data.packing import Row
 from internvl_megatron.data.records import SampleSettings
 from internvl_megatron.data.row_store import (
     FORMAT,
@@ -41,6 +40,7 @@ from internvl_megatron.data.row_store import (
     part_name,
     read_description,
 )
+from internvl_megatron.data.rows import Row
 from internvl_megatron.data.stream import SHAPING_SETTINGS, SampleStream
 from internvl_megatron.data.tokenizer import Tokenizer
 from internvl_megatron.errors import DataError

@@ -10,8 +10,8 @@ import numpy as np
 from internvl_megatron.data.decode_pool import DecodePool
 from internvl_megatron.data.files import read_within
 from internvl_megatron.data.images import ImageRef, decode_tiles
-from internvl_megatron.data.packing import Row
 from internvl_megatron.data.records import SampleSettings
+from internvl_megatron.data.rows import Row
 from internvl_megatron.errors import DataError
 
 log = logging.getLogger(__name__)

@@ -18,11 +18,11 @@ from internvl_megatron.data.dataset import Dataset
 from internvl_megatron.data.files import FileError
 from internvl_megatron.data.mixture import Group, Mixture, dataset_groups
 from internvl_megatron.data.packer import Pack
-from internvl_megatron.data.packing import Row, SampleSource, build_row, padded_length, segments_of
 from internvl_megatron.data.preference import Pair, parse_pair, render_pair
 from internvl_megatron.data.records import ImageRng, Sample, SampleError, SampleSettings, parse_record, render_sample
 from internvl_megatron.data.reference_file import ReferenceFile
 from internvl_megatron.data.row_packer import RowPacker, make_packer
+from internvl_megatron.data.rows import Row, SampleSource, build_row, padded_length, segments_of
 from internvl_megatron.data.seeds import Purpose, generator
 from internvl_megatron.data.tokenizer import Tokenizer
 from internvl_megatron.errors import DataError

@@ -31,7 +31,7 @@ def chunked_linear_loss(
 ) -> tuple[Tensor, Tensor]:
     """Sum over positions of weight times cross entropy, an fp32 scalar; and its terms, fp32 [n], which have no gradient.
 
-    The same as the output layer followed by `token_losses` and `weighted_sum`, in value and gradient. Collective over the
+    The same as the output layer followed by `cross_entropies` and `weighted_sum`, in value and gradient. Collective over the
     tensor-parallel ranks, which have the same n; the gradient of the hidden states is summed over them.
 
     Args:

@@ -15,7 +15,7 @@ def weighted_sum(losses: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     return terms.sum(), terms.detach()
 
 
-def token_losses(logits: Tensor, targets: Tensor, tensor_group: torch.distributed.ProcessGroup) -> Tensor:
+def cross_entropies(logits: Tensor, targets: Tensor, tensor_group: torch.distributed.ProcessGroup) -> Tensor:
     """Cross entropy of every position, fp32 [n].
 
     Args:

@@ -17,7 +17,7 @@ from torch import Tensor
 from internvl_megatron.config.schema import padded_vocab_size
 from internvl_megatron.device import likes_whole_widths
 from internvl_megatron.model.chunked_loss import chunked_linear_loss
-from internvl_megatron.model.loss import token_losses, weighted_sum
+from internvl_megatron.model.loss import cross_entropies, weighted_sum
 from internvl_megatron.model.token_losses import chunked_token_losses
 
 
@@ -98,7 +98,7 @@ class OutputLayer(ColumnParallelLinear):
         if targets.weights is None:
             return self._token_losses(hidden_states, targets.tokens)
         if self._loss_chunk_tokens is None:
-            losses = token_losses(self._logits(hidden_states), targets.tokens, self._tensor_group)
+            losses = cross_entropies(self._logits(hidden_states), targets.tokens, self._tensor_group)
             return _with_terms(*weighted_sum(losses, targets.weights))
         weight: Any = self.weight
         return _with_terms(
@@ -115,7 +115,7 @@ class OutputLayer(ColumnParallelLinear):
 
     def _token_losses(self, hidden_states: Tensor, targets: Tensor) -> Tensor:
         if self._loss_chunk_tokens is None:
-            return token_losses(self._logits(hidden_states), targets, self._tensor_group)
+            return cross_entropies(self._logits(hidden_states), targets, self._tensor_group)
         weight: Any = self.weight
         return chunked_token_losses(
             hidden_states.flatten(0, 1),

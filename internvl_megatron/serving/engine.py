@@ -8,10 +8,10 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from internvl_megatron.faults.stop_signals import StopSignals
 from internvl_megatron.inference.generate import Generator
 from internvl_megatron.serving.figures import Figures
 from internvl_megatron.serving.jobs import Grown, Job, Orders, orders_from_payload, start
-from internvl_megatron.stop_signals import StopSignals
 
 IDLE_SECONDS = 0.5
 """How long the loop waits for a job at most before it looks for a signal; other ranks hear of it as often, and wait in no collective

@@ -14,6 +14,7 @@ import uvicorn
 
 from internvl_megatron.device import DeviceName
 from internvl_megatron.errors import UserError
+from internvl_megatron.faults.stop_signals import STOP_SIGNALS, StopSignals
 from internvl_megatron.inference.run import open_generator
 from internvl_megatron.inference.settings import Setup
 from internvl_megatron.ranks import RankInfo
@@ -22,7 +23,6 @@ from internvl_megatron.serving.chat_completions import ChatCompletions
 from internvl_megatron.serving.engine import Engine
 from internvl_megatron.serving.figures import Figures
 from internvl_megatron.serving.settings import API_KEY_VARIABLE, Serving
-from internvl_megatron.stop_signals import STOP_SIGNALS, StopSignals
 
 CLOSE_SECONDS = 5
 """How long connections may take to end once everything is answered."""

@@ -13,9 +13,9 @@ import torch.distributed as dist
 
 from internvl_megatron.config.plan import cut_multiple
 from internvl_megatron.config.schema import RunConfig
-from internvl_megatron.data.packing import Row
 from internvl_megatron.data.positions import STRIDES
 from internvl_megatron.data.row_cost import RowCost
+from internvl_megatron.data.rows import Row
 from internvl_megatron.data.step_rows import ImageKey, StepRows
 from internvl_megatron.errors import DataError
 from internvl_megatron.parallel.groups import Groups

@@ -6,7 +6,7 @@ import numpy as np
 from torch import Tensor
 
 from internvl_megatron.config.schema import LanguageConfig
-from internvl_megatron.data.packing import Row
+from internvl_megatron.data.rows import Row
 from internvl_megatron.device import Device
 from internvl_megatron.model.attention import PackedRow
 from internvl_megatron.model.rotary import rotary_tables

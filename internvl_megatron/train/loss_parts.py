@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from internvl_megatron.data.packing import Row
+from internvl_megatron.data.rows import Row
 
 KINDS = ("text", "image", "multi_image", "video")
 """Of samples, by what they show."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from internvl_megatron.config.schema import RunConfig
-from internvl_megatron.data.packing import Row
+from internvl_megatron.data.rows import Row
 from internvl_megatron.device import Device
 from internvl_megatron.model.output_layer import Targets
 from internvl_megatron.parallel.groups import Groups

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from internvl_megatron.config.schema import RunConfig
-from internvl_megatron.data.packing import Row
+from internvl_megatron.data.rows import Row
 from internvl_megatron.device import Device
 from internvl_megatron.model.output_layer import Targets
 from internvl_megatron.model.preference_loss import (

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from internvl_megatron.config.schema import RunConfig
-from internvl_megatron.metrics import METRICS_FILE, read_metrics
+from internvl_megatron.watching.metrics import METRICS_FILE, read_metrics
 from tests.support.small_runs import read_lines, small_data, small_run, write_lines
 from tools import build_preferences, build_prm_data
 

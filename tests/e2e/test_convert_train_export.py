@@ -14,7 +14,7 @@ from checkpoint_convert.__main__ import main as convert
 from internvl_megatron.__main__ import main
 from internvl_megatron.config.recipes import demo_digits
 from internvl_megatron.data.tokenizer import load_tokenizer
-from internvl_megatron.metrics import METRICS_FILE, read_metrics
+from internvl_megatron.watching.metrics import METRICS_FILE, read_metrics
 from tests.support.huggingface_folders import edit_json, load_tensors
 from tests.support.models import huggingface_model
 from tests.support.small_runs import small_data

@@ -11,7 +11,7 @@ from internvl_megatron.config.overrides import apply_overrides
 from internvl_megatron.config.plan import plan
 from internvl_megatron.config.recipes import demo_digits
 from internvl_megatron.errors import ConfigError
-from internvl_megatron.metrics import METRICS_FILE, read_metrics
+from internvl_megatron.watching.metrics import METRICS_FILE, read_metrics
 from tests.support.miniature_benchmarks import choice_rows, write_json_lines, write_tsv
 from tests.support.small_runs import small_data, small_run_settings
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from internvl_megatron.__main__ import main
-from internvl_megatron.metrics import METRICS_FILE, read_metrics
+from internvl_megatron.watching.metrics import METRICS_FILE, read_metrics
 from tests.support.small_runs import small_data, small_run_settings
 
 pytestmark = [pytest.mark.slow, pytest.mark.parallel]

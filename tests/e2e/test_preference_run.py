@@ -12,7 +12,7 @@ import pytest
 from internvl_megatron.config.recipes import demo_digits
 from internvl_megatron.config.schema import RunConfig
 from internvl_megatron.launcher import RankFailedError
-from internvl_megatron.metrics import METRICS_FILE, read_metrics
+from internvl_megatron.watching.metrics import METRICS_FILE, read_metrics
 from tests.support.small_runs import read_lines, small_data, small_run, write_lines
 
 pytestmark = pytest.mark.parallel

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from internvl_megatron.checkpoint import folders
-from internvl_megatron.metrics import METRICS_FILE, read_metrics
+from internvl_megatron.watching.metrics import METRICS_FILE, read_metrics
 from tests.support.slurm_cluster import SlurmCluster, restarted, slurm_cluster, wait_until
 from tests.support.small_runs import small_data
 

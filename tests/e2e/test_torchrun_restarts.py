@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from internvl_megatron.faults.rank_notes import HEARTBEATS, read_note
+from internvl_megatron.faults.watchdog import STALLS
 from internvl_megatron.launcher import launch
-from internvl_megatron.metrics import METRICS_FILE, read_metrics
-from internvl_megatron.rank_notes import HEARTBEATS, read_note
-from internvl_megatron.watchdog import STALLS
+from internvl_megatron.watching.metrics import METRICS_FILE, read_metrics
 from tests.support.small_runs import small_data, small_run, small_run_settings
 
 pytestmark = [pytest.mark.parallel, pytest.mark.slow]

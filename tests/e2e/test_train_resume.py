@@ -18,9 +18,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from internvl_megatron.__main__ import main
 from internvl_megatron.checkpoint import folders
-from internvl_megatron.metrics import METRICS_FILE, read_metrics
-from internvl_megatron.rank_notes import HEARTBEATS, read_note
-from internvl_megatron.watchdog import STALLS
+from internvl_megatron.faults.rank_notes import HEARTBEATS, read_note
+from internvl_megatron.faults.watchdog import STALLS
+from internvl_megatron.watching.metrics import METRICS_FILE, read_metrics
 from tests.support.small_runs import small_data, small_run_settings
 
 pytestmark = pytest.mark.parallel

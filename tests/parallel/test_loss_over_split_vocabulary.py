@@ -46,7 +46,7 @@ def inputs() -> Inputs:
 def loss_on_rank(info: RankInfo) -> tuple[float, np.ndarray]:
     """Loss and this rank's part of the logits' gradient; padding columns are -inf."""
     from internvl_megatron.device import open_device
-    from internvl_megatron.model.loss import token_losses, weighted_sum
+    from internvl_megatron.model.loss import cross_entropies, weighted_sum
     from internvl_megatron.ranks import joined
 
     device = open_device("cpu")
@@ -55,7 +55,7 @@ def loss_on_rank(info: RankInfo) -> tuple[float, np.ndarray]:
         padded = F.pad(given.hidden @ given.weight.t(), (0, PADDED_SIZE - VOCAB_SIZE), value=float("-inf"))
         mine = padded.chunk(info.world_size, dim=1)[info.rank][:, None].clone().requires_grad_()
         assert dist.group.WORLD is not None
-        loss, _ = weighted_sum(token_losses(mine, given.targets, dist.group.WORLD), given.weights)
+        loss, _ = weighted_sum(cross_entropies(mine, given.targets, dist.group.WORLD), given.weights)
         loss.backward()
         assert mine.grad is not None
         return loss.item(), mine.grad[:, 0].numpy()

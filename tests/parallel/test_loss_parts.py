@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 
 from internvl_megatron.config.schema import LossConfig, RunConfig
-from internvl_megatron.data.packing import Row, SampleSource
 from internvl_megatron.data.positions import STRIDES
+from internvl_megatron.data.rows import Row, SampleSource
 from internvl_megatron.data.video import VideoFrames
 from internvl_megatron.ranks import RankInfo
 from internvl_megatron.train.loss_parts import LossPart

@@ -18,9 +18,9 @@ from internvl_megatron.config.schema import CheckpointConfig
 from internvl_megatron.device import open_device
 from internvl_megatron.errors import CheckpointError
 from internvl_megatron.launcher import RankFailedError
-from internvl_megatron.metrics import METRICS_FILE, read_metrics
 from internvl_megatron.parallel.groups import Groups, make_groups
 from internvl_megatron.ranks import RankInfo, joined
+from internvl_megatron.watching.metrics import METRICS_FILE, read_metrics
 from tests.support.layouts import LAYOUTS
 from tests.support.small_runs import small_data, small_run
 

@@ -13,8 +13,8 @@ from PIL import Image
 from internvl_megatron.config.schema import CheckpointConfig, DataConfig, RampConfig, RunConfig
 from internvl_megatron.data.fast_tokenizer import FastTokenizer
 from internvl_megatron.data.tokenizer_build import train_small_tokenizer
-from internvl_megatron.metrics import METRICS_FILE, read_metrics
 from internvl_megatron.ranks import RankInfo
+from internvl_megatron.watching.metrics import METRICS_FILE, read_metrics
 from tests.support.layouts import ADAMW, LAYOUTS, Scenario
 
 pytestmark = pytest.mark.parallel

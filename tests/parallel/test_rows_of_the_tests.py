@@ -43,7 +43,7 @@ def test_every_feature_occurs() -> None:
 
 @pytest.mark.parametrize("row", ROWS)
 def test_rows_are_consistent(row: object) -> None:
-    from internvl_megatron.data.packing import Row
+    from internvl_megatron.data.rows import Row
 
     assert isinstance(row, Row)
     assert row.segment_lengths.sum() == len(row.token_ids)

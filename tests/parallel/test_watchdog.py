@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 
 from internvl_megatron.config.schema import WatchdogConfig
+from internvl_megatron.faults.rank_notes import HEARTBEATS, read_note, read_stacks
+from internvl_megatron.faults.watchdog import STALLS, Watchdog
 from internvl_megatron.launcher import RankFailedError
-from internvl_megatron.rank_notes import HEARTBEATS, read_note, read_stacks
 from internvl_megatron.ranks import RankInfo
-from internvl_megatron.run_events import EVENTS_FILE
-from internvl_megatron.watchdog import STALLS, Watchdog
+from internvl_megatron.watching.run_events import EVENTS_FILE
 
 pytestmark = pytest.mark.parallel
 

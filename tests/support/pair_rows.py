@@ -6,7 +6,7 @@ import numpy as np
 
 from internvl_megatron.config.schema import ModelConfig
 from internvl_megatron.data.images import ImageRef
-from internvl_megatron.data.packing import Row, SampleSource
+from internvl_megatron.data.rows import Row, SampleSource
 from tests.support.rows import FIRST_TEXT_TOKEN, IGNORED, IMAGE_TOKEN, StepData
 
 

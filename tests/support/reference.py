@@ -13,7 +13,7 @@ from torch import Tensor
 
 from checkpoint_convert.mapping import mapping, on_disk_name
 from internvl_megatron.config.schema import ModelConfig, OptimizerConfig, RunConfig
-from internvl_megatron.data.packing import Row
+from internvl_megatron.data.rows import Row
 from tests.support.layouts import Ranks, Scenario
 from tests.support.models import huggingface_model
 from tests.support.rows import StepData

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from internvl_megatron.boards import WANDB_ID_FILE, ShownSample, Wandb, check_wandb
 from internvl_megatron.errors import ConfigError
+from internvl_megatron.watching.boards import WANDB_ID_FILE, ShownSample, Wandb, check_wandb
 
 HAS_WANDB = importlib.util.find_spec("wandb") is not None
 LOG_HEADER_BYTES, BLOCK_BYTES, RECORD_HEADER_BYTES = 7, 32768, 7

@@ -9,8 +9,8 @@ from internvl_megatron import __main__
 from internvl_megatron.cluster.commands import ENDS
 from internvl_megatron.cluster.job_folder import CHECKOUT
 from internvl_megatron.errors import CheckpointError, ConfigError, TrainingError
+from internvl_megatron.faults.stop_signals import EXIT_TRAINING_ERROR
 from internvl_megatron.launcher import Failure, RankFailedError
-from internvl_megatron.stop_signals import EXIT_TRAINING_ERROR
 from tools.collect_logs import meaning
 
 

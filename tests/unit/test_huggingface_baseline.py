@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from internvl_megatron.config.schema import Fp8Config, ModelConfig, ParallelConfig, RunConfig
-from internvl_megatron.data.packing import Row
+from internvl_megatron.data.rows import Row
 from internvl_megatron.device import Device
 from internvl_megatron.ranks import RankInfo
 from tests.support.reference import our_tensors

@@ -14,8 +14,8 @@ from internvl_megatron.config.overrides import apply_overrides
 from internvl_megatron.config.recipes import find_recipe
 from internvl_megatron.data.dataset import load_datasets
 from internvl_megatron.data.mixture import Mixture, dataset_groups
-from internvl_megatron.data.packing import SampleSource
 from internvl_megatron.data.records import SampleSettings
+from internvl_megatron.data.rows import SampleSource
 from internvl_megatron.data.seeds import Purpose, generator
 from internvl_megatron.data.stream import SampleStream, render_source
 from internvl_megatron.data.token_texts import token_texts

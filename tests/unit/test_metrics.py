@@ -7,9 +7,9 @@ from dataclasses import fields, replace
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from internvl_megatron.boards import TENSORBOARD_FOLDER, TensorBoard
 from internvl_megatron.errors import DataError
-from internvl_megatron.metrics import GROUPS, METRICS_FILE, MetricsWriter, StepMetrics, read_metrics
+from internvl_megatron.watching.boards import TENSORBOARD_FOLDER, TensorBoard
+from internvl_megatron.watching.metrics import GROUPS, METRICS_FILE, MetricsWriter, StepMetrics, read_metrics
 
 ONE = StepMetrics(
     step=0,

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from internvl_megatron.progress import Progress
+from internvl_megatron.watching.progress import Progress
 from tests.unit.test_metrics import ONE
 
 

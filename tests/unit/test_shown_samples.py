@@ -8,7 +8,6 @@ import pytest
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from internvl_megatron.boards import TENSORBOARD_FOLDER, TensorBoard
 from internvl_megatron.config.overrides import apply_overrides
 from internvl_megatron.config.recipes import find_recipe
 from internvl_megatron.data.dataset import load_datasets
@@ -16,7 +15,8 @@ from internvl_megatron.data.records import SampleSettings
 from internvl_megatron.data.stream import SampleStream
 from internvl_megatron.data.tokenizer import load_tokenizer
 from internvl_megatron.data.tokenizer_build import train_small_tokenizer
-from internvl_megatron.shown_samples import MOST_SAMPLES, shown_samples
+from internvl_megatron.watching.boards import TENSORBOARD_FOLDER, TensorBoard
+from internvl_megatron.watching.shown_samples import MOST_SAMPLES, shown_samples
 
 TEXTS = ["how many are there?", "*three* <b> & ⟦more⟧"]
 

@@ -6,11 +6,11 @@ import sys
 
 import pytest
 
-from internvl_megatron.stop_signals import EXIT_INTERRUPTED, EXIT_REQUEUE, exit_code
+from internvl_megatron.faults.stop_signals import EXIT_INTERRUPTED, EXIT_REQUEUE, exit_code
 
 PROGRAM = """
 import os, signal, sys, time
-from internvl_megatron import stop_signals
+from internvl_megatron.faults import stop_signals
 stop_signals.SAME_REQUEST_SECONDS = 0.2
 {before}
 signals = stop_signals.StopSignals()

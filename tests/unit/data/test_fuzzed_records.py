@@ -8,8 +8,8 @@ import pytest
 
 from internvl_megatron.data.dataset import Dataset
 from internvl_megatron.data.meta import read_meta
-from internvl_megatron.data.packing import SampleSource, build_row
 from internvl_megatron.data.records import SampleError
+from internvl_megatron.data.rows import SampleSource, build_row
 from internvl_megatron.data.step_rows import StepRows
 from internvl_megatron.data.stream import SampleStream, apply_policy, render_source
 from tests.support.fuzzed_records import Fuzzer, write_fuzz_files

@@ -10,9 +10,9 @@ import pytest
 
 from internvl_megatron.data.dataset import load_datasets
 from internvl_megatron.data.evaluation_rows import eval_rows
-from internvl_megatron.data.packing import Row
 from internvl_megatron.data.records import SampleError, SampleSettings
 from internvl_megatron.data.row_bytes import row_to_bytes, rows_from_bytes
+from internvl_megatron.data.rows import Row
 from internvl_megatron.data.stream import SampleStream, check_stores
 from internvl_megatron.errors import DataError
 

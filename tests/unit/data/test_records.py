@@ -10,9 +10,9 @@ from PIL.GifImagePlugin import GifImageFile
 from internvl_megatron.config.schema import DataConfig
 from internvl_megatron.data.images import ImageRef, decode_tiles, image_size
 from internvl_megatron.data.meta import DatasetEntry
-from internvl_megatron.data.packing import SampleSource, build_row
 from internvl_megatron.data.positions import STRIDES
 from internvl_megatron.data.records import SampleError, SampleSettings, parse_record, render_sample
+from internvl_megatron.data.rows import SampleSource, build_row
 from internvl_megatron.errors import DataError
 
 

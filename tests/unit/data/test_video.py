@@ -14,10 +14,10 @@ from PIL import Image
 from internvl_megatron.data.files import FileError
 from internvl_megatron.data.images import ImageRef, decode_tiles
 from internvl_megatron.data.meta import DatasetEntry
-from internvl_megatron.data.packing import SampleSource, build_row
 from internvl_megatron.data.positions import STRIDES
 from internvl_megatron.data.records import SampleError, parse_record, render_sample
 from internvl_megatron.data.row_bytes import row_to_bytes, rows_from_bytes
+from internvl_megatron.data.rows import SampleSource, build_row
 from internvl_megatron.data.step_rows import StepRows, assign_images
 from internvl_megatron.data.stream import SampleStream
 from internvl_megatron.data.video import VideoFrames, choose_frames

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
+from internvl_megatron.evaluate.best_of_n_report import Candidates, scaling_curve, write_report
 from internvl_megatron.evaluate.questions import Question
-from internvl_megatron.evaluate.scaling_report import Candidates, scaling_curve, write_report
 from internvl_megatron.inference.choosing import best, most_frequent
 
 

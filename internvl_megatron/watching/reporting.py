@@ -6,7 +6,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from internvl_megatron.boards import Board, TensorBoard, Wandb
 from internvl_megatron.config.plan import RunPlan
 from internvl_megatron.config.schema import RunConfig
 from internvl_megatron.data.meta import read_meta
@@ -15,19 +14,20 @@ from internvl_megatron.data.records import SampleSettings
 from internvl_megatron.data.step_rows import StepRows
 from internvl_megatron.data.tokenizer import Tokenizer
 from internvl_megatron.device import Device
-from internvl_megatron.metrics import MetricsWriter, StepMetrics
 from internvl_megatron.preference_run import preference_metrics
-from internvl_megatron.progress import Progress
 from internvl_megatron.scaling.counts import TrainedParts, step_flops
-from internvl_megatron.shown_samples import shown_samples
 from internvl_megatron.train.agreement import StepAgreement
 from internvl_megatron.train.loss_parts import LossPart, LossParts
 from internvl_megatron.train.objective import Outcome
 from internvl_megatron.train.phases import total_seconds
 from internvl_megatron.train.step import StepResult
+from internvl_megatron.watching.boards import Board, TensorBoard, Wandb
+from internvl_megatron.watching.metrics import MetricsWriter, StepMetrics
+from internvl_megatron.watching.progress import Progress
+from internvl_megatron.watching.shown_samples import shown_samples
 
 
-class Watch:
+class Reporting:
     """Of a run."""
 
     def __init__(self, config: RunConfig, plan: RunPlan, device: Device, peak_flops: float, first_step: int) -> None:

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from internvl_megatron.data.images import ImageRef
-from internvl_megatron.data.packing import SampleSource, build_row, token_weight
 from internvl_megatron.data.records import Sample
 from internvl_megatron.data.row_bytes import row_to_bytes, rows_from_bytes
+from internvl_megatron.data.rows import SampleSource, build_row, token_weight
 
 PAD = 999
 

@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from internvl_megatron.boards import Board, ShownSample
 from internvl_megatron.errors import DataError
+from internvl_megatron.watching.boards import Board, ShownSample
 
 METRICS_FILE = "metrics.jsonl"
 

@@ -8,7 +8,7 @@ import pytest
 from internvl_megatron.config.overrides import apply_overrides
 from internvl_megatron.config.recipes import demo_digits
 from internvl_megatron.scaling.counts import TrainedParts, step_flops
-from internvl_megatron.watch import needed_flops
+from internvl_megatron.watching.reporting import needed_flops
 
 AGREEMENT: Any = SimpleNamespace(num_tokens=900, table=range(12), attention_pairs=60_000, num_supervised_tokens=70)
 

@@ -9,13 +9,13 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
-from internvl_megatron.boards import ShownSample
 from internvl_megatron.data.files import FileError, read_within
 from internvl_megatron.data.images import ImageRef, decode_tiles
-from internvl_megatron.data.packing import Row
 from internvl_megatron.data.records import SampleSettings
+from internvl_megatron.data.rows import Row
 from internvl_megatron.data.token_texts import token_texts
 from internvl_megatron.data.tokenizer import Tokenizer
+from internvl_megatron.watching.boards import ShownSample
 
 MOST_SAMPLES, MOST_TOKENS, MOST_PICTURES = 4, 2048, 4
 """Samples of a row, and tokens and pictures of a sample, that are shown."""

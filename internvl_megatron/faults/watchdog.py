@@ -21,11 +21,11 @@ from datetime import datetime
 from pathlib import Path
 
 from internvl_megatron.config.schema import WatchdogConfig
-from internvl_megatron.rank_notes import OwnNote, RankNote, ask_for_stack, read_note, read_stacks, state_of
+from internvl_megatron.faults.rank_notes import OwnNote, RankNote, ask_for_stack, read_note, read_stacks, state_of
+from internvl_megatron.faults.stall_report import StuckRank, stall_report
+from internvl_megatron.faults.stop_signals import EXIT_STALLED
 from internvl_megatron.ranks import RankInfo
-from internvl_megatron.run_events import RunEvents
-from internvl_megatron.stall_report import StuckRank, stall_report
-from internvl_megatron.stop_signals import EXIT_STALLED
+from internvl_megatron.watching.run_events import RunEvents
 
 log = logging.getLogger(__name__)
 

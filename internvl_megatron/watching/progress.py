@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from tqdm import tqdm
 
-from internvl_megatron.metrics import StepMetrics
+from internvl_megatron.watching.metrics import StepMetrics
 
 log = logging.getLogger(__name__)
 

@@ -1,0 +1,1 @@
+"""How people watch a run: figures of every step, boards, lines in the log, samples, events."""
