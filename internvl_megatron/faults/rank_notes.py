@@ -2,8 +2,10 @@
 
 heartbeats/rank-00002.json     rewritten now and then while the rank lives, for whoever wonders about one that is silent
 heartbeats/rank-00002.stack    stacks of its threads: written by SIGUSR2, whatever the rank is doing, and by a rank that is stuck
+heartbeats/rank-00002.found    what a neighbour found it to be (stopped, gone, ...) before it asked for these
 """
 
+import contextlib
 import faulthandler
 import json
 import os
@@ -18,6 +20,7 @@ from internvl_megatron.typed_object import typed_object
 
 HEARTBEATS = "heartbeats"
 STACK_SIGNAL = signal.SIGUSR2
+LONGEST_STATE_CHARACTERS = 80
 LAST_SECOND = 2**33
 """Since 1970: no clock is later."""
 
@@ -50,6 +53,7 @@ class OwnNote:
         self.folder.mkdir(exist_ok=True)
         self._rank = rank
         self._path = note_path(self.folder, rank)
+        found_path(self.folder, rank).unlink(missing_ok=True)
         self._stacks = stack_path(self.folder, rank).open("w", encoding="utf-8")
         pid, main = os.getpid(), threading.main_thread().ident or 0
         self._process = socket.gethostname(), pid, started_ticks(pid) or 0, main
@@ -80,6 +84,25 @@ def note_path(folder: Path, rank: int) -> Path:
 def stack_path(folder: Path, rank: int) -> Path:
     """Where its stacks are."""
     return folder / f"rank-{rank:05d}.stack"
+
+
+def found_path(folder: Path, rank: int) -> Path:
+    """Where it is written what a neighbour found it to be."""
+    return folder / f"rank-{rank:05d}.found"
+
+
+def write_found(folder: Path, rank: int, state: str) -> None:
+    """Write down what a rank was found to be, unless somebody has: who asks for stacks lets a stopped rank go on. Raises OSError."""
+    with contextlib.suppress(FileExistsError), found_path(folder, rank).open("x", encoding="utf-8") as file:
+        file.write(state)
+
+
+def read_found(folder: Path, rank: int) -> str:
+    """What a neighbour found a rank to be; '' = nobody has looked."""
+    try:
+        return found_path(folder, rank).read_text(encoding="utf-8", errors="replace")[:LONGEST_STATE_CHARACTERS]
+    except OSError:
+        return ""
 
 
 def read_note(folder: Path, rank: int) -> RankNote | None:

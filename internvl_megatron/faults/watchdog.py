@@ -21,7 +21,16 @@ from datetime import datetime
 from pathlib import Path
 
 from internvl_megatron.config.schema import WatchdogConfig
-from internvl_megatron.faults.rank_notes import OwnNote, RankNote, ask_for_stack, read_note, read_stacks, state_of
+from internvl_megatron.faults.rank_notes import (
+    OwnNote,
+    RankNote,
+    ask_for_stack,
+    read_found,
+    read_note,
+    read_stacks,
+    state_of,
+    write_found,
+)
 from internvl_megatron.faults.stall_report import StuckRank, stall_report
 from internvl_megatron.faults.stop_signals import EXIT_STALLED
 from internvl_megatron.ranks import RankInfo
@@ -149,21 +158,18 @@ class Watchdog:
             is_first = False
         self._note.write_stacks()
         self._note.write(self._where(last), idle, is_stuck=True)
-        states = self._ask_the_silent(is_first, began + SECONDS_FOR_REPORTS)
+        self._ask_the_silent(is_first, began + SECONDS_FOR_REPORTS)
         if is_first:
-            self._report(states, idle)
+            self._report(idle)
         while not self._is_there(_REPORT) and time.monotonic() < began + SECONDS_IN_ALL:
             time.sleep(POLL_SECONDS)
 
-    def _ask_the_silent(self, is_first: bool, deadline: float) -> dict[int, str]:
-        """Wait for the others to report, the first rank for all; ask those on this machine that cannot, or do not.
-
-        Returns:
-            What the kernel says of those that were asked, by rank.
-        """
+    def _ask_the_silent(self, is_first: bool, deadline: float) -> None:
+        """Wait for the others to report, the first rank for all; ask those on this machine that cannot, or do not, and write down
+        what the kernel says of them."""
         info, folder = self._info, self._note.folder
         neighbours = range(info.rank - info.local_rank, info.rank - info.local_rank + info.local_world_size)
-        states = dict[int, str]()
+        asked = set[int]()
         is_late = False
         while not is_late:
             is_late = time.monotonic() > deadline
@@ -171,16 +177,16 @@ class Watchdog:
                 rank for rank in (range(info.world_size) if is_first else neighbours) if not self._has_reported(rank)
             ]
             if not silent:
-                return states
-            for rank in set(silent) & (set(neighbours) - states.keys()):
+                return
+            for rank in set(silent) & (set(neighbours) - asked):
                 note = read_note(folder, rank)
                 state = "gone" if note is None else state_of(note)
                 if note is not None and (state in STOPPED or is_late):
-                    states[rank] = _STATES.get(state, "not waiting for anybody")
+                    asked.add(rank)
+                    write_found(folder, rank, _STATES.get(state, "not waiting for anybody"))
                     ask_for_stack(note)
             time.sleep(POLL_SECONDS)
         time.sleep(SECONDS_FOR_ANSWERS)
-        return states
 
     def _is_there(self, name: str) -> bool:
         """Whether some rank has made this file; False where the folder does not answer."""
@@ -190,11 +196,9 @@ class Watchdog:
         note = read_note(self._note.folder, rank)
         return note is not None and note.is_stuck
 
-    def _report(self, states: dict[int, str], idle: float) -> None:
+    def _report(self, idle: float) -> None:
         now, folder = time.time(), self._note.folder
-        ranks = [
-            self._described(rank, read_note(folder, rank), states.get(rank)) for rank in range(self._info.world_size)
-        ]
+        ranks = [self._described(rank, read_note(folder, rank)) for rank in range(self._info.world_size)]
         text = f"no progress for {idle:.1f} s (watchdog.stall_seconds={self._settings.stall_seconds}); the first to stop is ahead"
         text = f"{text}\n\n{stall_report(ranks, now)}\n"
         path = self._folder / STALLS / f"{datetime.now().astimezone().strftime('%Y-%m-%dT%H-%M-%S')}.txt"
@@ -204,9 +208,9 @@ class Watchdog:
         sys.stderr.write(f"{text}\n{path} has this report\n")
         (folder / _REPORT).touch()
 
-    def _described(self, rank: int, note: RankNote | None, state: str | None) -> StuckRank:
+    def _described(self, rank: int, note: RankNote | None) -> StuckRank:
         if note is None:
             return StuckRank(rank, "an unknown host", "silent: it has never said anything", "nothing", 0.0, ())
         stacks = tuple(stack for stack in read_stacks(self._note.folder, note) if __file__ not in stack)
-        silent = "" if note.is_stuck and state is None else (state or "silent")
-        return StuckRank(rank, note.host, silent, note.place, note.since, stacks)
+        state = read_found(self._note.folder, rank) or ("" if note.is_stuck else "silent")
+        return StuckRank(rank, note.host, state, note.place, note.since, stacks)

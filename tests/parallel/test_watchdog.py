@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from internvl_megatron.config.schema import WatchdogConfig
+from internvl_megatron.faults import watchdog as watchdog_module
 from internvl_megatron.faults.rank_notes import HEARTBEATS, read_note, read_stacks
 from internvl_megatron.faults.watchdog import STALLS, Watchdog
 from internvl_megatron.launcher import RankFailedError
@@ -47,6 +48,20 @@ def stop_on_rank_1(info: RankInfo, folder: Path) -> None:
     if info.rank == 1:
         stop_here()
     for _ in range(int(BUSY_SECONDS / 0.05)):  # the others get on until they need it
+        watchdog.beat("encode")
+        time.sleep(0.05)
+    watchdog.beat("update")
+    wait_for_the_others()
+
+
+def stop_on_rank_1_seen_by_rank_2(info: RankInfo, folder: Path) -> None:
+    """Rank 0 raises the alarm; when it looks, rank 2 has let rank 1 go on already."""
+    if info.rank == 0:
+        watchdog_module.state_of = lambda _note: "S"
+    watchdog = watched(info, folder)
+    if info.rank == 1:
+        stop_here()
+    for _ in range(int(BUSY_SECONDS / 0.05) * (info.rank + 1)):
         watchdog.beat("encode")
         time.sleep(0.05)
     watchdog.beat("update")
@@ -114,6 +129,12 @@ def test_a_stopped_rank_is_named_first_with_its_stack(run_ranks: Run, tmp_path: 
     assert re.fullmatch(r"ranks 0, 2 on \S+: in update, step 1 since \S+, \d\.\d s ago", others[0])
     assert "in wait_for_the_others" in "".join(others[2:4])
     assert any(report in path.read_text() for path in tmp_path.glob("log*")), "a log has it too"
+
+
+def test_a_rank_that_a_neighbour_has_let_go_on_was_stopped(run_ranks: Run, tmp_path: Path) -> None:
+    report = report_of(run_ranks, stop_on_rank_1_seen_by_rank_2, 3, tmp_path)
+    first = report.split("\n\n")[1].splitlines()[0]
+    assert re.fullmatch(r"rank 1 on \S+: is stopped \(by a signal\); in decode, step 1 since .*", first)
 
 
 def test_of_ranks_that_answer_the_first_to_stop_is_ahead(run_ranks: Run, tmp_path: Path) -> None:
