@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from internvl_megatron.watching.progress import Progress
-from tests.unit.test_metrics import ONE
+from tests.unit.watching.test_metrics import ONE
 
 
 def test_time_left_follows_the_pace_since_the_first_step():
