@@ -43,15 +43,20 @@ def wait_for_the_others() -> None:
     time.sleep(NEVER_SECONDS)
 
 
-def stop_on_rank_1(info: RankInfo, folder: Path) -> None:
-    watchdog = watched(info, folder)
-    if info.rank == 1:
-        stop_here()
-    for _ in range(int(BUSY_SECONDS / 0.05)):  # the others get on until they need it
+def get_on_and_wait(watchdog: Watchdog, seconds: float) -> None:
+    """As ranks do while another one has stopped: they get on until they need it."""
+    for _ in range(int(seconds / 0.05)):
         watchdog.beat("encode")
         time.sleep(0.05)
     watchdog.beat("update")
     wait_for_the_others()
+
+
+def stop_on_rank_1(info: RankInfo, folder: Path) -> None:
+    watchdog = watched(info, folder)
+    if info.rank == 1:
+        stop_here()
+    get_on_and_wait(watchdog, BUSY_SECONDS)
 
 
 def stop_on_rank_1_seen_by_rank_2(info: RankInfo, folder: Path) -> None:
@@ -61,11 +66,7 @@ def stop_on_rank_1_seen_by_rank_2(info: RankInfo, folder: Path) -> None:
     watchdog = watched(info, folder)
     if info.rank == 1:
         stop_here()
-    for _ in range(int(BUSY_SECONDS / 0.05) * (info.rank + 1)):
-        watchdog.beat("encode")
-        time.sleep(0.05)
-    watchdog.beat("update")
-    wait_for_the_others()
+    get_on_and_wait(watchdog, BUSY_SECONDS * (info.rank + 1))
 
 
 def stop_here() -> None:
